@@ -1,0 +1,137 @@
+"""Where ids and text meet: problems -> rollouts with rewards -> micro-batches for the learner."""
+import hashlib
+from collections import namedtuple
+from dataclasses import dataclass
+
+import torch
+
+from nanorl.grpo import no_signal
+from nanorl.tasks import Problem, Reward
+
+
+@dataclass
+class Rollout:
+    """One problem and its G completions: the group within which rewards are compared."""
+    problem: Problem
+    prompt_ids: list  # ids, ending where the assistant starts
+    completions: list  # (G) of engine.Completion: ids with the stop token, log-probs, finished
+    texts: list  # (G) str, the stop token stripped
+    rewards: list  # (G) of Reward
+    errors: int = 0  # rewards that raised and were scored 0
+
+
+def prompt_key(seed, step, index):
+    """The random-number key of a problem's rollouts: the same on any rank, in any order."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, temperature, progress=None):
+    """Problems and their keys -> Rollouts: render, sample, decode, score."""
+    prompts = [tokenizer.render_prompt(problem.prompt) for problem in problems]
+    groups = engine.generate(prompts, samples_per_prompt=samples, max_new_tokens=max_new_tokens, temperature=temperature,
+                             stop_ids=tokenizer.stop_ids, keys=keys, progress=progress)
+    rollouts = []
+    for problem, prompt, completions in zip(problems, prompts, groups):
+        texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
+        rewards, errors = score(task, problem, texts)
+        rollouts.append(Rollout(problem, prompt, completions, texts, rewards, errors))
+    return rollouts
+
+
+def score(task, problem, texts):
+    """Texts -> (rewards, how many raised). A reward that raises scores 0: one odd completion must not end a run."""
+    rewards, errors = [], 0
+    for text in texts:
+        try:
+            rewards.append(task.reward(problem, text))
+        except Exception:
+            rewards.append(Reward(0.0))
+            errors += 1
+    return rewards, errors
+
+
+def reward_table(rollouts, samples):
+    """Rollouts -> total rewards (P, G) in float64."""
+    return torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts], dtype=torch.float64).view(-1, samples)
+
+
+def length_table(rollouts, samples):
+    """Rollouts -> sampled tokens of each completion (P, G), int64."""
+    return torch.tensor([[len(c.ids) for c in rollout.completions] for rollout in rollouts], dtype=torch.long).view(-1, samples)
+
+
+# What the learner needs of some rows. N counts their sampled tokens; masks come from what was sampled, never from id values.
+Batch = namedtuple("Batch", "ids predicts targets advantages weights logprobs attended")
+
+
+def micro_batches(rollouts, advantages, weights, token_budget, device):
+    """Rollouts with advantages (P, G) and token weights (P, G) -> list of Batch, each of at most `token_budget` padded
+    tokens (or one row), rows of like length together.
+
+    Batch: ids (B, T) inputs padded on the right; predicts (B, T) bool, where the next token was sampled; and, one
+    entry per sampled token in row order, targets, advantages, weights, and the sampler's logprobs, all (N,).
+    attended: (query, key) pairs of the causal attention, for counting FLOPs."""
+    rows = [(rollout.prompt_ids, c, float(a), float(w)) for rollout, group_a, group_w in zip(rollouts, advantages, weights)
+            for c, a, w in zip(rollout.completions, group_a, group_w)]
+    rows.sort(key=lambda row: len(row[0]) + len(row[1].ids))
+    batches, group = [], []
+    for row in rows:
+        length = len(row[0]) + len(row[1].ids) - 1  # the last token is predicted, never an input
+        if group and length * (len(group) + 1) > token_budget:
+            batches.append(_batch(group, device))
+            group = []
+        group.append(row)
+    return batches + ([_batch(group, device)] if group else [])
+
+
+def _batch(rows, device):
+    lengths = [len(prompt) + len(c.ids) - 1 for prompt, c, _, _ in rows]
+    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)  # (B, T)
+    predicts = torch.zeros(ids.shape, dtype=torch.bool)  # (B, T)
+    for i, (prompt, c, _, _) in enumerate(rows):
+        ids[i, :lengths[i]] = torch.tensor((prompt + c.ids)[:-1])
+        predicts[i, len(prompt) - 1:lengths[i]] = True
+    counts = torch.tensor([len(c.ids) for _, c, _, _ in rows])  # (B,) sampled tokens a row
+    per_token = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(counts).to(device)
+    flat = lambda lists: [x for values in lists for x in values]
+    return Batch(ids.to(device), predicts.to(device), torch.tensor(flat(c.ids for _, c, _, _ in rows), device=device),
+                 per_token([a for _, _, a, _ in rows]), per_token([w for _, _, _, w in rows]),
+                 torch.tensor(flat(c.logprobs for _, c, _, _ in rows), dtype=torch.float64, device=device),
+                 sum(n * (n + 1) // 2 for n in lengths))
+
+
+# ---- what a step's rollouts look like ----------------------------------------------------------------------
+
+def metrics(rollouts):
+    """All ranks' Rollouts of a step -> the metrics that need nothing else (docs/metrics.md)."""
+    rewards = reward_table(rollouts, len(rollouts[0].rewards))  # (P, G)
+    completions = [c for r in rollouts for c in r.completions]
+    lengths = length_table(rollouts, rewards.size(1)).double()  # (P, G)
+    dead = no_signal(rewards)
+    names = sorted({name for r in rollouts for reward in r.rewards for name in reward.parts})
+    part = {f"reward/{name}": sum(reward.parts.get(name, 0.0) for r in rollouts for reward in r.rewards) / rewards.numel() for name in names}
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std(dim=1).mean()),  # within groups
+        "frac_reward_zero_std": float(dead.double().mean()),
+        **part,
+        "reward/errors": sum(r.errors for r in rollouts),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
+        "completions/unique": sum(len(set(r.texts)) for r in rollouts) / len(completions),
+        "tokens_with_signal": float(lengths[~dead].sum() / lengths.sum()),
+        "tokens": int(lengths.sum()),
+    }
+
+
+def records(rollouts, advantages, decode):
+    """One JSON-ready record a completion, for the rollouts file: the prompt as the model saw it, what it wrote, and
+    what it got for it."""
+    for number, (rollout, group) in enumerate(zip(rollouts, advantages)):
+        prompt = decode(rollout.prompt_ids)
+        for sample, (text, c, reward, a) in enumerate(zip(rollout.texts, rollout.completions, rollout.rewards, group)):
+            yield dict(group=number, sample=sample, prompt=prompt, answer=rollout.problem.answer, completion=text,
+                       reward=reward.total, parts=reward.parts, advantage=float(a), tokens=len(c.ids),
+                       finish="stop" if c.finished else "length")

@@ -1,0 +1,111 @@
+"""Checkpoints: a directory step_000120/ is whole (it holds DONE, written last) or it is not there.
+
+Each is a Hugging Face model directory with trainer.pt beside the weights. When to save is the script's decision."""
+import os
+import re
+import shutil
+
+import torch
+
+
+def _steps(directory):
+    """Steps of the whole checkpoints in `directory`, ascending."""
+    if not os.path.isdir(directory):
+        return []
+    found = [re.fullmatch(r"step_(\d+)", name) for name in os.listdir(directory)]
+    return sorted(int(m[1]) for m in found if m and os.path.exists(os.path.join(directory, m[0], "DONE")))
+
+
+def path_of(directory, step):
+    return os.path.join(directory, f"step_{step:06d}")
+
+
+def latest(directory):
+    """Path of the newest whole checkpoint, or None."""
+    steps = _steps(directory)
+    return path_of(directory, steps[-1]) if steps else None
+
+
+def stage_directory(run, stage):
+    """out/<run>/<stage>; NANORL_OUT moves out/."""
+    return os.path.join(os.environ.get("NANORL_OUT", "out"), run, stage)
+
+
+def is_model(path):
+    return os.path.exists(os.path.join(path, "config.json"))
+
+
+def resolve(path):
+    """What a user names -> a model directory: one itself, or a stage's directory, whose newest checkpoint is meant."""
+    return path if is_model(path) else latest(path) or path
+
+
+def _sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save(directory, step, write_model, state):
+    """write_model(path) puts the model directory at path; `state` goes to trainer.pt. All is written to a temporary
+    directory and flushed to disk before it takes its name."""
+    final, temporary = path_of(directory, step), os.path.join(directory, f".step_{step:06d}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    write_model(temporary)
+    torch.save(state, os.path.join(temporary, "trainer.pt"))
+    for name in os.listdir(temporary):
+        _sync(os.path.join(temporary, name))
+    with open(os.path.join(temporary, "DONE"), "w") as f:
+        f.write("whole\n")
+        f.flush()
+        os.fsync(f.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    _sync(directory)
+    return final
+
+
+def prune(directory, best=None):
+    """Keep the first, the best and the last two checkpoints. Returns the paths removed."""
+    steps = _steps(directory)
+    keep = {*steps[:1], *steps[-2:], best}
+    removed = [path_of(directory, s) for s in steps if s not in keep]
+    for path in removed:
+        os.remove(os.path.join(path, "DONE"))  # from here on it is not a checkpoint, even if we die half-way
+        shutil.rmtree(path)
+    return removed
+
+
+def load_state(path):
+    """A checkpoint's trainer.pt."""
+    file = os.path.join(path, "trainer.pt")
+    if not os.path.exists(file):
+        raise ValueError(f"{path} has no trainer.pt: it is a model, not a run that can be resumed")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+# Settings that a run may change when it is resumed: they do not alter the training that has been done.
+FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|device_rows$|rows$")
+
+
+def resume_point(directory, resume, settings):
+    """The checkpoint to go on from, or None to start afresh. resume: auto, never or must; `settings` are this run's
+    resolved constants. Raises ValueError when the saved run was another one, naming what changed."""
+    if resume not in ("auto", "never", "must"):
+        raise ValueError(f"--resume={resume}: it must be auto, never or must")
+    path = latest(directory)
+    if path is None:
+        if resume == "must":
+            raise ValueError(f"--resume=must, but there is no checkpoint in {directory}")
+        return None
+    if resume == "never":
+        raise ValueError(f"--resume=never, but {directory} holds a run: choose another --run, or remove that folder")
+    saved = load_state(path)["settings"]
+    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in settings.items() if saved.get(k) != v and not FREE_TO_CHANGE.match(k)]
+    if changed:
+        raise ValueError(f"{directory} holds a run with other constants ({'; '.join(changed)}): "
+                         f"set them back to resume it, or start another with --run=<name>")
+    return path

@@ -1,0 +1,155 @@
+"""Ranks, device and precision. Every collective is a no-op on one rank, so no caller branches on the world size."""
+import os
+import resource
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_stop = False  # SIGTERM or Ctrl-C has come
+
+
+def setup(device="auto"):
+    """Join the process group that torchrun describes, if any. Returns this rank's torch.device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device={device}: this machine has no CUDA GPU that torch can use; --device=cpu runs anywhere")
+    device = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _on_signal)
+    return device
+
+
+def _on_signal(number, frame):
+    global _stop
+    if _stop:  # the second time: now
+        sys.exit(128 + number)
+    _stop = number
+
+
+def run(main):
+    """Run a script's main(). A user's mistake (ValueError) and too little memory end it with one line; with
+    NANORL_DEBUG=1 the traceback is shown too."""
+    try:
+        main()
+    except (ValueError, torch.OutOfMemoryError) as error:
+        if os.environ.get("NANORL_DEBUG"):
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            error = "out of GPU memory: lower --device_tokens (training) or --device_rows (sampling)"
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def say(*args):
+    """print, on the first rank only."""
+    if is_main():
+        print(*args, flush=True)
+
+
+def share(n):
+    """This rank's slice of n items: contiguous, sizes that differ by at most one."""
+    start, stop = (n * r // world_size() for r in (rank(), rank() + 1))
+    return slice(start, stop)
+
+
+def total(value, op="sum"):
+    """A number summed over ranks (op: sum, max or min)."""
+    if world_size() == 1:
+        return float(value)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    t = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(t, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+    return float(t)
+
+
+def gather(items):
+    """Each rank's list -> on rank 0 all of them in rank order, elsewhere an empty list."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size() if is_main() else None
+    dist.gather_object(items, lists)
+    return [x for part in lists for x in part] if is_main() else []
+
+
+def broadcast(value):
+    """Rank 0's object, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_gradients(params):
+    """Sum every parameter's gradient over ranks by one flat all-reduce. A rank without any contributes zeros."""
+    if world_size() == 1:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.split([g.numel() for g in grads])):
+        p.grad = g.view_as(p)
+
+
+def stop_requested():
+    """The number of the signal that any rank got, or 0: asked once a step, so that all ranks leave together."""
+    return int(total(_stop, "max"))
+
+
+def dtypes(name, device):
+    """--dtype -> (precision of the weights, precision of the activations). auto: bf16 on CUDA and on a CPU with bf16
+    matrix units, else fp32."""
+    if name == "auto":
+        fast = device.type == "cuda" or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        name = "bf16" if fast else "fp32"
+    table = {"fp32": (torch.float32, torch.float32), "bf16": (torch.float32, torch.bfloat16), "fp64": (torch.float64, torch.float64)}
+    if name not in table:
+        raise ValueError(f"--dtype={name}: it must be auto, fp32, bf16 or fp64")
+    return table[name]
+
+
+def free_memory(device):
+    """Bytes that can still be taken, of the GPU or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_memory(device):
+    """Most bytes in use so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,42 @@
+"""The one parser of numeric answers. Text is never evaluated; malformed or huge input is just no number."""
+import re
+from fractions import Fraction
+
+# 1,234.5 or 12 or .5, with an optional sign, dollar, and denominator (3/4). At most 30 digits in a run.
+_NUMBER = re.compile(r"(?P<sign>[-+])?\s?\$?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30}(?!\d)|(?=\.\d))"
+                     r"(?P<point>\.\d{1,30}(?!\d))?(?:/(?P<under>\d{1,30})(?![\d.]))?")
+_MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})  # other spellings of a minus
+
+
+def _value(match):
+    number = Fraction((match["whole"].replace(",", "") or "0") + (match["point"] or ""))
+    if match["under"]:
+        if not int(match["under"]):
+            return None
+        number /= int(match["under"])
+    return -number if match["sign"] == "-" else number
+
+
+def number_after(text, marker):
+    """The number that directly follows the last `marker` (white space and $ may stand between), else None."""
+    head, found, tail = text.translate(_MINUS).rpartition(marker)
+    match = _NUMBER.match(tail.lstrip()) if found else None
+    return _value(match) if match else None
+
+
+def last_number(text):
+    """The last number in the text, else None. A minus directly after a digit is a subtraction, not a sign."""
+    text = text.translate(_MINUS)
+    last = None
+    for last in _NUMBER.finditer(text):
+        pass
+    if last is None:
+        return None
+    value = _value(last)
+    subtracted = last["sign"] == "-" and re.search(r"[\d)]\s*$", text[:last.start()])
+    return -value if subtracted and value is not None else value
+
+
+def is_close(value, answer, tolerance=0):
+    """Whether a parsed number (or None) equals the answer (str or int) within the tolerance."""
+    return value is not None and abs(value - Fraction(answer)) <= Fraction(tolerance)

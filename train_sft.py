@@ -1,0 +1,151 @@
+"""Supervised fine-tuning: a base model and worked answers -> a model that answers.
+
+    python train_sft.py --depth=4                                   # from out/d4/base
+    torchrun --nproc_per_node=8 train_sft.py --depth=20 --task=gsm8k
+
+The loss is on what the assistant says, the token that ends its turn included, and on nothing else. Conversations
+are packed whole into rows and do not see each other."""
+import math
+import time
+
+import torch
+
+from nanorl.data import PackedRows
+from nanorl.gpt import block_causal_attention
+from nanorl.hf import load_model, save_model
+from nanorl.optim import lr_scale, make_optimizers, update
+from nanorl.runtime import checkpoint, dist
+from nanorl.runtime.config import configure
+from nanorl.runtime.log import RunLog, duration
+from nanorl.tasks import get_task, parse_settings
+from nanorl.tokenizer import Tokenizer
+
+# ---- run
+run = ""  # folder under out/; empty: d<depth>
+stage = "sft"  # folder of this stage under it
+depth = 4  # names the run's folder when --run is empty
+model = ""  # a model directory to start from; empty: the run's base model
+resume = "auto"  # auto: go on if the constants are the same; never; must
+seed = 0  # fixes the order of the examples
+device = "auto"  # auto, cpu, cuda
+dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
+# ---- demonstrations
+task = "sum3"  # arithmetic presets, gsm8k, or path.py:Class
+task_args = ""  # the task's settings, such as 'demonstrations=worked'
+examples = 0  # how many training problems; 0: all of them
+# ---- optimization
+steps = 0  # optimizer steps; 0: one pass over the examples
+batch_tokens = 8192  # tokens of an optimizer step, over all ranks, padding included
+seq_len = 256  # tokens of a row; no conversation may be longer
+device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
+muon = True  # Muon for the blocks' matrices; false: AdamW for all (published models)
+matrix_lr = 0.01  # the blocks' matrices
+other_lr = 0.002  # embeddings, norms and head
+warmup = 10  # steps of linear warm-up
+cooldown = 0.4  # last share of the steps in which the rate falls to 0
+max_grad_norm = 1.0  # 0: no clipping
+# ---- log
+log_every = 20  # steps between lines
+save_every = 0  # steps between checkpoints; 0: only at the end
+
+
+def main():
+    settings = configure(globals())
+    place = dist.setup(device)
+    weight_dtype, compute_dtype = dist.dtypes(dtype, place)
+    settings["run"] = run or f"d{depth}"
+    directory = checkpoint.stage_directory(settings["run"], stage)
+    start = checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "base"))
+    log = RunLog(directory, dist.is_main())
+    point = checkpoint.resume_point(directory, resume, settings)
+
+    # ---- model, optimizer, data
+    if not checkpoint.is_model(start):
+        raise ValueError(f"no base model in {start}: make one with `python train_base.py --depth={depth}`, or name one with --model=")
+    net = load_model(point or start, weight_dtype, place)
+    net.compute_dtype = compute_dtype
+    tokenizer = Tokenizer.from_pretrained(start)
+    params = list(net.parameters())
+    optimizers = make_optimizers(net, matrix_lr, other_lr, muon=muon)
+    source = get_task(task, split="train", **parse_settings(task_args))
+    if not hasattr(source, "solution"):
+        raise ValueError(f"task {task} has no solution(): it cannot make demonstrations")
+    rows = max(1, batch_tokens // seq_len)
+
+    def example(i):
+        problem = source.problem(i)
+        return tokenizer.render_chat(problem.prompt + [{"role": "assistant", "content": source.solution(problem)}])
+
+    n_examples = min(examples or len(source), len(source))
+    train = PackedRows(example, n_examples, seq_len, rows, seed, dist.rank(), dist.world_size(), pad=tokenizer.document_end)
+    mean_length = sum(len(example(i)[0]) for i in range(min(n_examples, 500))) / min(n_examples, 500)
+    total_steps = steps or math.ceil(n_examples * mean_length / batch_tokens)
+    first_step = 0
+    if point:
+        state = checkpoint.load_state(point)
+        first_step = state["step"]
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        train.load_state_dict(state["data"])
+        log.cut(first_step)
+        dist.say(f"resumed {point}")
+    log.card(stage="sft", settings=settings, start=start, steps=total_steps, world_size=dist.world_size(),
+             dtype=str(compute_dtype), device=str(place))
+    dist.say(f"sft   from {start}; {n_examples:,} demonstrations of {mean_length:.0f} tokens, {total_steps} steps of "
+             f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes")
+
+    def save(step):
+        if dist.is_main():
+            state = dict(step=step, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
+            path = checkpoint.save(directory, step, lambda path: save_model(net, tokenizer, path), state)
+            removed = checkpoint.prune(directory)
+            dist.say(f"saved {path}" + (f", removed {', '.join(removed)}" if removed else ""))
+        dist.barrier()
+
+    # ---- the loop
+    started, bad, losses = time.time(), 0, []
+    for step in range(first_step, total_steps):
+        begun = time.time()
+        batch = train.next()  # inputs, targets, mask, document, each (rows of this rank, T)
+        trainable = dist.total(batch[2].sum())  # over ranks, before the first backward
+        micro = max(1, device_tokens // seq_len)
+        loss = 0.0
+        for inputs, targets, mask, document in zip(*(t.to(place).split(micro) for t in batch)):
+            h = net.hidden(inputs, attend=block_causal_attention(document), positions=positions_in(document))  # (rows, T, C)
+            said = mask.bool()
+            part = -net.logprobs(h[said], targets[said])[0].sum() / max(1.0, trainable)
+            part.backward()
+            loss += float(part.detach())
+        dist.sum_gradients(params)
+        norm = update(optimizers, params, lr_scale(step, total_steps, warmup, cooldown), max_grad_norm)
+        if not math.isfinite(norm):
+            bad += 1
+        loss = dist.total(loss)
+        seconds = time.time() - begun
+        row = dict(loss=loss, grad_norm=norm, bad_steps=bad, tok_per_s=batch_tokens / seconds, tokens_trained=trainable,
+                   packing=dist.total((batch[3] > 0).sum()) / (rows * seq_len))
+        log.row(step + 1, **row)
+        losses.append(loss)
+        last = step + 1 == total_steps
+        if last or (step + 1) % log_every == 0:
+            eta = (time.time() - started) / (step + 1 - first_step) * (total_steps - step - 1)
+            dist.say(f"sft   {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}  grad {norm:.2f}  "
+                     f"packed {row['packing']:.0%}  {row['tok_per_s']:,.0f} tok/s  ETA {duration(eta)}")
+            losses = []
+        stop = dist.stop_requested()
+        if last or stop or (save_every and (step + 1) % save_every == 0):
+            save(step + 1)
+        if stop:
+            raise SystemExit(0 if stop == 15 else 130)
+
+
+def positions_in(document):
+    """(B, T) document numbers -> (B, T) positions that start again at 0 with each document."""
+    at = torch.arange(document.size(1), device=document.device).expand_as(document)
+    new = torch.ones_like(document, dtype=torch.bool)
+    new[:, 1:] = document[:, 1:] != document[:, :-1]
+    return at - torch.where(new, at, 0).cummax(dim=1).values
+
+
+if __name__ == "__main__":
+    dist.run(main)
