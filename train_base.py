@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nanorl.data import Windows, tokenize
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
-from nanorl.optim import lr_scale, make_optimizers, update
+from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import configure
 from nanorl.runtime.log import RunLog, duration
@@ -94,12 +94,11 @@ def main():
     optimizers = make_optimizers(model, matrix_lr, other_lr)
     spread = dict(rank=dist.rank(), world_size=dist.world_size())
     train = Windows(os.path.join(directory, "tokens"), "train", seq_len, rows, seed, **spread)
-    first_step = 0
+    first_step, bad = 0, 0
     if point:
         state = checkpoint.load_state(point)
-        first_step = state["step"]
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        first_step, bad = state["step"], state["bad"]
+        load_states(optimizers, state["optimizers"])
         train.load_state_dict(state["data"])
         log.cut(first_step)
         dist.say(f"resumed {point}")
@@ -123,16 +122,8 @@ def main():
         nats = sum(float(loss_sum(i, t)) for i, t in zip(inputs.split(micro), targets.split(micro)))
         return dist.total(nats) / dist.total(targets.numel()) / math.log(2) / val.bytes_per_token
 
-    def save(step):
-        if dist.is_main():
-            state = dict(step=step, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
-            path = checkpoint.save(directory, step, lambda path: save_model(model, tokenizer, path), state)
-            removed = checkpoint.prune(directory)
-            dist.say(f"saved {path}" + (f", removed {', '.join(removed)}" if removed else ""))
-        dist.barrier()
-
     # ---- the loop
-    started, bad, losses = time.time(), 0, []
+    started, losses = time.time(), []
     for step in range(first_step, total_steps):
         begun = time.time()
         inputs, targets = train.next()  # (rows of this rank, T)
@@ -147,12 +138,12 @@ def main():
         if not math.isfinite(norm):
             bad += 1
         loss = dist.total(loss)
-        seconds = time.time() - begun
-        row = dict(loss=loss, grad_norm=norm, bad_steps=bad, tok_per_s=batch_tokens / seconds, epoch=train.cursor / train.n,
-                   tokens=(step + 1) * batch_tokens)
+        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "epoch": train.cursor / train.n, "tokens": (step + 1) * batch_tokens,
+               "tok_per_s/learner": batch_tokens / (time.time() - begun)}
         last = step + 1 == total_steps
         if last or (eval_every and (step + 1) % eval_every == 0):
             row["val/bits_per_byte"] = bits_per_byte()
+        row.update({"time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
         losses.append(loss)
         if last or (step + 1) % log_every == 0:
@@ -160,11 +151,14 @@ def main():
             eta = (time.time() - started) / done * (total_steps - step - 1)
             val = f"  val {row['val/bits_per_byte']:.3f} bits/byte" if "val/bits_per_byte" in row else ""
             dist.say(f"base  {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}{val}  grad {norm:.2f}  "
-                     f"{row['tok_per_s']:,.0f} tok/s  ETA {duration(eta)}")
+                     f"{row['tok_per_s/learner']:,.0f} tok/s  ETA {duration(eta)}")
             losses = []
         stop = dist.stop_requested()
         if last or stop or (save_every and (step + 1) % save_every == 0):
-            save(step + 1)
+            if dist.is_main():
+                state = dict(step=step + 1, bad=bad, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
+                print(checkpoint.save(directory, step + 1, lambda path: save_model(model, tokenizer, path), state), flush=True)
+            dist.barrier()
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanorl import evaluate, grpo, rollout
 from nanorl.engine import Engine
 from nanorl.hf import load_model, save_model
-from nanorl.optim import lr_scale, make_optimizers, update
+from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import configure
 from nanorl.runtime.log import RunLog, duration
@@ -82,12 +82,11 @@ def main():
     P, G = prompts_per_step, samples_per_prompt
     if P > len(train_task):
         raise ValueError(f"prompts_per_step is {P}, but task {task} has only {len(train_task)} training problems")
-    first_step, best, flops = 0, dict(step=None, reward=-math.inf), 0.0
+    first_step, best, bad, flops = 0, {"step": None, "reward": -math.inf}, 0, 0.0  # best: of the saved steps
     if point:
         state = checkpoint.load_state(point)
-        first_step, best, flops = state["step"], state["best"], state["flops"]
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        first_step, best, bad, flops = state["step"], state["best"], state["bad"], state["flops"]
+        load_states(optimizers, state["optimizers"])
         log.cut(first_step)
         dist.say(f"resumed {point}")
     row_limit = device_rows or int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min"))
@@ -114,9 +113,8 @@ def main():
         loss = grpo.policy_loss(logprobs, batch.advantages, batch.weights, denominator)
         loss.backward()
         gap = (logprobs.detach().double() - batch.logprobs).abs()  # learner against sampler
-        n_in, n_out = batch.ids.numel(), len(batch.targets)
-        return dict(entropy=float(entropy.double().sum()), gap=float(gap.sum()), gap_max=float(gap.max()), tokens=n_out,
-                    padded=n_in, flops=3 * policy.config.flops(n_in, batch.attended, n_out))
+        return dict(entropy=float(entropy.double().sum()), gap=float(gap.sum()), gap_max=float(gap.max()), tokens=len(gap),
+                    inputs=batch.inputs, padded=batch.ids.numel(), flops=3 * policy.config.flops(batch.inputs, batch.attended, len(gap)))
 
     def held_out():
         """Greedy accuracy on the first `eval_problems` problems of the val split, the same ones every time."""
@@ -126,14 +124,6 @@ def main():
             results = evaluate.outcomes(engine, tokenizer, val_task, mine, 1, max_new_tokens, 0.0, progress=bar.update)
         results = dist.gather(results)
         return dist.broadcast({f"val/{k}": v for k, v in evaluate.summary(results).items()} if dist.is_main() else None)
-
-    def save(step, reason=""):
-        if dist.is_main():
-            state = dict(step=step, best=best, flops=flops, optimizers=[o.state_dict() for o in optimizers], settings=settings)
-            path = checkpoint.save(directory, step, lambda path: save_model(policy, tokenizer, path), state)
-            removed = checkpoint.prune(directory, best["step"])
-            dist.say(f"saved {path}{reason}" + (f", removed {', '.join(removed)}" if removed else ""))
-        dist.barrier()
 
     # ---- before the first step: what this run will do, and whether it can learn anything
     log.card(stage="rl", settings=settings, start=start, device_rows=engine.max_rows, world_size=dist.world_size(),
@@ -151,7 +141,7 @@ def main():
         return
 
     # ---- the loop
-    bad, started = 0, time.time()
+    started = time.time()
     for step in range(first_step, steps):
         t0 = time.time()
         problems = problems_of(step)  # P problems for (seed, step)
@@ -171,7 +161,7 @@ def main():
         # ---- the log
         row = rollout_row(dist.gather(rollouts), dist.gather(advantages.tolist()), log, step + 1, tokenizer)
         row = dist.broadcast(row)
-        sums = {k: dist.total(sum(x[k] for x in learned)) for k in ("entropy", "gap", "tokens", "padded", "flops")}
+        sums = {k: dist.total(sum(x[k] for x in learned)) for k in ("entropy", "gap", "tokens", "inputs", "padded", "flops")}
         stats = engine.stats
         sampled = dist.total(policy.config.flops(stats["prompt_tokens"] + stats["row_steps"], stats["attended"],
                                                  len(rollouts) + stats["row_steps"]))
@@ -181,25 +171,27 @@ def main():
             "entropy": sums["entropy"] / sums["tokens"], "grad_norm": norm, "bad_steps": bad,
             "lr": lr * lr_scale(step, steps, warmup), "logp_diff/mean": sums["gap"] / sums["tokens"],
             "logp_diff/max": dist.total(max([x["gap_max"] for x in learned], default=0.0), "max"),
-            "padding": 1 - (sums["tokens"] / sums["padded"]), "flops_total": flops,
+            "padding": 1 - sums["inputs"] / sums["padded"], "flops_total": flops,
             "tok_per_s/rollout": row["tokens"] / (t1 - t0), "tok_per_s/learner": row["tokens"] / (t2 - t1),
             "time/rollout": t1 - t0, "time/learner": t2 - t1})
         last = step + 1 == steps
         if last or (eval_every and (step + 1) % eval_every == 0):
             row.update(held_out())
-        row["time/step"] = time.time() - t0
+        row.update({"time/step": time.time() - t0, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
-        if row["reward"] > best["reward"]:
-            best = dict(step=best["step"], reward=row["reward"])
         line(step + 1, row, (time.time() - started) / (step + 1 - first_step) * (steps - step - 1))
 
         # ---- the end of the step
         stop = dist.stop_requested()
-        improved = row["reward"] >= best["reward"] > save_reward_above
+        improved = row["reward"] > max(best["reward"], save_reward_above)
         if last or stop or improved or bad >= max_bad_steps or (save_every and (step + 1) % save_every == 0):
-            if row["reward"] >= best["reward"]:
-                best["step"] = step + 1
-            save(step + 1, f" (best reward so far, {row['reward']:.3f})" if improved else "")
+            if row["reward"] > best["reward"]:
+                best = {"step": step + 1, "reward": row["reward"]}
+            if dist.is_main():
+                state = dict(step=step + 1, best=best, bad=bad, flops=flops, optimizers=[o.state_dict() for o in optimizers], settings=settings)
+                report = checkpoint.save(directory, step + 1, lambda path: save_model(policy, tokenizer, path), state, best["step"])
+                print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
+            dist.barrier()
         if bad >= max_bad_steps:
             raise ValueError(f"{bad} updates were skipped because the gradient was not finite (--max_bad_steps={max_bad_steps}); "
                              f"the state is saved: lower --lr, or use --dtype=fp32")

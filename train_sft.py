@@ -11,9 +11,9 @@ import time
 import torch
 
 from nanorl.data import PackedRows
-from nanorl.gpt import block_causal_attention
+from nanorl.gpt import CausalAttention
 from nanorl.hf import load_model, save_model
-from nanorl.optim import lr_scale, make_optimizers, update
+from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import configure
 from nanorl.runtime.log import RunLog, duration
@@ -80,12 +80,11 @@ def main():
     train = PackedRows(example, n_examples, seq_len, rows, seed, dist.rank(), dist.world_size(), pad=tokenizer.document_end)
     mean_length = sum(len(example(i)[0]) for i in range(min(n_examples, 500))) / min(n_examples, 500)
     total_steps = steps or math.ceil(n_examples * mean_length / batch_tokens)
-    first_step = 0
+    first_step, bad = 0, 0
     if point:
         state = checkpoint.load_state(point)
-        first_step = state["step"]
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        first_step, bad = state["step"], state["bad"]
+        load_states(optimizers, state["optimizers"])
         train.load_state_dict(state["data"])
         log.cut(first_step)
         dist.say(f"resumed {point}")
@@ -94,16 +93,8 @@ def main():
     dist.say(f"sft   from {start}; {n_examples:,} demonstrations of {mean_length:.0f} tokens, {total_steps} steps of "
              f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes")
 
-    def save(step):
-        if dist.is_main():
-            state = dict(step=step, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
-            path = checkpoint.save(directory, step, lambda path: save_model(net, tokenizer, path), state)
-            removed = checkpoint.prune(directory)
-            dist.say(f"saved {path}" + (f", removed {', '.join(removed)}" if removed else ""))
-        dist.barrier()
-
     # ---- the loop
-    started, bad, losses = time.time(), 0, []
+    started, losses = time.time(), []
     for step in range(first_step, total_steps):
         begun = time.time()
         batch = train.next()  # inputs, targets, mask, document, each (rows of this rank, T)
@@ -111,7 +102,7 @@ def main():
         micro = max(1, device_tokens // seq_len)
         loss = 0.0
         for inputs, targets, mask, document in zip(*(t.to(place).split(micro) for t in batch)):
-            h = net.hidden(inputs, attend=block_causal_attention(document), positions=positions_in(document))  # (rows, T, C)
+            h = net.hidden(inputs, positions_in(document), CausalAttention(document))  # (rows, T, C)
             said = mask.bool()
             part = -net.logprobs(h[said], targets[said])[0].sum() / max(1.0, trainable)
             part.backward()
@@ -122,19 +113,23 @@ def main():
             bad += 1
         loss = dist.total(loss)
         seconds = time.time() - begun
-        row = dict(loss=loss, grad_norm=norm, bad_steps=bad, tok_per_s=batch_tokens / seconds, tokens_trained=trainable,
-                   packing=dist.total((batch[3] > 0).sum()) / (rows * seq_len))
+        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": trainable, "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
+               "tok_per_s/learner": batch_tokens / seconds, "time/step": seconds,
+               "memory/peak_gb": dist.peak_memory(place) / 1e9}
         log.row(step + 1, **row)
         losses.append(loss)
         last = step + 1 == total_steps
         if last or (step + 1) % log_every == 0:
             eta = (time.time() - started) / (step + 1 - first_step) * (total_steps - step - 1)
             dist.say(f"sft   {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}  grad {norm:.2f}  "
-                     f"packed {row['packing']:.0%}  {row['tok_per_s']:,.0f} tok/s  ETA {duration(eta)}")
+                     f"packed {row['packing']:.0%}  {row['tok_per_s/learner']:,.0f} tok/s  ETA {duration(eta)}")
             losses = []
         stop = dist.stop_requested()
         if last or stop or (save_every and (step + 1) % save_every == 0):
-            save(step + 1)
+            if dist.is_main():
+                state = dict(step=step + 1, bad=bad, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
+                print(checkpoint.save(directory, step + 1, lambda path: save_model(net, tokenizer, path), state), flush=True)
+            dist.barrier()
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
 

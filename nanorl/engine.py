@@ -20,7 +20,7 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from nanorl.gpt import causal_attention, token_logprobs
+from nanorl.gpt import CausalAttention, token_logprobs
 
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
 Completion = namedtuple("Completion", "ids logprobs finished")
@@ -62,14 +62,13 @@ def sample(logits, u, temperature):
 
 # ---- attention over the two caches ------------------------------------------------------------------------
 
-def _attend(q, k, v, visible):
-    """One part of a softmax. q (N, K, m, D), k and v (N, K, t, D), visible (N, t) bool or None
+def _attend(q, k, v, mask):
+    """One part of a softmax. q (N, K, m, D), k and v (N, K, t, D), mask (N, 1, 1, t), added to the scores, or None
     -> (outputs (N, K, m, D), log of the sum of exponentials (N, K, m))."""
-    scores = (q @ k.transpose(-1, -2)) * q.size(-1) ** -0.5  # (N, K, m, t)
-    if scores.dtype != torch.float64:
-        scores = scores.float()
-    if visible is not None:
-        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    if q.device.type == "cpu":  # the kernel behind scaled_dot_product_attention, which also tells the log-sum-exp
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    scores = ((q @ k.transpose(-1, -2)) * q.size(-1) ** -0.5).float()  # (N, K, m, t)
+    scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
 
@@ -165,9 +164,12 @@ class _Batch:
         self.row_lens = on_device(self.prompt_lens[self.prompt])  # (n,)
         self.ages, self.outputs = on_device(self.age.copy()), on_device(self.output)  # (n,)
         self.t_prompt = int(self.prompt_lens.max())
-        self.prompt_visible = None
-        if self.prompt_lens.min() < self.t_prompt:  # (prompts, T_prompt)
-            self.prompt_visible = torch.arange(self.t_prompt, device=self.device) < on_device(self.prompt_lens)[:, None]
+        self.prompt_mask = self._mask(on_device(self.prompt_lens), self.t_prompt) if self.prompt_lens.min() < self.t_prompt else None
+
+    def _mask(self, lens, t):
+        """lens (N,) -> (N, 1, 1, t): 0 for the first lens[i] keys, -inf for the rest."""
+        hidden = torch.arange(t, device=self.device) >= lens[:, None]  # (N, t)
+        return torch.zeros(hidden.shape, dtype=self.suffix_k.dtype, device=self.device).masked_fill(hidden, float("-inf"))[:, None, None]
 
     def sampled(self, rows, ids, stops):
         """The live rows `rows` (a slice) have sampled one more token each, ids (n,)."""
@@ -181,22 +183,20 @@ class _Batch:
         n, n_prompts, t = self.n, self.n_prompts, int(self.age.max())
         column = self.ages - 1  # (n,) where this token's key and value go
         rows = torch.arange(n, device=self.device)
-        visible = None  # (n, t)
-        if self.age.min() < t:
-            visible = torch.arange(t, device=self.device) < self.ages[:, None]
+        mask = self._mask(self.ages, t) if self.age.min() < t else None  # (n, 1, 1, t)
 
         def attend(layer, q, k, v):  # q (n, 1, H, D), k and v (n, 1, K, D)
             self.suffix_k[layer][rows, :, column] = k[:, 0]
             self.suffix_v[layer][rows, :, column] = v[:, 0]
             K, D = k.shape[2:]
             q = q.view(n, K, -1, D)  # (n, K, H/K, D)
-            suffix = _attend(q, self.suffix_k[layer, :n, :, :t], self.suffix_v[layer, :n, :, :t], visible)
+            suffix = _attend(q, self.suffix_k[layer, :n, :, :t], self.suffix_v[layer, :n, :, :t], mask)
 
             grid = q.new_zeros(n_prompts * self.width, *q.shape[1:])
             grid[self.cell] = q
             grid = grid.view(n_prompts, self.width, *q.shape[1:]).transpose(1, 2)  # (prompts, K, width, H/K, D)
             y, lse = _attend(grid.flatten(2, 3), self.prompt_k[layer, :n_prompts, :, :self.t_prompt],
-                             self.prompt_v[layer, :n_prompts, :, :self.t_prompt], self.prompt_visible)
+                             self.prompt_v[layer, :n_prompts, :, :self.t_prompt], self.prompt_mask)
             y = y.view(grid.shape).transpose(1, 2).flatten(0, 1)[self.cell]  # (n, K, H/K, D)
             lse = lse.view(grid.shape[:-1]).transpose(1, 2).flatten(0, 1)[self.cell]  # (n, K, H/K)
             return merge(y, lse, *suffix).reshape(n, 1, -1, D)
@@ -232,10 +232,12 @@ class Engine:
         first, lens = batch.n_prompts, [len(p) for p in prompts]
         ids = torch.tensor([p + [0] * (max(lens) - len(p)) for p in prompts], device=batch.device)  # (p, T)
 
+        causal = CausalAttention()
+
         def attend(layer, q, k, v):
             places = (layer, slice(first, first + len(prompts)), slice(None), slice(max(lens)))
             batch.prompt_k[places], batch.prompt_v[places] = k.transpose(1, 2), v.transpose(1, 2)
-            return causal_attention(layer, q, k, v)
+            return causal(layer, q, k, v)
         h = self.model.hidden(ids, attend=attend)  # (p, T, C)
         batch.prompt_lens = np.append(batch.prompt_lens, lens)
         self.stats["prompt_tokens"] += sum(lens)

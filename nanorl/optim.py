@@ -25,6 +25,12 @@ def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True):
     return optimizers
 
 
+def load_states(optimizers, states):
+    """Put back what [o.state_dict() for o in optimizers] gave."""
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict(state)
+
+
 def lr_scale(step, steps, warmup=0, cooldown=0.0):
     """Factor on the learning rate at `step` of `steps`: linear from 0 over `warmup` steps, constant, then linear
     to 0 over the last `cooldown` share of the run."""

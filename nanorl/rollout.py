@@ -62,7 +62,7 @@ def length_table(rollouts, samples):
 
 
 # What the learner needs of some rows. N counts their sampled tokens; masks come from what was sampled, never from id values.
-Batch = namedtuple("Batch", "ids predicts targets advantages weights logprobs attended")
+Batch = namedtuple("Batch", "ids predicts targets advantages weights logprobs inputs attended")
 
 
 def micro_batches(rollouts, advantages, weights, token_budget, device):
@@ -71,7 +71,7 @@ def micro_batches(rollouts, advantages, weights, token_budget, device):
 
     Batch: ids (B, T) inputs padded on the right; predicts (B, T) bool, where the next token was sampled; and, one
     entry per sampled token in row order, targets, advantages, weights, and the sampler's logprobs, all (N,).
-    attended: (query, key) pairs of the causal attention, for counting FLOPs."""
+    inputs: tokens that are not padding; attended: (query, key) pairs of causal attention over them."""
     rows = [(rollout.prompt_ids, c, float(a), float(w)) for rollout, group_a, group_w in zip(rollouts, advantages, weights)
             for c, a, w in zip(rollout.completions, group_a, group_w)]
     rows.sort(key=lambda row: len(row[0]) + len(row[1].ids))
@@ -98,7 +98,7 @@ def _batch(rows, device):
     return Batch(ids.to(device), predicts.to(device), torch.tensor(flat(c.ids for _, c, _, _ in rows), device=device),
                  per_token([a for _, _, a, _ in rows]), per_token([w for _, _, _, w in rows]),
                  torch.tensor(flat(c.logprobs for _, c, _, _ in rows), dtype=torch.float64, device=device),
-                 sum(n * (n + 1) // 2 for n in lengths))
+                 sum(lengths), sum(n * (n + 1) // 2 for n in lengths))
 
 
 # ---- what a step's rollouts look like ----------------------------------------------------------------------

@@ -48,9 +48,11 @@ def _sync(path):
         os.close(fd)
 
 
-def save(directory, step, write_model, state):
+def save(directory, step, write_model, state, best_step=None):
     """write_model(path) puts the model directory at path; `state` goes to trainer.pt. All is written to a temporary
-    directory and flushed to disk before it takes its name."""
+    directory and flushed to disk before it takes its name; then old checkpoints go (see prune).
+
+    Returns a sentence that says what was saved and removed."""
     final, temporary = path_of(directory, step), os.path.join(directory, f".step_{step:06d}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
@@ -65,13 +67,14 @@ def save(directory, step, write_model, state):
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     _sync(directory)
-    return final
+    removed = prune(directory, best_step)
+    return f"saved {final}" + (f", removed {', '.join(removed)}" if removed else "")
 
 
-def prune(directory, best=None):
+def prune(directory, best_step=None):
     """Keep the first, the best and the last two checkpoints. Returns the paths removed."""
     steps = _steps(directory)
-    keep = {*steps[:1], *steps[-2:], best}
+    keep = {*steps[:1], *steps[-2:], best_step}
     removed = [path_of(directory, s) for s in steps if s not in keep]
     for path in removed:
         os.remove(os.path.join(path, "DONE"))  # from here on it is not a checkpoint, even if we die half-way

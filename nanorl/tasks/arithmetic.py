@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 
 from nanorl.tasks.answers import is_close, number_after
-from nanorl.tasks.problem import Problem, Reward, hash_columns, in_split
+from nanorl.tasks.problem import Problem, Reward, content_hash, hash_columns, in_split
 
 MARKER = "#"
 SIGNS = "+-*"
@@ -86,6 +86,11 @@ def work_out(sign, a, b):
     return products + ["+".join(str(a * p) for p in places) + f"={a * b}"] if len(places) > 1 else products
 
 
+def _coin(question, problem):
+    """True or False, half of the time each, fixed by the problem: which of two writers had it."""
+    return content_hash(question + problem.prompt[-1]["content"]) % 2 == 1
+
+
 class Arithmetic:
     """preset: one of PRESETS. demonstrations: what solution() writes: `direct` the answer at once, `worked` its
     steps before it, `mixed` half of the problems each. instruction: a sentence put before the problem.
@@ -119,6 +124,8 @@ class Arithmetic:
     def _worked(self, problem):
         numbers, signs = problem.meta["numbers"], problem.meta["signs"]
         if len(signs) == 1:
+            if signs == ["+"] and _coin("order", problem):  # either number may be written first
+                numbers = numbers[::-1]
             return " ".join(work_out(signs[0], *numbers))
         steps, value = [], numbers[0]
         for sign, n in zip(signs, numbers[1:]):
@@ -129,8 +136,8 @@ class Arithmetic:
 
     def solution(self, problem):
         style = self.demonstrations
-        if style == "mixed":  # which writer had this problem is fixed by the problem, so epochs repeat it
-            style = "worked" if random.Random(problem.prompt[-1]["content"]).random() < 0.5 else "direct"
+        if style == "mixed":
+            style = "worked" if _coin("style", problem) else "direct"
         return ("" if style == "direct" else self._worked(problem)) + MARKER + problem.answer
 
     def document(self, index):

@@ -1,0 +1,120 @@
+"""Speed against the machine's own rates, in one run: `python -m nanorl.tools.bench base`.
+
+    base    train_base.py's step against a plain eager fp32 loop with the same parameters
+    rates   the machine's fp32 and bf16 matrix rates and its copy bandwidth
+
+Ends with one JSON line. Compare ratios: these are of the same minute, absolute figures are of the machine's mood."""
+import json
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanorl.gpt import GPT, GPTConfig
+from nanorl.optim import make_optimizers, update
+from nanorl.runtime import dist
+from nanorl.runtime.config import configure
+
+depth = 4  # layers
+width = 128  # channels, for `base`
+vocab_size = 512  # tokens
+seq_len = 128  # tokens of a row
+batch_tokens = 2048  # tokens of a step
+seconds = 5.0  # measured per repetition
+repeats = 5  # repetitions, taken in turn
+dtype = "auto"  # activations of nanorl's step: auto, fp32, bf16
+
+
+def rates():
+    """GFLOP/s of fp32 and bf16 2048^3 products and GB/s of copying 256 MB (bytes read and written), best of 5."""
+    def best(f, work):
+        f()
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            f()
+            times.append(time.perf_counter() - begun)
+        return work / min(times) / 1e9
+    result = {}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(2048, 2048).to(kind)
+        result[f"{name}_gflops"] = round(best(lambda: a @ a, 2 * 2048 ** 3))
+    source, target = torch.zeros(2 ** 26), torch.zeros(2 ** 26)
+    result["copy_gb_s"] = round(best(lambda: target.copy_(source), 2 * 2 ** 28), 1)
+    return result
+
+
+class PlainGPT(nn.Module):
+    """What one would write first: LayerNorm, GELU, learned positions, fused q/k/v, eager fp32."""
+
+    def __init__(self, layers, width, heads, vocab, context):
+        super().__init__()
+        self.token, self.position, self.heads = nn.Embedding(vocab, width), nn.Embedding(context, width), heads
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            n1=nn.LayerNorm(width), qkv=nn.Linear(width, 3 * width), out=nn.Linear(width, width),
+            n2=nn.LayerNorm(width), up=nn.Linear(width, 4 * width), down=nn.Linear(4 * width, width))) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, ids):
+        B, T = ids.shape
+        x = self.token(ids) + self.position(torch.arange(T))
+        for b in self.blocks:
+            q, k, v = (t.view(B, T, self.heads, -1).transpose(1, 2) for t in b["qkv"](b["n1"](x)).chunk(3, -1))
+            x = x + b["out"](F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1))
+            x = x + b["down"](F.gelu(b["up"](b["n2"](x))))
+        return F.linear(self.norm(x), self.token.weight)
+
+
+def base():
+    """Tokens/s of both loops, in turn."""
+    torch.manual_seed(0)
+    head_dim = 64
+    config = GPTConfig(vocab_size, depth, width, width // head_dim, width // head_dim, head_dim, -(-8 * width // 3 // 64) * 64,
+                       qk_norm=True, tie_embeddings=True)
+    model = GPT(config).init_weights()
+    model.compute_dtype = dist.dtypes(dtype, torch.device("cpu"))[1]
+    params, optimizers = list(model.parameters()), make_optimizers(model, 0.02, 0.004, muon=False)
+    plain = PlainGPT(depth, width, width // head_dim, vocab_size, seq_len)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    ids = torch.randint(0, vocab_size, (batch_tokens // seq_len, seq_len + 1))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+
+    def ours():
+        h = model.hidden(inputs)
+        (-model.logprobs(h.flatten(0, 1), targets.flatten())[0].sum() / batch_tokens).backward()
+        update(optimizers, params, 1.0, 1.0)
+
+    def theirs():
+        F.cross_entropy(plain(inputs).flatten(0, 1), targets.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+
+    def tokens_per_second(step):
+        step()
+        n, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            step()
+            n += 1
+        return n * batch_tokens / (time.perf_counter() - begun)
+    pairs = [(tokens_per_second(ours), tokens_per_second(theirs)) for _ in range(repeats)]
+    ratios = sorted(a / b for a, b in pairs)
+    return dict(nanorl_params=config.n_params()[0], plain_params=sum(p.numel() for p in plain.parameters()),
+                dtype=str(model.compute_dtype), nanorl_tok_s=[round(a) for a, _ in pairs], plain_tok_s=[round(b) for _, b in pairs],
+                ratio_median=round(ratios[len(ratios) // 2], 2), ratio_min=round(ratios[0], 2), ratio_max=round(ratios[-1], 2))
+
+
+def main():
+    commands = {"base": base, "rates": dict}
+    if len(sys.argv) < 2 or sys.argv[1] not in (*commands, "--help"):
+        raise SystemExit(f"usage: python -m nanorl.tools.bench {{{','.join(commands)}}} [--name=value]")
+    settings = configure(globals(), sys.argv[1:] if sys.argv[1] == "--help" else sys.argv[2:])
+    result = dict(command=sys.argv[1], torch=torch.__version__, threads=torch.get_num_threads(), machine=rates(),
+                  settings=settings, **commands[sys.argv[1]]())
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
