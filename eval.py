@@ -14,7 +14,7 @@ from nanorl import evaluate
 from nanorl.engine import Engine
 from nanorl.hf import load_model
 from nanorl.runtime import checkpoint, dist
-from nanorl.runtime.config import configure
+from nanorl.runtime.config import at_least, configure
 from nanorl.tasks import get_task, parse_settings
 from nanorl.tokenizer import Tokenizer
 
@@ -37,6 +37,8 @@ show = 3  # completions to print
 
 def main():
     configure(globals())
+    at_least(globals(), 1, "max_new_tokens")
+    at_least(globals(), 0, "problems samples sample_problems device_rows temperature show")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     path = checkpoint.resolve(model or checkpoint.stage_directory(f"d{depth}", "rl"))

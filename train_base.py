@@ -16,7 +16,7 @@ from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
-from nanorl.runtime.config import configure
+from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, duration
 from nanorl.tasks import get_task, parse_settings
 from nanorl.tokenizer import Tokenizer
@@ -58,6 +58,8 @@ def document_stream(train_task, n):
 
 def main():
     settings = configure(globals())
+    at_least(globals(), 1, "depth vocab_size documents batch_tokens seq_len device_tokens log_every eval_tokens")
+    at_least(globals(), 0, "steps warmup eval_every save_every max_grad_norm")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     directory = checkpoint.stage_directory(run or f"d{depth}", "base")

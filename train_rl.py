@@ -18,7 +18,7 @@ from nanorl.engine import Engine
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
-from nanorl.runtime.config import configure
+from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, duration
 from nanorl.tasks import get_task, parse_settings
 from nanorl.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ def main():
     tokenizer = Tokenizer.from_pretrained(start)
     train_task = get_task(task, split="train", **parse_settings(task_args))
     val_task = get_task(task, split="val", **parse_settings(task_args))
-    engine = Engine(policy)
+    engine = Engine(policy, device_rows)
     P, G = prompts_per_step, samples_per_prompt
     if P > len(train_task):
         raise ValueError(f"prompts_per_step is {P}, but task {task} has only {len(train_task)} training problems")
@@ -87,10 +87,11 @@ def main():
         state = checkpoint.load_state(point)
         first_step, best, bad, flops = state["step"], state["best"], state["bad"], state["flops"]
         load_states(optimizers, state["optimizers"])
+        engine.max_rows = device_rows or state["device_rows"]
         log.cut(first_step)
         dist.say(f"resumed {point}")
-    row_limit = device_rows or int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min"))
-    engine.max_rows = max(G, row_limit)
+    if not engine.max_rows:  # resolved once, and again the same when the run is resumed
+        engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
 
     def problems_of(step):
         """P pairs (index, problem): each pass visits every training problem once, in an order given by the seed."""
@@ -168,7 +169,7 @@ def main():
         flops += sums["flops"] + sampled
         bad += not math.isfinite(norm)
         row.update({
-            "entropy": sums["entropy"] / sums["tokens"], "grad_norm": norm, "bad_steps": bad,
+            "entropy": sums["entropy"] / sums["tokens"], "grad_norm": norm, "updated": float(0 < norm < math.inf), "bad_steps": bad,
             "lr": lr * lr_scale(step, steps, warmup), "logp_diff/mean": sums["gap"] / sums["tokens"],
             "logp_diff/max": dist.total(max([x["gap_max"] for x in learned], default=0.0), "max"),
             "padding": 1 - sums["inputs"] / sums["padded"], "flops_total": flops,
@@ -188,7 +189,8 @@ def main():
             if row["reward"] > best["reward"]:
                 best = {"step": step + 1, "reward": row["reward"]}
             if dist.is_main():
-                state = dict(step=step + 1, best=best, bad=bad, flops=flops, optimizers=[o.state_dict() for o in optimizers], settings=settings)
+                state = dict(step=step + 1, best=best, bad=bad, flops=flops, device_rows=engine.max_rows, settings=settings,
+                             optimizers=[o.state_dict() for o in optimizers])
                 report = checkpoint.save(directory, step + 1, lambda path: save_model(policy, tokenizer, path), state, best["step"])
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
             dist.barrier()
@@ -203,11 +205,12 @@ def check_settings(start):
     """Refuse what cannot work, with the value and the remedy."""
     if not checkpoint.is_model(start):
         raise ValueError(f"no SFT model in {start}: make one with `python train_sft.py --depth={depth}`, or name one with --model=")
-    for name in ("prompts_per_step", "max_new_tokens", "steps", "device_tokens", "eval_problems"):
-        if globals()[name] < 1:
-            raise ValueError(f"--{name}={globals()[name]}: it must be at least 1")
+    at_least(globals(), 1, "prompts_per_step max_new_tokens steps device_tokens eval_problems probe_prompts")
+    at_least(globals(), 0, "device_rows lr warmup weight_decay max_grad_norm eval_every save_every")
     if samples_per_prompt < 2:
         raise ValueError(f"--samples_per_prompt={samples_per_prompt}: at least 2, because rewards are compared within a group")
+    if 0 < device_rows < samples_per_prompt:
+        raise ValueError(f"--device_rows={device_rows}: it must hold one group, --samples_per_prompt={samples_per_prompt}")
     if temperature <= 0:
         raise ValueError(f"--temperature={temperature}: it must be above 0, because training needs samples that differ")
     grpo.advantages(torch.zeros(1, 2), advantage), grpo.token_weights(torch.ones(1, 1), loss_norm)  # known names?

@@ -15,7 +15,7 @@ from nanorl.gpt import CausalAttention
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
-from nanorl.runtime.config import configure
+from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, duration
 from nanorl.tasks import get_task, parse_settings
 from nanorl.tokenizer import Tokenizer
@@ -51,6 +51,8 @@ save_every = 0  # steps between checkpoints; 0: only at the end
 
 def main():
     settings = configure(globals())
+    at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every")
+    at_least(globals(), 0, "examples steps warmup save_every max_grad_norm")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"

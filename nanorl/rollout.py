@@ -53,12 +53,12 @@ def score(task, problem, texts):
 
 def reward_table(rollouts, samples):
     """Rollouts -> total rewards (P, G) in float64."""
-    return torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts], dtype=torch.float64).view(-1, samples)
+    return torch.tensor([[r.total for r in rollout.rewards] for rollout in rollouts], dtype=torch.float64).reshape(len(rollouts), samples)
 
 
 def length_table(rollouts, samples):
     """Rollouts -> sampled tokens of each completion (P, G), int64."""
-    return torch.tensor([[len(c.ids) for c in rollout.completions] for rollout in rollouts], dtype=torch.long).view(-1, samples)
+    return torch.tensor([[len(c.ids) for c in rollout.completions] for rollout in rollouts], dtype=torch.long).reshape(len(rollouts), samples)
 
 
 # What the learner needs of some rows. N counts their sampled tokens; masks come from what was sampled, never from id values.

@@ -63,6 +63,8 @@ class Tokenizer:
         pattern, self.normalizer = _splitting_rule(spec)
         byte_of = _byte_of_char()
         self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        # Added tokens that are not marked special, such as Qwen3's <think>, are words of the text.
+        self.words = {token["content"] for token in spec["added_tokens"] if not token["special"]} - {DOCUMENT_END, TURN_START, TURN_END}
         ranks = {bytes(byte_of[c] for c in token): id for token, id in spec["model"]["vocab"].items() if token not in self.special}
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
         order = [spec["model"]["vocab"][a + b] for a, b in merges]
@@ -116,7 +118,7 @@ class Tokenizer:
         """str -> list of ids. The spelling of a special token is ordinary text."""
         if self.normalizer == "NFC":
             text = unicodedata.normalize("NFC", text)
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode(text, allowed_special=self.words, disallowed_special=())
 
     def decode(self, ids):
         """ids -> str. Bytes that are not UTF-8 become U+FFFD."""

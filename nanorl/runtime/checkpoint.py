@@ -64,7 +64,8 @@ def save(directory, step, write_model, state, best_step=None):
         f.write("whole\n")
         f.flush()
         os.fsync(f.fileno())
-    shutil.rmtree(final, ignore_errors=True)
+    _sync(temporary)
+    _remove(final)
     os.rename(temporary, final)
     _sync(directory)
     removed = prune(directory, best_step)
@@ -77,9 +78,15 @@ def prune(directory, best_step=None):
     keep = {*steps[:1], *steps[-2:], best_step}
     removed = [path_of(directory, s) for s in steps if s not in keep]
     for path in removed:
-        os.remove(os.path.join(path, "DONE"))  # from here on it is not a checkpoint, even if we die half-way
-        shutil.rmtree(path)
+        _remove(path)
     return removed
+
+
+def _remove(path):
+    if os.path.exists(os.path.join(path, "DONE")):
+        os.remove(os.path.join(path, "DONE"))  # from here on it is not a checkpoint, even if we die half-way
+    if os.path.exists(path):
+        shutil.rmtree(path)
 
 
 def load_state(path):

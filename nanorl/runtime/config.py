@@ -74,6 +74,13 @@ def configure(namespace, argv=None):
     return {name: namespace[name] for name in constants}
 
 
+def at_least(namespace, low, names):
+    """Refuse constants (names separated by spaces) that are below `low`, with the value and the remedy."""
+    for name in names.split():
+        if namespace[name] < low:
+            raise SystemExit(f"--{name}={namespace[name]}: it must be at least {low}")
+
+
 def _help(namespace, constants):
     lines, heading = [(namespace.get("__doc__") or "").strip()], None
     width = max(len(f"--{name}={default}") for name, (default, _, _) in constants.items())

@@ -12,6 +12,7 @@
 """
 import importlib.util
 import os
+import sys
 from functools import partial
 
 from nanorl.tasks.arithmetic import PRESETS, Arithmetic
@@ -52,10 +53,10 @@ def parse_settings(text):
 
 def _load_class(name):
     path, _, class_name = name.rpartition(":")
-    if not os.path.exists(path):
-        raise ValueError(f"task file {path!r} does not exist")
-    spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
-    module = importlib.util.module_from_spec(spec)
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        raise ValueError(f"task file {path!r} does not exist" if path.endswith(".py") else f"task file {path!r} is not a .py file")
+    spec = importlib.util.spec_from_file_location("task_" + os.path.basename(path)[:-3], path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # known by name, as dataclasses need
     spec.loader.exec_module(module)
     if not hasattr(module, class_name):
         raise ValueError(f"{path} has no class {class_name!r}")

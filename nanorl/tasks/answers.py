@@ -2,25 +2,29 @@
 import re
 from fractions import Fraction
 
-# 1,234.5 or 12 or .5, with an optional sign, dollar, and denominator (3/4). At most 30 digits in a run.
-_NUMBER = re.compile(r"(?P<sign>[-+])?\s?\$?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d{1,30}(?!\d)|(?=\.\d))"
-                     r"(?P<point>\.\d{1,30}(?!\d))?(?:/(?P<under>\d{1,30})(?![\d.]))?")
+# 1,234.5 or 12 or .5, with an optional sign, dollar, and denominator (3/4).
+_NUMBER = re.compile(r"(?P<sign>[-+])?\s?\$?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"
+                     r"(?P<point>\.\d+)?(?:/(?P<under>\d+(?:\.\d+)?))?")
+_LONGEST = 100  # characters of a number; a longer one is read whole, so that its tail is not taken for it, and is none
 _MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})  # other spellings of a minus
 
 
 def _value(match):
+    if len(match[0]) > _LONGEST:
+        return None
     number = Fraction((match["whole"].replace(",", "") or "0") + (match["point"] or ""))
     if match["under"]:
-        if not int(match["under"]):
+        under = Fraction(match["under"])
+        if not under:
             return None
-        number /= int(match["under"])
+        number /= under
     return -number if match["sign"] == "-" else number
 
 
 def number_after(text, marker):
     """The number that directly follows the last `marker` (white space and $ may stand between), else None."""
     head, found, tail = text.translate(_MINUS).rpartition(marker)
-    match = _NUMBER.match(tail.lstrip()) if found else None
+    match = _NUMBER.match(tail.lstrip().removeprefix("$").lstrip()) if found else None
     return _value(match) if match else None
 
 

@@ -101,6 +101,8 @@ class Arithmetic:
             raise ValueError(f"arithmetic preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
         if demonstrations not in ("direct", "worked", "mixed"):
             raise ValueError(f"demonstrations is {demonstrations!r}: it must be direct, worked or mixed")
+        if precision is not None and not str(precision).isdecimal():
+            raise ValueError(f"precision is {precision!r}: it must be a number of decimal places, such as 2")
         self.rows, self.demonstrations, self.instruction = _table(preset, split), demonstrations, instruction
         self.tolerance = 0 if precision is None else f"5e-{int(precision) + 1}"
 

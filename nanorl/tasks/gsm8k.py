@@ -3,7 +3,7 @@ import re
 
 from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.files import load_rows
-from nanorl.tasks.problem import Problem, Reward, content_hash
+from nanorl.tasks.problem import Problem, Reward, check_split, content_hash
 
 MARKER = "####"
 VAL_ROWS = 473  # taken out of the 7,473 training rows, for tuning; `test` is only for final numbers
@@ -14,6 +14,7 @@ class GSM8K:
     published test file. Reward 1 for the right number after the last '####', else 0."""
 
     def __init__(self, split="train"):
+        check_split(split)
         rows = load_rows("gsm8k", "test" if split == "test" else "train", "openai/gsm8k", "main")
         if split != "test":
             by_hash = sorted(rows, key=lambda row: content_hash(row["question"]))

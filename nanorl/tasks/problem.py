@@ -37,10 +37,14 @@ def hash_columns(columns):
 SPLITS = ("train", "val", "test")
 
 
+def check_split(split):
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}")
+
+
 def in_split(hashes, split):
     """Hashes -> which are in the split: val has 20%, test 10%, train the rest. A problem's content decides, so a
     problem trained on can never be validated on."""
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}")
+    check_split(split)
     tenth = hashes % np.uint64(10)
     return tenth < 2 if split == "val" else tenth == 2 if split == "test" else tenth > 2

@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from conftest import toy_model
+from nanorl.optim import lr_scale, make_optimizers, update
+
+
+@pytest.mark.parametrize("muon", [True, False])
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_a_gradient_that_is_zero_or_not_finite_changes_nothing(muon, bad):
+    """Muon with old momentum moves weights as far on a zero gradient as on a full one."""
+    model = toy_model(dtype=torch.float32)
+    params, optimizers = list(model.parameters()), make_optimizers(model, 0.02, 0.01, weight_decay=0.1, muon=muon)
+
+    def step(value):
+        for p in params:
+            p.grad = torch.full_like(p, value)
+        return update(optimizers, params, 1.0, 1.0)
+    assert step(1.0) > 0
+    weights = [p.clone() for p in params]
+    states = [str(o.state_dict()) for o in optimizers]
+    norm = step(bad)
+    assert norm == 0 if bad == 0 else not math.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(weights, params))
+    assert states == [str(o.state_dict()) for o in optimizers]
+    assert all(p.grad is None for p in params)
+    step(1.0)
+    assert not all(torch.equal(a, b) for a, b in zip(weights, params))
+
+
+def test_clipping_is_by_the_global_norm_and_reports_the_norm_before():
+    params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    sgd = torch.optim.SGD(params, lr=1.0)
+    sgd.param_groups[0]["initial_lr"] = 1.0
+    params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert update([sgd], params, 0.5, 1.0) == pytest.approx(5.0)
+    assert params[0].tolist() == pytest.approx([-0.3, 0.0]) and params[1].tolist() == pytest.approx([-0.4])
+
+
+def test_muon_gets_the_blocks_matrices_and_adamw_the_rest():
+    model = toy_model()
+    muon, adamw = make_optimizers(model, 0.02, 0.01)
+    hidden = {id(p) for p in muon.param_groups[0]["params"]}
+    assert hidden == {id(p) for n, p in model.named_parameters() if "_proj" in n}
+    assert len(hidden) + len(adamw.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_schedule():
+    assert [lr_scale(s, 10, warmup=4) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert [lr_scale(s, 10, cooldown=0.5) for s in range(10)] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert lr_scale(9, 10) == 1.0

@@ -1,0 +1,245 @@
+"""The scripts as a person runs them, on a model of 80 thousand parameters: end to end, killed and resumed, on two ranks."""
+import gzip
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT
+
+SMALL = ["--depth=1", "--task=0-20", "--device=cpu"]
+TOY = "--task=" + os.path.join(ROOT, "tests", "toy_task.py") + ":Toy"
+RL = SMALL + [TOY, "--prompts_per_step=4", "--samples_per_prompt=4", "--max_new_tokens=12", "--eval_problems=10", "--probe_prompts=4", "--steps=6",
+              "--device_rows=8", "--eval_every=2", "--save_every=1", "--lr=1e-3", "--dtype=fp64"]
+MEASURED = ("time", "tok_per_s/", "time/", "memory/")  # fields of the clock and the machine
+
+
+def call(script, *arguments):
+    """Run a script in this process; returns its exit message or code (None: it returned)."""
+    argv, sys.argv = sys.argv, [script, *arguments]
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
+            signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """An out/ folder with a base and an SFT model."""
+    folder = tmp_path_factory.mktemp("out")
+    os.environ["NANORL_OUT"] = str(folder)
+    assert call("train_base.py", *SMALL, "--run=a", "--documents=300", "--vocab_size=300", "--steps=6", "--batch_tokens=512", "--seq_len=64",
+                "--save_every=2") is None
+    assert call("train_sft.py", *SMALL, "--run=a", "--steps=30", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=10") is None
+    yield folder
+    del os.environ["NANORL_OUT"]
+
+
+def rows(directory):
+    with open(directory / "metrics.jsonl", encoding="utf-8") as f:
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)} for line in f]
+
+
+def assert_same_run(a, b, last):
+    """Weights, optimizer, metrics rows and rollouts are bitwise the same, fields of the clock apart."""
+    assert rows(a) == rows(b)
+    weights = [load_file(d / last / "model.safetensors") for d in (a, b)]
+    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    states = [torch.load(d / last / "trainer.pt", weights_only=True) for d in (a, b)]
+    for state in states:
+        state["settings"].pop("run"), state["settings"].pop("resume")
+    assert str(states[0]) == str(states[1])
+    for name in sorted(os.listdir(a / "rollouts")) if (a / "rollouts").exists() else []:
+        assert (a / "rollouts" / name).read_bytes() == (b / "rollouts" / name).read_bytes()
+
+
+def start_and_kill(script, arguments, directory, steps):
+    """kill -9 once at least `steps` checkpoints have been whole; returns how many there were at the end."""
+    process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    marker = directory / f"step_{steps:06d}" / "DONE"
+    deadline = time.time() + 120
+    while not marker.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert marker.exists()
+
+
+def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
+    assert call("train_rl.py", *RL, "--run=a") is None
+    model = f"--model={out / 'a' / 'sft'}"
+    assert call("train_rl.py", *RL, "--run=c", model) is None
+    start_and_kill("train_rl.py", [*RL, "--run=d", model], out / "d" / "rl", 2)
+    assert call("train_rl.py", *RL, "--run=d", model, "--resume=must") is None
+    assert_same_run(out / "c" / "rl", out / "d" / "rl", "step_000006")
+    assert rows(out / "a" / "rl") == rows(out / "c" / "rl")  # one seed, one run
+    assert all(r["updated"] for r in rows(out / "c" / "rl")[1:]), "nothing was learnt: the test would show little"
+
+
+def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
+    """Resumed from a checkpoint in the middle: what came after it is taken away, as if the process had died there."""
+    import shutil
+    for script, stage, keep, last, arguments in [
+            ("train_base.py", "base", "step_000002", "step_000006", ["--documents=300", "--vocab_size=300", "--steps=6", "--batch_tokens=512", "--seq_len=64", "--save_every=2"]),
+            ("train_sft.py", "sft", "step_000010", "step_000030", ["--steps=30", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=10"])]:
+        shutil.copytree(out / "a" / stage, out / "before" / stage)
+        for name in os.listdir(out / "a" / stage):
+            if name.startswith("step_") and name != keep:
+                shutil.rmtree(out / "a" / stage / name)
+        assert call(script, *SMALL, "--run=a", "--resume=must", *arguments) is None
+        assert_same_run(out / "before" / stage, out / "a" / stage, last)
+
+
+def test_two_ranks_give_the_rows_of_one(out):
+    model = f"--model={out / 'a' / 'sft'}"
+    assert call("train_rl.py", *RL, "--run=one", model) is None
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "--", "train_rl.py", *RL, "--run=two", model],
+                   cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    one, two = rows(out / "one" / "rl"), rows(out / "two" / "rl")
+    assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(7))
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"padding"}:  # each rank packs its own rows
+            assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-11), name
+    texts = lambda run: [json.loads(line)["completion"] for line in gzip.open(out / run / "rl" / "rollouts" / "step_000006.jsonl.gz", "rt")]
+    assert texts("one") == texts("two")
+
+
+def test_what_a_run_leaves(out):
+    assert call("train_rl.py", *RL, "--run=left", f"--model={out / 'a' / 'sft'}", "--steps=3") is None
+    directory = out / "left" / "rl"
+    card = json.loads((directory / "run.json").read_text())
+    assert card["settings"]["prompts_per_step"] == 4 and card["device_rows"] >= 4 and card["torch"] == torch.__version__
+    assert [r["step"] for r in rows(directory)] == [0, 1, 2, 3]
+    assert "val/accuracy" in rows(directory)[2] and "val/accuracy" not in rows(directory)[1]
+    records = [json.loads(line) for line in gzip.open(directory / "rollouts" / "step_000001.jsonl.gz", "rt", encoding="utf-8")]
+    assert len(records) == 16
+    assert records[0]["prompt"].startswith("<|im_start|>user\nWrite about ") and records[0]["prompt"].endswith("<|im_start|>assistant\n")
+    assert {"completion", "reward", "parts", "advantage", "finish", "tokens"} <= records[0].keys()
+    assert sorted(os.listdir(directory / "step_000003")) == sorted([
+        "DONE", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "trainer.pt"])
+
+
+def test_weights_move_only_where_there_is_signal(out):
+    """A model that solves nothing gets no gradient, and nothing at all changes: no momentum, no decay."""
+    hard = ["--task=chain4", "--run=hard", f"--model={out / 'a' / 'base'}", "--steps=2", "--weight_decay=0.1"]
+    assert call("train_rl.py", *RL, *hard) is None
+    assert [r["updated"] for r in rows(out / "hard" / "rl")[1:]] == [0.0, 0.0]
+    start = load_file(out / "a" / "base" / "step_000006" / "model.safetensors")
+    end = load_file(out / "hard" / "rl" / "step_000002" / "model.safetensors")
+    assert all(torch.equal(start[k].double(), end[k]) for k in start)
+
+
+def test_forecast_warns_when_the_task_is_too_hard(out, capsys):
+    assert call("train_rl.py", *RL, "--task=chain4", "--run=dry", f"--model={out / 'a' / 'base'}", "--dry_run") is None
+    said = capsys.readouterr().out
+    assert "4 problems x 4 samples = 16 rows" in said and "0 of 16 samples solved" in said and "too hard" in said
+    assert not (out / "dry" / "rl" / "step_000006").exists()
+
+
+def test_eval_writes_outcomes_that_can_be_judged_again(out):
+    assert call("eval.py", f"--model={out / 'a' / 'sft'}", "--task=0-20", "--problems=12", "--samples=4", "--sample_problems=5", "--max_new_tokens=12") is None
+    folder = out / "a" / "sft" / "step_000030" / "eval"
+    outcomes = [json.loads(line) for line in (folder / "0-20.val.jsonl").read_text().splitlines()]
+    assert [len(o["texts"]) for o in outcomes] == [1] * 12 + [4] * 5
+    result = json.loads((folder / "0-20.val.json").read_text())
+    assert result["n"] == 12 and result["accuracy"] == sum(o["rewards"][0] for o in outcomes[:12]) / 12
+    assert {"pass@1", "pass@2", "pass@4"} <= result["sampled"].keys()
+
+
+def test_a_users_own_task_in_every_stage(out, tmp_path):
+    (tmp_path / "vowels.py").write_text('''
+from nanorl.tasks import Problem, Reward
+
+class Vowels:
+    """Count the vowels of a made-up word."""
+    def __init__(self, split="train", letters="5"):
+        self.offset, self.letters = {"train": 0, "val": 1000, "test": 2000}[split], int(letters)
+    def __len__(self):
+        return 200
+    def problem(self, index):
+        word = "".join("abcdefghij"[(index + self.offset) // 10 ** k % 10] for k in range(self.letters))
+        return Problem([{"role": "user", "content": "Vowels in " + word}], str(sum(c in "aei" for c in word)))
+    def solution(self, problem):
+        return problem.answer
+    def reward(self, problem, completion):
+        return Reward(float(completion.strip() == problem.answer), {"digit": float(completion.strip().isdigit())})
+''')
+    task = [f"--task={tmp_path / 'vowels.py'}:Vowels", "--task_args=letters=4", "--depth=1", "--run=own", "--device=cpu"]
+    assert call("train_sft.py", *task, f"--model={out / 'a' / 'base'}", "--steps=3", "--batch_tokens=512", "--seq_len=64") is None
+    assert call("train_rl.py", *RL, *task, "--steps=1") is None
+    assert "reward/digit" in rows(out / "own" / "rl")[1]
+    assert call("eval.py", f"--model={out / 'own' / 'rl'}", *task[:2], "--problems=5", "--samples=0") is None
+
+
+MISTAKES = [
+    ("train_rl.py", ["--stpes=3"], "did you mean --steps"),
+    ("train_rl.py", ["--steps=many"], "--steps=many"),
+    ("train_rl.py", ["--run=nowhere"], "python train_sft.py --depth="),
+    ("train_sft.py", ["--run=nowhere"], "python train_base.py --depth="),
+    ("eval.py", ["--model=nowhere"], "no model in nowhere"),
+    ("train_rl.py", ["--samples_per_prompt=1"], "samples_per_prompt=1"),
+    ("train_rl.py", ["--prompts_per_step=-2"], "prompts_per_step=-2"),
+    ("train_rl.py", ["--temperature=0"], "temperature=0"),
+    ("train_rl.py", ["--advantage=median"], "'median'"),
+    ("train_rl.py", ["--loss_norm=batch"], "'batch'"),
+    ("train_rl.py", ["--dtype=fp8"], "fp8"),
+    ("train_rl.py", ["--task=sudoku"], "no task 'sudoku'"),
+    ("train_rl.py", ["--task=nofile.py:Task"], "nofile.py"),
+    ("train_rl.py", ["--task_args=demonstrations=spoken"], "'spoken'"),
+    ("train_rl.py", ["--task_args=colour=red"], "colour"),
+    ("train_rl.py", ["--max_new_tokens=5000"], "context"),
+    ("train_rl.py", ["--prompts_per_step=5000"], "5000"),
+    ("train_rl.py", ["--device_rows=2"], "device_rows=2"),
+    ("train_rl.py", ["--resume=maybe"], "maybe"),
+    ("train_rl.py", ["--resume=must"], "no checkpoint"),
+    ("train_sft.py", ["--seq_len=8"], "--seq_len"),
+    ("train_sft.py", ["--steps=-1"], "steps=-1"),
+    ("train_base.py", ["--batch_tokens=1000", "--seq_len=64"], "1000"),
+    ("train_base.py", ["--depth=0"], "0"),
+]
+
+
+@pytest.mark.parametrize("script,mistake,words", MISTAKES, ids=[f"{s}{m}" for s, m, _ in MISTAKES])
+def test_a_users_mistake_gets_one_line(out, script, mistake, words):
+    """With the value and the remedy, and no traceback: anything but SystemExit would come through `call`."""
+    run = [] if script == "eval.py" or mistake[0].startswith("--run") else [f"--run=m{abs(hash(str(mistake)))}"]
+    small = [] if script == "eval.py" else SMALL
+    model = [f"--model={out / 'a' / ('sft' if script == 'train_rl.py' else 'base')}"] if run and script != "train_base.py" else []
+    message = call(script, *small, *run, *model, *mistake)
+    assert isinstance(message, str) and words in message and "\n" not in message
+
+
+def test_changed_constants_do_not_silently_resume(out):
+    assert call("train_rl.py", *RL, "--run=changed", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    message = call("train_rl.py", *RL, "--run=changed", f"--model={out / 'a' / 'sft'}", "--steps=2", "--lr=5e-4")
+    assert "lr: 0.001 -> 0.0005" in message and "--run=" in message
+    assert call("train_rl.py", *RL, "--run=changed", f"--model={out / 'a' / 'sft'}", "--steps=2") is None  # more steps is the same run
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_save_and_leave(out, number, code):
+    run = f"signal{code}"
+    process = subprocess.Popen([sys.executable, "train_rl.py", *RL, f"--run={run}", f"--model={out / 'a' / 'sft'}", "--steps=100000", "--save_every=0"],
+                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = out / run / "rl" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == code and "Traceback" not in error
+    last = rows(out / run / "rl")[-1]["step"]
+    assert (out / run / "rl" / f"step_{last:06d}" / "DONE").exists()

@@ -1,0 +1,110 @@
+"""From problems to micro-batches: what is trained on is what was sampled."""
+import pytest
+import torch
+
+from conftest import toy_model
+from nanorl import grpo, rollout
+from nanorl.engine import Completion, Engine
+from nanorl.gpt import token_logprobs
+from nanorl.tasks import Problem, Reward
+
+
+def made(prompt, completions, rewards):
+    return rollout.Rollout(Problem([], ""), prompt, [Completion(ids, [-0.1 * i for i in ids], done) for ids, done in completions],
+                           [str(ids) for ids, _ in completions], [Reward(r, {"correct": r}) for r in rewards])
+
+
+# Token 0 is sampled, ends a row, and is also the padding: only the record of what was sampled can tell them apart.
+ROLLOUTS = [made([7, 8], [([5, 0, 4, 0], True), ([0], True)], [1.0, 0.0]),
+            made([9], [([1, 2, 3, 4, 5, 6], False), ([6, 6], True)], [0.0, 0.0])]
+
+
+@pytest.mark.parametrize("budget", [1, 8, 1000])
+def test_targets_are_exactly_the_sampled_tokens(budget):
+    a = grpo.advantages(rollout.reward_table(ROLLOUTS, 2))
+    lengths = rollout.length_table(ROLLOUTS, 2)
+    assert lengths.tolist() == [[4, 1], [6, 2]]
+    seen = []
+    for batch in rollout.micro_batches(ROLLOUTS, a, grpo.token_weights(lengths, "sequence"), budget, "cpu"):
+        assert batch.ids.numel() <= max(budget, batch.ids.size(1))
+        counts = batch.predicts.sum(1)
+        for row, predicts, t, adv, w, lp in zip(batch.ids, batch.predicts, *(x.split(counts.tolist()) for x in (
+                batch.targets, batch.advantages, batch.weights, batch.logprobs))):
+            first = int(predicts.nonzero()[0])
+            whole = row[:first + 1].tolist() + t.tolist()  # the prompt, then what was sampled
+            assert row[first + 1:first + len(t)].tolist() == t.tolist()[:-1]  # each input predicts the next
+            seen.append((whole, t.tolist(), float(adv[0]), float(w[0]), lp.tolist()))
+            assert (adv == adv[0]).all()
+    expected = [(r.prompt_ids + c.ids, c.ids, float(x), 1 / len(c.ids), c.logprobs) for r, g in zip(ROLLOUTS, a) for c, x in zip(r.completions, g)]
+    assert sorted(seen) == sorted(expected)
+
+
+def step_gradient(model, rollouts, budget, kind="token"):
+    """The gradient of one RL step, as train_rl.py takes it."""
+    model.zero_grad()
+    a = grpo.advantages(rollout.reward_table(rollouts, 2))
+    lengths = rollout.length_table(rollouts, 2)
+    n = grpo.denominator(lengths, kind)
+    for batch in rollout.micro_batches(rollouts, a, grpo.token_weights(lengths, kind, 8), budget, "cpu"):
+        logprobs, _ = model.logprobs(model.hidden(batch.ids)[batch.predicts], batch.targets, 0.9)
+        grpo.policy_loss(logprobs, batch.advantages, batch.weights, n).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence", "constant"])
+def test_gradient_does_not_depend_on_the_micro_batch_and_equals_a_row_at_a_time(kind):
+    model = toy_model()
+    whole = step_gradient(model, ROLLOUTS, 1000, kind)
+    assert (step_gradient(model, ROLLOUTS, 1, kind) - whole).abs().max() <= 1e-10
+    model.zero_grad()
+    loss = 0.0
+    for r in ROLLOUTS:
+        rewards = [x.total for x in r.rewards]
+        for c, reward in zip(r.completions, rewards):
+            ids = torch.tensor([r.prompt_ids + c.ids])
+            lp = token_logprobs(model(ids)[0, len(r.prompt_ids) - 1:-1], torch.tensor(c.ids), 0.9).sum()
+            scale = {"token": 1 / 13, "sequence": 1 / len(c.ids) / 4, "constant": 1 / 8 / 4}[kind]
+            loss = loss - (reward - sum(rewards) / 2) * lp * scale
+    loss.backward()
+    assert (torch.cat([p.grad.flatten() for p in model.parameters()]) - whole).abs().max() <= 1e-10
+
+
+class Bad:
+    def reward(self, problem, text):
+        if "x" in text:
+            raise RuntimeError("no")
+        return Reward(1.0)
+
+
+def test_a_reward_that_raises_scores_zero_and_is_counted():
+    rewards, errors = rollout.score(Bad(), None, ["a", "x", "b"])
+    assert [r.total for r in rewards] == [1.0, 0.0, 1.0] and errors == 1
+
+
+def test_generate_strips_the_stop_token_in_the_text_only(tokenizer):
+    class Task:
+        def reward(self, problem, text):
+            return Reward(float(len(text)))
+    model = toy_model(vocab=tokenizer.n_tokens)
+    problems = [Problem([{"role": "user", "content": "12 + 34"}], "46")] * 2
+    result = rollout.generate(Engine(model), tokenizer, Task(), problems, [1, 2], 8, 200, 1.0)
+    finished = [(c, t) for r in result for c, t in zip(r.completions, r.texts) if c.finished]
+    assert finished, "no row stopped: the test would show nothing"
+    for c, text in finished:
+        assert c.ids[-1] in tokenizer.stop_ids and text == tokenizer.decode(c.ids[:-1])
+    assert result[0].texts != result[1].texts  # another key, other samples
+    assert result[0].prompt_ids == tokenizer.render_prompt(problems[0].prompt)
+
+
+def test_keys_depend_on_seed_step_and_problem_only():
+    keys = {rollout.prompt_key(s, t, i) for s in range(3) for t in range(10) for i in range(100)}
+    assert len(keys) == 3000 and all(0 <= k < 2 ** 63 for k in keys)
+
+
+def test_metrics_by_hand():
+    m = rollout.metrics(ROLLOUTS)
+    assert m["reward"] == 0.25 and m["reward/correct"] == 0.25
+    assert m["frac_reward_zero_std"] == 0.5
+    assert m["completions/mean_length"] == 13 / 4 and m["completions/clipped_ratio"] == 0.25
+    assert m["tokens_with_signal"] == pytest.approx(5 / 13)
+    assert m["reward_std"] == pytest.approx((0.5 ** 0.5 + 0) / 2)
