@@ -32,12 +32,13 @@ depth = 4  # layers; the width is 64 x depth
 vocab_size = 512  # tokens of the BPE to train
 task = "sum3"  # whose built-in documents to learn from
 task_args = ""  # the task's settings, 'name=value; name=value'
-documents = 20000  # how many of them
+documents = 20000  # how many of them, at most one a training problem
 # ---- optimization
 steps = 0  # optimizer steps; 0: 20 tokens per parameter
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks
 seq_len = 256  # tokens of a row
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
+compile = False  # torch.compile the forward: about 1.8 times faster after half a minute; needs a C++ compiler
 matrix_lr = 0.02  # Muon, the blocks' matrices
 other_lr = 0.004  # AdamW, embeddings, norms and head
 warmup = 10  # steps of linear warm-up
@@ -72,12 +73,13 @@ def main():
         source = get_task(task, split="train", **parse_settings(task_args))
         if not hasattr(source, "document"):
             raise ValueError(f"task {task} has no document(): it cannot make text for pretraining")
-        sample = [source.document(i) for i in range(min(documents, 5000))]
-        turns = [f"user\n{p.prompt[-1]['content']}assistant\n" for p in map(source.problem, range(500))]
+        n = min(documents, len(source))
+        sample = [source.document(i) for i in range(min(n, 5000))]
+        turns = [f"user\n{p.prompt[-1]['content']}assistant\n" for p in map(source.problem, range(min(n, 500)))]
         os.makedirs(os.path.join(directory, "tokens"), exist_ok=True)
         tokenizer = Tokenizer.train(sample + turns, vocab_size)
         tokenizer.save(os.path.join(directory, "tokens"))
-        tokenize(document_stream(source, documents), tokenizer, os.path.join(directory, "tokens"))
+        tokenize(document_stream(source, n), tokenizer, os.path.join(directory, "tokens"))
     dist.barrier()
     tokenizer = Tokenizer.from_pretrained(os.path.join(directory, "tokens"))
 
@@ -114,6 +116,8 @@ def main():
         h = model.hidden(inputs.to(place))  # (rows, T, C)
         return -model.logprobs(h.flatten(0, 1), targets.to(place).flatten())[0].sum()
 
+    fast_loss_sum = torch.compile(loss_sum) if compile else loss_sum
+
     @torch.no_grad()
     def bits_per_byte():
         """Validation loss; every rank takes its share of the windows."""
@@ -132,7 +136,7 @@ def main():
         micro = max(1, device_tokens // seq_len)
         loss = 0.0
         for i, t in zip(inputs.split(micro), targets.split(micro)):
-            part = loss_sum(i, t) / batch_tokens  # batch_tokens is the whole step's count, over ranks
+            part = fast_loss_sum(i, t) / batch_tokens  # batch_tokens is the whole step's count, over ranks
             part.backward()
             loss += float(part.detach())
         dist.sum_gradients(params)

@@ -77,7 +77,7 @@ def pack(examples, seq_len):
     for example in sorted(examples, key=lambda e: -len(e[0])):  # stable, so the order is fixed
         n = len(example[0])
         if n > seq_len:
-            raise ValueError(f"an example of {n} tokens does not fit a row: raise --seq_len (now {seq_len})")
+            raise ValueError(f"an example of {n} tokens does not fit a row of {seq_len}: raise --seq_len")
         free = next((f for f in range(n, seq_len) if room.get(f)), None)
         if free is None:
             rows.append([])

@@ -223,15 +223,16 @@ class Engine:
                 mine.copy_(theirs)
 
     def bytes_per_row(self, new_tokens):
-        """Cache bytes of one row's suffix."""
+        """Memory that one more row takes while it is decoded: its suffix cache, as much again for its prompt (which
+        rows of a group share), and some fp32 copies of its logits."""
         c = self.learner.config
-        return 2 * c.n_layer * c.n_kv_head * c.head_dim * new_tokens * self.learner.compute_dtype.itemsize
+        token = 2 * c.n_layer * c.n_kv_head * c.head_dim * self.learner.compute_dtype.itemsize
+        return 2 * new_tokens * token + 5 * 4 * c.n_tokens
 
     def _prefill(self, batch, prompts):
         """Prompts (lists of ids) into the next free places of the prompt cache -> logits after each, (p, V)."""
         first, lens = batch.n_prompts, [len(p) for p in prompts]
         ids = torch.tensor([p + [0] * (max(lens) - len(p)) for p in prompts], device=batch.device)  # (p, T)
-
         causal = CausalAttention()
 
         def attend(layer, q, k, v):

@@ -1,0 +1,201 @@
+"""A checkpoint is whole or it is not there, whenever the process dies; and which run may be resumed."""
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from nanorl.runtime import checkpoint
+
+SETTINGS = dict(steps=40, lr=2e-4, seed=0, task="sum3", save_every=10, save_reward_above=1.0, eval_every=10, log_every=5,
+                run="d4", resume="auto", dry_run=False, device_rows=0, device_tokens=16384)
+
+
+def save(directory, step, version=0, best_step=None, settings=SETTINGS):
+    """A checkpoint of three files, in each of which step and version can be checked."""
+    def write_model(path):
+        for name in ("config.json", "model.safetensors"):
+            with open(os.path.join(path, name), "w") as f:
+                f.write(f"{step} {version}\n" * 2000)
+    state = {"step": step, "version": version, "weights": torch.full((2000,), float(step)), "settings": settings}
+    return checkpoint.save(str(directory), step, write_model, state, best_step)
+
+
+def version_of(path):
+    """The version of a checkpoint all of whose files belong to the same save."""
+    state = checkpoint.load_state(path)
+    step = int(os.path.basename(path).removeprefix("step_"))
+    assert state["step"] == step and bool((state["weights"] == step).all())
+    for name in ("config.json", "model.safetensors"):
+        with open(os.path.join(path, name)) as f:
+            assert f.read() == f"{step} {state['version']}\n" * 2000
+    return state["version"]
+
+
+def whole(directory):
+    """{step: version} of all that are found as checkpoints; fails if one of them is not whole."""
+    found = {s: version_of(checkpoint.path_of(str(directory), s)) for s in checkpoint._steps(str(directory))}
+    newest = checkpoint.latest(str(directory))
+    assert newest == (checkpoint.path_of(str(directory), max(found)) if found else None)
+    return found
+
+
+def test_saved_is_found_and_loaded(tmp_path):
+    assert checkpoint.latest(str(tmp_path / "none")) is None and whole(tmp_path) == {}
+    assert save(tmp_path, 9) == f"saved {tmp_path / 'step_000009'}"
+    save(tmp_path, 10, version=3)
+    assert whole(tmp_path) == {9: 0, 10: 3}
+    assert checkpoint.resolve(str(tmp_path)) == str(tmp_path / "step_000010")
+    assert checkpoint.resolve(str(tmp_path / "step_000009")) == str(tmp_path / "step_000009")
+    assert checkpoint.resolve(str(tmp_path / "none")) == str(tmp_path / "none")
+    save(tmp_path, 10, version=4)  # once more in its place
+    assert whole(tmp_path) == {9: 0, 10: 4}
+
+
+def test_newest_is_by_number_not_by_name(tmp_path):
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert checkpoint.latest(str(tmp_path)).endswith("step_1000000")
+
+
+def test_a_save_that_fails_leaves_none_and_the_earlier_one_intact(tmp_path):
+    def write_half(path):
+        with open(os.path.join(path, "config.json"), "w") as f:
+            f.write("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(str(tmp_path), 1, write_half, {})
+    assert whole(tmp_path) == {}
+    save(tmp_path, 1)
+    for step in (1, 2):
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint.save(str(tmp_path), step, write_half, {})
+        assert whole(tmp_path) == {1: 0}
+    save(tmp_path, 2)  # what the failed one left is no obstacle
+    assert whole(tmp_path) == {1: 0, 2: 0}
+
+
+def test_without_done_it_is_not_a_checkpoint(tmp_path):
+    save(tmp_path, 1), save(tmp_path, 2)
+    os.remove(tmp_path / "step_000002" / "DONE")
+    os.makedirs(tmp_path / "step_000003x"), os.makedirs(tmp_path / "tokens")  # nor are other folders
+    assert whole(tmp_path) == {1: 0}
+
+
+def test_prune_keeps_first_best_and_last_two_and_reports_the_others(tmp_path):
+    said = [save(tmp_path, step, best_step=3) for step in range(1, 8)]
+    assert sorted(os.listdir(tmp_path)) == [f"step_{s:06d}" for s in (1, 3, 6, 7)]
+    removed = {step: text.partition(", removed ")[2] for step, text in enumerate(said, 1)}
+    path = str(tmp_path / "step_00000")
+    assert removed == {1: "", 2: "", 3: "", 4: f"{path}2", 5: "", 6: f"{path}4", 7: f"{path}5"}
+    assert checkpoint.prune(str(tmp_path), best_step=None) == [f"{path}3"]
+
+
+# ---- death at any moment ------------------------------------------------------------------------------------
+
+class Killed(BaseException):
+    """Raised in place of a system call; from then on no other is made, as after a real death."""
+
+
+@pytest.mark.parametrize("step, allowed", [
+    (4, [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0, 4: 1}, {1: 0, 3: 0, 4: 1}]),  # before; saved; and step 2 pruned
+    (3, [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0}, {1: 0, 2: 0, 3: 1}]),  # a second save of step 3: old, absent or new
+])
+def test_death_before_each_system_call_of_a_save(tmp_path, monkeypatch, step, allowed):
+    for s in (1, 2, 3):
+        save(tmp_path / "start", s)
+    seen, dead = [], True
+    while dead:
+        directory, calls, dead = tmp_path / str(len(seen)), [], False
+        shutil.copytree(tmp_path / "start", directory)
+
+        def dying(real):
+            def call(*args, **kwargs):
+                if len(calls) == len(seen):
+                    raise Killed
+                calls.append(real)
+                return real(*args, **kwargs)
+            return call
+
+        with monkeypatch.context() as patched:
+            for name in ("open", "mkdir", "fsync", "rename", "remove", "unlink", "rmdir"):
+                patched.setattr(os, name, dying(getattr(os, name)))
+            try:
+                save(directory, step, version=1)
+            except Killed:
+                dead = True
+        seen.append(whole(directory))
+        assert seen[-1] in allowed
+    assert len(seen) > 15 and all(state in seen for state in allowed) and seen[-1] == allowed[-1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_sigkill_at_random_moments(tmp_path):
+    rng, before = random.Random(0), 0
+    for _ in range(10):
+        child = os.fork()  # not a fresh interpreter: importing torch takes longer than all saves together
+        if child == 0:
+            try:
+                for step in range(before + 1, before + 1000):
+                    save(tmp_path, step, best_step=3)
+            finally:
+                os._exit(1)
+        try:
+            newest = None
+            while newest is None or newest <= before:  # at least one save is through
+                assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child failed"
+                newest = max(checkpoint._steps(str(tmp_path)), default=None)
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.03))
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        found = whole(tmp_path)
+        assert max(found) >= newest and 1 in found
+        before = max(found)
+
+
+# ---- resuming -----------------------------------------------------------------------------------------------
+
+def test_resume_auto_never_must(tmp_path):
+    directory = str(tmp_path)
+    assert checkpoint.resume_point(directory, "auto", SETTINGS) is None
+    assert checkpoint.resume_point(directory, "never", SETTINGS) is None
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        checkpoint.resume_point(directory, "must", SETTINGS)
+    save(tmp_path, 5), save(tmp_path, 10)
+    for resume in ("auto", "must"):
+        assert checkpoint.resume_point(directory, resume, SETTINGS) == str(tmp_path / "step_000010")
+    with pytest.raises(ValueError, match="--resume=never.*choose another --run"):
+        checkpoint.resume_point(directory, "never", SETTINGS)
+    with pytest.raises(ValueError, match="--resume=yes: it must be auto, never or must"):
+        checkpoint.resume_point(directory, "yes", SETTINGS)
+
+
+def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
+    save(tmp_path, 5)
+    for resume in ("auto", "must"):
+        with pytest.raises(ValueError) as error:
+            checkpoint.resume_point(str(tmp_path), resume, {**SETTINGS, "lr": 1e-4, "task": "0-20", "eval_every": 1, "kl_coef": 0.1})
+        said = str(error.value)
+        assert "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said and "--run=" in said
+
+
+def test_constants_that_may_change(tmp_path):
+    save(tmp_path, 5)
+    changed = dict(steps=80, save_every=1, save_reward_above=0.5, eval_every=1, log_every=1, run="x", resume="must", dry_run=True, device_rows=8)
+    assert checkpoint.resume_point(str(tmp_path), "auto", {**SETTINGS, **changed}) == str(tmp_path / "step_000005")
+    for name in SETTINGS.keys() - changed.keys():
+        with pytest.raises(ValueError, match=f"other constants \\({name}: "):
+            checkpoint.resume_point(str(tmp_path), "auto", {**SETTINGS, name: "other"})
+
+
+def test_a_model_is_not_a_run(tmp_path):
+    save(tmp_path, 5)
+    os.remove(tmp_path / "step_000005" / "trainer.pt")
+    with pytest.raises(ValueError, match="no trainer.pt"):
+        checkpoint.resume_point(str(tmp_path), "auto", SETTINGS)

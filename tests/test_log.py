@@ -1,0 +1,85 @@
+"""metrics.jsonl, rollouts/ and what a resumed run forgets of them."""
+import gzip
+import json
+
+import pytest
+
+from nanorl.runtime.log import RunLog, duration
+
+
+def rows(log):
+    with open(log._path("metrics.jsonl"), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def stored(tmp_path):
+    return sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_rows_are_appended_with_step_and_time(tmp_path):
+    log = RunLog(str(tmp_path / "a" / "rl"))  # the folders come with it
+    log.row(0, reward=0.25)
+    log.row(1, reward=0.5, note="µ")
+    RunLog(str(tmp_path / "a" / "rl")).row(2)  # a second process goes on with the same file
+    found = rows(log)
+    assert [(r["step"], r.get("reward"), r.get("note")) for r in found] == [(0, 0.25, None), (1, 0.5, "µ"), (2, None, None)]
+    assert all(r["time"] > 1.7e9 for r in found)
+
+
+def test_cut_drops_later_rows_rollouts_and_a_torn_line(tmp_path):
+    log = RunLog(str(tmp_path))
+    for step in range(1, 13):
+        log.row(step, reward=step / 10)
+        log.rollouts(step, [{"text": str(step)}])
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 3, "rew')  # what a killed process leaves: of a step that stays, so only its tear can drop it
+    log.cut(9)
+    assert [r["step"] for r in rows(log)] == list(range(1, 10))
+    assert stored(tmp_path) == ["metrics.jsonl"] + [f"rollouts/step_{s:06d}.jsonl.gz" for s in range(1, 10)]
+    log.row(10)  # goes on with a line of its own
+    assert [r["step"] for r in rows(log)] == list(range(1, 11))
+
+
+def test_cut_before_anything_was_written(tmp_path):
+    RunLog(str(tmp_path)).cut(5)
+    assert stored(tmp_path) == []
+
+
+def test_rollouts_are_records_and_equal_ones_give_equal_bytes(tmp_path, monkeypatch):
+    records = [{"text": "#5 ✓", "reward": 1.0}, {"text": "", "reward": 0.0}]
+    written = []
+    for name, now in [("a", 1.8e9), ("b", 1.9e9)]:
+        monkeypatch.setattr("time.time", lambda: now)  # gzip's header would hold it
+        log = RunLog(str(tmp_path / name))
+        log.rollouts(120, records)
+        written.append((tmp_path / name / "rollouts" / "step_000120.jsonl.gz").read_bytes())
+    assert written[0] == written[1]
+    assert [json.loads(line) for line in gzip.decompress(written[0]).decode().splitlines()] == records
+
+
+def test_the_card_holds_the_constants_and_where_they_ran(tmp_path):
+    log = RunLog(str(tmp_path))
+    log.card(settings={"lr": 0.1}, parameters=123)
+    log.card(settings={"lr": 0.2}, parameters=123)  # the last start's
+    card = json.loads((tmp_path / "run.json").read_text())
+    assert card["settings"] == {"lr": 0.2} and card["parameters"] == 123
+    assert {"commit", "torch", "python", "machine"} <= set(card)
+    assert stored(tmp_path) == ["run.json"]  # no half-written file beside it
+
+
+def test_an_inactive_log_touches_nothing(tmp_path):
+    log = RunLog(str(tmp_path / "rank1"), active=False)
+    log.card(seed=0)
+    log.row(1, reward=0.0)
+    log.rollouts(1, [{}])
+    log.cut(0)
+    assert list(tmp_path.iterdir()) == []
+    first = RunLog(str(tmp_path))
+    first.row(1), first.rollouts(1, [])
+    RunLog(str(tmp_path), active=False).cut(0)  # nor does it cut the first rank's files
+    assert stored(tmp_path) == ["metrics.jsonl", "rollouts/step_000001.jsonl.gz"]
+
+
+@pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (7260, "2h01m")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
