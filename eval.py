@@ -36,7 +36,7 @@ show = 3  # completions to print
 
 
 def main():
-    configure(globals())
+    settings = configure(globals())
     at_least(globals(), 1, "max_new_tokens")
     at_least(globals(), 0, "problems samples sample_problems device_rows temperature show")
     place = dist.setup(device)
@@ -65,7 +65,7 @@ def main():
     if not dist.is_main():
         return
     result = dict(model=path, task=task, task_args=task_args, split=split, **evaluate.summary(greedy),
-                  seconds=seconds + sampling_seconds)
+                  seconds=seconds + sampling_seconds, settings=settings)
     print(f"{path}  {task} {split}\n"
           f"  greedy   {result['accuracy']:6.1%}  95% [{result['low']:.1%}, {result['high']:.1%}]  {result['n']} problems, "
           f"{result['length']:.1f} tokens, {result['clipped']:.1%} cut off, {seconds:.1f} s")

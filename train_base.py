@@ -11,7 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from nanorl.data import Windows, tokenize
+from nanorl.data import Windows, tokenize, tokenized_from
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
@@ -24,7 +24,7 @@ from nanorl.tokenizer import Tokenizer
 # ---- run
 run = ""  # folder under out/; empty: d<depth>
 resume = "auto"  # auto: go on if the constants are the same; never; must
-seed = 0  # fixes weights, data order and documents
+seed = 0  # fixes the initial weights and the order of the data
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
 # ---- model and text
@@ -40,10 +40,11 @@ seq_len = 256  # tokens of a row
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
 compile = False  # torch.compile the forward: about 1.8 times faster after half a minute; needs a C++ compiler
 matrix_lr = 0.02  # Muon, the blocks' matrices
-other_lr = 0.004  # AdamW, embeddings, norms and head
+other_lr = 0.0  # AdamW, embeddings, norms and head; 0: 0.75 / width (measured at depths 1 to 4 only)
 warmup = 10  # steps of linear warm-up
 cooldown = 0.4  # last share of the steps in which the rate falls to 0
 max_grad_norm = 1.0  # 0: no clipping
+max_bad_steps = 5  # stop after this many updates in a row were skipped for a gradient that is not finite
 # ---- log
 log_every = 20  # steps between lines
 eval_every = 200  # steps between validations; 0: only at the end
@@ -69,7 +70,8 @@ def main():
     point = checkpoint.resume_point(directory, resume, settings)
 
     # ---- text -> tokenizer and token files, once
-    if dist.is_main() and not os.path.exists(os.path.join(directory, "tokens", "tokens.json")):
+    made_from = dict(task=task, task_args=task_args, documents=documents, vocab_size=vocab_size)
+    if dist.is_main() and tokenized_from(os.path.join(directory, "tokens")) != made_from:
         source = get_task(task, split="train", **parse_settings(task_args))
         if not hasattr(source, "document"):
             raise ValueError(f"task {task} has no document(): it cannot make text for pretraining")
@@ -79,7 +81,7 @@ def main():
         os.makedirs(os.path.join(directory, "tokens"), exist_ok=True)
         tokenizer = Tokenizer.train(sample + turns, vocab_size)
         tokenizer.save(os.path.join(directory, "tokens"))
-        tokenize(document_stream(source, n), tokenizer, os.path.join(directory, "tokens"))
+        tokenize(document_stream(source, n), tokenizer, os.path.join(directory, "tokens"), made_from)
     dist.barrier()
     tokenizer = Tokenizer.from_pretrained(os.path.join(directory, "tokens"))
 
@@ -95,7 +97,7 @@ def main():
         model = GPT(config).init_weights(torch.Generator().manual_seed(seed)).to(weight_dtype).to(place)
     model.compute_dtype = compute_dtype
     params = list(model.parameters())
-    optimizers = make_optimizers(model, matrix_lr, other_lr)
+    optimizers = make_optimizers(model, matrix_lr, other_lr or 0.75 / config.n_embd)
     spread = dict(rank=dist.rank(), world_size=dist.world_size())
     train = Windows(os.path.join(directory, "tokens"), "train", seq_len, rows, seed, **spread)
     first_step, bad = 0, 0
@@ -104,8 +106,8 @@ def main():
         first_step, bad = state["step"], state["bad"]
         load_states(optimizers, state["optimizers"])
         train.load_state_dict(state["data"])
-        log.cut(first_step)
         dist.say(f"resumed {point}")
+    log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     log.card(stage="base", settings=settings, steps=total_steps, params=config.n_params()[0], tokens=len(train.tokens),
              world_size=dist.world_size(), dtype=str(compute_dtype), device=str(place))
     dist.say(f"base  {config.n_params()[0]:,} parameters, depth {depth}, vocabulary {tokenizer.n_tokens}, {compute_dtype} on {place}; "
@@ -141,10 +143,9 @@ def main():
             loss += float(part.detach())
         dist.sum_gradients(params)
         norm = update(optimizers, params, lr_scale(step, total_steps, warmup, cooldown), max_grad_norm)
-        if not math.isfinite(norm):
-            bad += 1
+        bad = 0 if math.isfinite(norm) else bad + 1
         loss = dist.total(loss)
-        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "epoch": train.cursor / train.n, "tokens": (step + 1) * batch_tokens,
+        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "epoch": train.cursor / train.n, "tokens_total": (step + 1) * batch_tokens,
                "tok_per_s/learner": batch_tokens / (time.time() - begun)}
         last = step + 1 == total_steps
         if last or (eval_every and (step + 1) % eval_every == 0):
@@ -160,11 +161,14 @@ def main():
                      f"{row['tok_per_s/learner']:,.0f} tok/s  ETA {duration(eta)}")
             losses = []
         stop = dist.stop_requested()
-        if last or stop or (save_every and (step + 1) % save_every == 0):
+        if last or stop or bad >= max_bad_steps or (save_every and (step + 1) % save_every == 0):
             if dist.is_main():
                 state = dict(step=step + 1, bad=bad, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
                 print(checkpoint.save(directory, step + 1, lambda path: save_model(model, tokenizer, path), state), flush=True)
             dist.barrier()
+        if bad >= max_bad_steps:
+            raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved: "
+                             f"start again with a lower --matrix_lr or --other_lr and another --run")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
 

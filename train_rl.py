@@ -45,12 +45,12 @@ device_rows = 0  # most rows decoded at once on one device; 0: what half the fre
 advantage = "mean"  # baseline: mean, loo (leave one out), zscore (GRPO's division by the deviation)
 loss_norm = "token"  # divide by: token (all tokens of the step), sequence (each completion alike), constant (max_new_tokens)
 steps = 40  # optimizer steps; one step is one batch of rollouts and one update
-lr = 2e-4  # AdamW
+lr = 0.0  # AdamW; 0: 0.04 / width (measured at depths 1 to 4 only; published models want some 1e-6)
 warmup = 0  # steps of linear warm-up
 weight_decay = 0.0  # on the blocks' matrices
 max_grad_norm = 1.0  # 0: no clipping
 device_tokens = 16384  # padded tokens of one forward on one device: lower it when memory runs out
-max_bad_steps = 5  # stop after this many updates skipped for a gradient that is not finite
+max_bad_steps = 5  # stop after this many updates in a row were skipped for a gradient that is not finite
 # ---- log
 probe_prompts = 32  # problems tried before the first step, for the forecast
 eval_every = 10  # steps between held-out evaluations; 0: only before and after
@@ -74,7 +74,8 @@ def main():
     policy = load_model(point or start, weight_dtype, place)  # fp32 master weights
     policy.compute_dtype = compute_dtype
     params = list(policy.parameters())
-    optimizers = make_optimizers(policy, lr, lr, weight_decay, muon=False)
+    rate = lr or 0.04 / policy.config.n_embd
+    optimizers = make_optimizers(policy, rate, rate, weight_decay, muon=False)
     tokenizer = Tokenizer.from_pretrained(start)
     train_task = get_task(task, split="train", **parse_settings(task_args))
     val_task = get_task(task, split="val", **parse_settings(task_args))
@@ -88,23 +89,23 @@ def main():
         first_step, best, bad, flops = state["step"], state["best"], state["bad"], state["flops"]
         load_states(optimizers, state["optimizers"])
         engine.max_rows = device_rows or state["device_rows"]
-        log.cut(first_step)
         dist.say(f"resumed {point}")
+    log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
         engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
 
     def problems_of(step):
-        """P pairs (index, problem): each pass visits every training problem once, in an order given by the seed."""
+        """P pairs (number, problem): each pass visits every training problem once, in an order given by the seed.
+        The number counts on over passes, so that a problem that comes again gets other random numbers."""
         n = len(train_task)
         places = [divmod(step * P + i, n) for i in range(P)]
         order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch, _ in places}
-        indices = [int(order[epoch][i]) for epoch, i in places]
-        return [(i, train_task.problem(i)) for i in indices]
+        return [(epoch * n + i, train_task.problem(int(order[epoch][i]))) for epoch, i in places]
 
     def sample(step, problems):
-        """(index, problem) pairs -> Rollouts of G scored completions each, for this rank's share of the problems."""
+        """(number, problem) pairs -> Rollouts of G scored completions each, for this rank's share of the problems."""
         mine = problems[dist.share(len(problems))]
-        keys = [rollout.prompt_key(seed, step, index) for index, _ in mine]
+        keys = [rollout.prompt_key(seed, step, number) for number, _ in mine]
         return rollout.generate(engine, tokenizer, train_task, [p for _, p in mine], keys, G, max_new_tokens, temperature)
 
     def learn(batch, denominator):
@@ -167,14 +168,15 @@ def main():
         sampled = dist.total(policy.config.flops(stats["prompt_tokens"] + stats["row_steps"], stats["attended"],
                                                  len(rollouts) + stats["row_steps"]))
         flops += sums["flops"] + sampled
-        bad += not math.isfinite(norm)
+        bad = 0 if math.isfinite(norm) else bad + 1
+        rollout_time, step_time = dist.total(t1 - t0, "max"), dist.total(t2 - t0, "max")  # of the slowest rank
         row.update({
             "entropy": sums["entropy"] / sums["tokens"], "grad_norm": norm, "updated": float(0 < norm < math.inf), "bad_steps": bad,
-            "lr": lr * lr_scale(step, steps, warmup), "logp_diff/mean": sums["gap"] / sums["tokens"],
+            "lr": rate * lr_scale(step, steps, warmup), "logp_diff/mean": sums["gap"] / sums["tokens"],
             "logp_diff/max": dist.total(max([x["gap_max"] for x in learned], default=0.0), "max"),
             "padding": 1 - sums["inputs"] / sums["padded"], "flops_total": flops,
-            "tok_per_s/rollout": row["tokens"] / (t1 - t0), "tok_per_s/learner": row["tokens"] / (t2 - t1),
-            "time/rollout": t1 - t0, "time/learner": t2 - t1})
+            "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": row["tokens"] / (step_time - rollout_time),
+            "time/rollout": rollout_time, "time/learner": step_time - rollout_time})
         last = step + 1 == steps
         if last or (eval_every and (step + 1) % eval_every == 0):
             row.update(held_out())
@@ -195,8 +197,8 @@ def main():
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
             dist.barrier()
         if bad >= max_bad_steps:
-            raise ValueError(f"{bad} updates were skipped because the gradient was not finite (--max_bad_steps={max_bad_steps}); "
-                             f"the state is saved: lower --lr, or use --dtype=fp32")
+            raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved in {directory}: "
+                             f"go on from it with --model={checkpoint.latest(directory)} --run=<name> and a lower --lr, or --dtype=fp32")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
 

@@ -39,11 +39,12 @@ batch_tokens = 8192  # tokens of an optimizer step, over all ranks, padding incl
 seq_len = 256  # tokens of a row; no conversation may be longer
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
 muon = True  # Muon for the blocks' matrices; false: AdamW for all (published models)
-matrix_lr = 0.01  # the blocks' matrices
-other_lr = 0.002  # embeddings, norms and head
+matrix_lr = 0.01  # the blocks' matrices; for AdamW use some 1e-5
+other_lr = 0.0  # embeddings, norms and head; 0: 0.4 / width (measured at depths 1 to 4 only)
 warmup = 10  # steps of linear warm-up
 cooldown = 0.4  # last share of the steps in which the rate falls to 0
 max_grad_norm = 1.0  # 0: no clipping
+max_bad_steps = 5  # stop after this many updates in a row were skipped for a gradient that is not finite
 # ---- log
 log_every = 20  # steps between lines
 save_every = 0  # steps between checkpoints; 0: only at the end
@@ -68,11 +69,13 @@ def main():
     net.compute_dtype = compute_dtype
     tokenizer = Tokenizer.from_pretrained(start)
     params = list(net.parameters())
-    optimizers = make_optimizers(net, matrix_lr, other_lr, muon=muon)
+    optimizers = make_optimizers(net, matrix_lr, other_lr or 0.4 / net.config.n_embd, muon=muon)
     source = get_task(task, split="train", **parse_settings(task_args))
     if not hasattr(source, "solution"):
         raise ValueError(f"task {task} has no solution(): it cannot make demonstrations")
-    rows = max(1, batch_tokens // seq_len)
+    rows = batch_tokens // seq_len
+    if rows * seq_len != batch_tokens:
+        raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")
 
     def example(i):
         problem = source.problem(i)
@@ -88,8 +91,8 @@ def main():
         first_step, bad = state["step"], state["bad"]
         load_states(optimizers, state["optimizers"])
         train.load_state_dict(state["data"])
-        log.cut(first_step)
         dist.say(f"resumed {point}")
+    log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     log.card(stage="sft", settings=settings, start=start, steps=total_steps, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place))
     dist.say(f"sft   from {start}; {n_examples:,} demonstrations of {mean_length:.0f} tokens, {total_steps} steps of "
@@ -111,11 +114,10 @@ def main():
             loss += float(part.detach())
         dist.sum_gradients(params)
         norm = update(optimizers, params, lr_scale(step, total_steps, warmup, cooldown), max_grad_norm)
-        if not math.isfinite(norm):
-            bad += 1
+        bad = 0 if math.isfinite(norm) else bad + 1
         loss = dist.total(loss)
         seconds = time.time() - begun
-        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": trainable, "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
+        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": int(trainable), "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
                "tok_per_s/learner": batch_tokens / seconds, "time/step": seconds,
                "memory/peak_gb": dist.peak_memory(place) / 1e9}
         log.row(step + 1, **row)
@@ -127,11 +129,14 @@ def main():
                      f"packed {row['packing']:.0%}  {row['tok_per_s/learner']:,.0f} tok/s  ETA {duration(eta)}")
             losses = []
         stop = dist.stop_requested()
-        if last or stop or (save_every and (step + 1) % save_every == 0):
+        if last or stop or bad >= max_bad_steps or (save_every and (step + 1) % save_every == 0):
             if dist.is_main():
                 state = dict(step=step + 1, bad=bad, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
                 print(checkpoint.save(directory, step + 1, lambda path: save_model(net, tokenizer, path), state), flush=True)
             dist.barrier()
+        if bad >= max_bad_steps:
+            raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved: "
+                             f"start again with a lower --matrix_lr or --other_lr and another --run")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
 

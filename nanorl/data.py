@@ -8,12 +8,24 @@ import numpy as np
 import torch
 
 
-def tokenize(documents, tokenizer, directory):
-    """Write (split, text) documents to `directory`/train.bin and val.bin as token ids, each document followed by the
-    boundary token, streaming. Returns {split: number of tokens}; a directory already whole is left as it is."""
+def tokenized_from(directory):
+    """What the whole token files in `directory` were made from (see tokenize), else None."""
     done = os.path.join(directory, "tokens.json")
     if not os.path.exists(done):
+        return None
+    with open(done) as f:
+        return json.load(f)["made_from"]
+
+
+def tokenize(documents, tokenizer, directory, made_from=None):
+    """Write (split, text) documents to `directory`/train.bin and val.bin as token ids, each document followed by the
+    boundary token, streaming. tokens.json, written last, holds the counts and `made_from`, the settings behind them.
+    Returns its content; files that are whole and made from the same are left as they are."""
+    done = os.path.join(directory, "tokens.json")
+    if not os.path.exists(done) or tokenized_from(directory) != made_from:
         os.makedirs(directory, exist_ok=True)
+        if os.path.exists(done):
+            os.remove(done)
         dtype = "uint16" if tokenizer.n_tokens <= 2 ** 16 else "uint32"
         counts, nbytes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
         files = {split: open(os.path.join(directory, split + ".bin"), "wb") for split in counts}
@@ -25,7 +37,7 @@ def tokenize(documents, tokenizer, directory):
         for f in files.values():
             f.close()
         with open(done + ".tmp", "w") as f:
-            json.dump({"dtype": dtype, "tokens": counts, "bytes": nbytes}, f)
+            json.dump({"dtype": dtype, "tokens": counts, "bytes": nbytes, "made_from": made_from}, f)
         os.replace(done + ".tmp", done)
     with open(done) as f:
         return json.load(f)

@@ -54,9 +54,10 @@ def sample(logits, u, temperature):
     if temperature == 0:
         return logits.argmax(-1)
     z = logits if logits.dtype == torch.float64 else logits.float()
-    cdf = (z / temperature).softmax(-1).cumsum(-1)  # (B, V)
+    # In fp64, because in fp32 the sum's steps of 6e-8 swallow rare tokens: 15% of 32,768 could never be drawn.
+    cdf = (z / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
     total = cdf[:, -1]
-    point = torch.minimum(u.to(total.dtype) * total, torch.nextafter(total, torch.zeros_like(total)))
+    point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, point[:, None], right=True).squeeze(-1)
 
 

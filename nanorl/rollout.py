@@ -34,20 +34,21 @@ def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, t
     rollouts = []
     for problem, prompt, completions in zip(problems, prompts, groups):
         texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
-        rewards, errors = score(task, problem, texts)
+        rewards, errors = score(task, problem, texts, [c.finished for c in completions])
         rollouts.append(Rollout(problem, prompt, completions, texts, rewards, errors))
     return rollouts
 
 
-def score(task, problem, texts):
-    """Texts -> (rewards, how many raised). A reward that raises scores 0: one odd completion must not end a run."""
+def score(task, problem, texts, finished):
+    """Texts -> (rewards, how many raised). A reward that raises scores 0: one odd completion must not end a run. One
+    that was cut off earns nothing, whatever it holds: the task is to solve the problem within the limit."""
     rewards, errors = [], 0
-    for text in texts:
+    for text, whole in zip(texts, finished):
         try:
-            rewards.append(task.reward(problem, text))
+            reward = task.reward(problem, text)
         except Exception:
-            rewards.append(Reward(0.0))
-            errors += 1
+            reward, errors = Reward(0.0), errors + 1
+        rewards.append(reward if whole else Reward(min(0.0, reward.total), dict.fromkeys(reward.parts, 0.0)))
     return rewards, errors
 
 

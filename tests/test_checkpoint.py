@@ -11,7 +11,7 @@ import torch
 from nanorl.runtime import checkpoint
 
 SETTINGS = dict(steps=40, lr=2e-4, seed=0, task="sum3", save_every=10, save_reward_above=1.0, eval_every=10, log_every=5,
-                run="d4", resume="auto", dry_run=False, device_rows=0, device_tokens=16384)
+                run="d4", resume="auto", dry_run=False, device_rows=0, max_bad_steps=5, device_tokens=16384)
 
 
 def save(directory, step, version=0, best_step=None, settings=SETTINGS):
@@ -63,7 +63,7 @@ def test_newest_is_by_number_not_by_name(tmp_path):
 
 def test_a_save_that_fails_leaves_none_and_the_earlier_one_intact(tmp_path):
     def write_half(path):
-        with open(os.path.join(path, "config.json"), "w") as f:
+        with open(os.path.join(path, "model-00001-of-00002.safetensors"), "w") as f:
             f.write("half")
         raise OSError("disk full")
     with pytest.raises(OSError, match="disk full"):
@@ -74,14 +74,16 @@ def test_a_save_that_fails_leaves_none_and_the_earlier_one_intact(tmp_path):
         with pytest.raises(OSError, match="disk full"):
             checkpoint.save(str(tmp_path), step, write_half, {})
         assert whole(tmp_path) == {1: 0}
-    save(tmp_path, 2)  # what the failed one left is no obstacle
+    save(tmp_path, 2)  # what the failed one left is no obstacle, and does not get into it
     assert whole(tmp_path) == {1: 0, 2: 0}
+    assert sorted(os.listdir(tmp_path / "step_000002")) == ["DONE", "config.json", "model.safetensors", "trainer.pt"]
 
 
 def test_without_done_it_is_not_a_checkpoint(tmp_path):
     save(tmp_path, 1), save(tmp_path, 2)
     os.remove(tmp_path / "step_000002" / "DONE")
-    os.makedirs(tmp_path / "step_000003x"), os.makedirs(tmp_path / "tokens")  # nor are other folders
+    for other in ("step_000003.old", ".step_000004.tmp", "tokens"):  # nor are other folders
+        shutil.copytree(tmp_path / "step_000001", tmp_path / other)
     assert whole(tmp_path) == {1: 0}
 
 
@@ -187,7 +189,8 @@ def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
 
 def test_constants_that_may_change(tmp_path):
     save(tmp_path, 5)
-    changed = dict(steps=80, save_every=1, save_reward_above=0.5, eval_every=1, log_every=1, run="x", resume="must", dry_run=True, device_rows=8)
+    changed = dict(steps=80, save_every=1, save_reward_above=0.5, eval_every=1, log_every=1, run="x", resume="must", dry_run=True, device_rows=8,
+                   max_bad_steps=1)
     assert checkpoint.resume_point(str(tmp_path), "auto", {**SETTINGS, **changed}) == str(tmp_path / "step_000005")
     for name in SETTINGS.keys() - changed.keys():
         with pytest.raises(ValueError, match=f"other constants \\({name}: "):

@@ -22,6 +22,7 @@ def stored(directory, split):
 
 def test_documents_go_to_their_split_each_with_its_boundary(tmp_path, tokenizer):
     info = tokenize(iter(TEXTS), tokenizer, str(tmp_path))
+    assert info["dtype"] == "uint16"  # half the disk, as long as the ids fit
     for split in ("train", "val"):
         ids = [i for s, text in TEXTS if s == split for i in tokenizer.encode(text) + [tokenizer.document_end]]
         assert stored(tmp_path, split) == ids and info["tokens"][split] == len(ids)
@@ -187,7 +188,9 @@ def test_rows_hold_examples_mask_and_document_aligned():
             seen += row
     epochs = [seen[i:i + N] for i in (0, N, 2 * N)]
     assert all(sorted(epoch) == list(range(N)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
-    assert sum(examples_in(make_rows(seed=1).next()), []) != sum(examples_in(make_rows().next()), [])
+    other = sum((examples_in(source.next()) for source in [make_rows(seed=1)] for _ in range(9)), [])
+    chunks = [set(order[:16]) for order in [*epochs, sum(other, [])]]  # what is packed together differs, not only its order
+    assert all(a != b for i, a in enumerate(chunks) for b in chunks[:i])
 
 
 def test_packed_rows_resume_in_a_chunk_and_across_an_epoch():
@@ -210,6 +213,15 @@ def test_packed_rows_of_all_ranks_are_the_batch_of_one(world_size):
     for _ in range(6):
         shares = [examples_in(r.next()) for r in ranks]
         assert sorted(sum(shares, [])) == sorted(examples_in(whole.next()))
+
+
+def test_a_row_holds_one_token_more_than_the_model_reads():
+    def one(n):
+        return PackedRows(lambda i: (list(range(n)), [1] * n), 1, 8, rows=1).next()
+    inputs, targets, mask, document = one(9)
+    assert inputs.tolist() == [list(range(8))] and targets.tolist() == [list(range(1, 9))] and mask.all() and document.all()
+    with pytest.raises(ValueError, match="does not fit"):
+        one(10)
 
 
 def test_no_examples_are_refused():

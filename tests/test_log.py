@@ -26,6 +26,13 @@ def test_rows_are_appended_with_step_and_time(tmp_path):
     assert all(r["time"] > 1.7e9 for r in found)
 
 
+def test_rows_are_json_whatever_the_numbers(tmp_path):
+    log = RunLog(str(tmp_path))
+    log.row(1, loss=float("nan"), grad_norm=float("inf"), reward=0.5)
+    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert (strict["loss"], strict["grad_norm"], strict["reward"]) == (None, None, 0.5)
+
+
 def test_cut_drops_later_rows_rollouts_and_a_torn_line(tmp_path):
     log = RunLog(str(tmp_path))
     for step in range(1, 13):
@@ -77,7 +84,7 @@ def test_an_inactive_log_touches_nothing(tmp_path):
     first = RunLog(str(tmp_path))
     first.row(1), first.rollouts(1, [])
     RunLog(str(tmp_path), active=False).cut(0)  # nor does it cut the first rank's files
-    assert stored(tmp_path) == ["metrics.jsonl", "rollouts/step_000001.jsonl.gz"]
+    assert stored(tmp_path) == ["metrics.jsonl", "rollouts/step_000001.jsonl.gz"] and [r["step"] for r in rows(first)] == [1]
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (7260, "2h01m")])

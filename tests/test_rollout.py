@@ -77,8 +77,17 @@ class Bad:
 
 
 def test_a_reward_that_raises_scores_zero_and_is_counted():
-    rewards, errors = rollout.score(Bad(), None, ["a", "x", "b"])
+    rewards, errors = rollout.score(Bad(), None, ["a", "x", "b"], [True] * 3)
     assert [r.total for r in rewards] == [1.0, 0.0, 1.0] and errors == 1
+
+
+def test_a_completion_that_was_cut_off_earns_nothing():
+    class Task:
+        def reward(self, problem, text):
+            return Reward(float(text), {"correct": float(text)})
+    rewards, _ = rollout.score(Task(), None, ["1", "1", "-1"], [True, False, False])
+    assert [r.total for r in rewards] == [1.0, 0.0, -1.0]
+    assert [r.parts["correct"] for r in rewards] == [1.0, 0.0, 0.0]
 
 
 def test_generate_strips_the_stop_token_in_the_text_only(tokenizer):

@@ -8,17 +8,17 @@ import unicodedata
 import pytest
 import tokenizers
 
-from nanorl.tokenizer import CHAT_TEMPLATE, DOCUMENT_END, TURN_END, TURN_START, Tokenizer
+from nanorl.tokenizer import CHAT_TEMPLATE, DOCUMENT_END, PATTERN, TURN_END, TURN_START, Tokenizer
 
 TEXTS = [
-    "", " ", "a", "Hello, world! It's 5 o'clock; they'LL we've I'm", "  two  spaces\tand\t\ttabs \n\n\n lines\r\nend  ",
+    "", " ", "a", "Hello, world! It's 5 o'clock; they'll THEY'LL we've I'm THAT'S", "  two  spaces\tand\t\ttabs \n\n\n lines\r\nend  ",
     "1234567890 3.14159 1,000,000 ½ ² ٣٤٥ १२३ 五", "Calculate: 457 + 655 = #1112",
     "Ünïcödé ß œ ø ł Ž ﬁ Å", "e\u0301 A\u030a \u1e9b\u0323 \u212b",  # the last two change under NFC
     "Привет, мир", "Γειά σου Κόσμε", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "สวัสดีชาวโลก", "你好，世界", "こんにちは世界カタカナ",
     "안녕하세요", "ᠮᠣᠩᠭᠣᠯ", "ქართული", "አማርኛ", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈 𓀀",
     "🙂 👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 👍🏽", "\x00\x01\x1b[0m\x7f\x85\xa0\u2028\u3000\u200b\ufeff\ufffd",
     "def f(x):\n    return [x**2 for _ in range(10)]  # no\n\tif a!=b && c: {}\n", "<a href='#'>…</a> $x_1^2$ C:\\dir\\n",
-    TURN_END, TURN_START + "user\n", DOCUMENT_END * 2, "<|im_end|", "<|im_end|>x<|im_start|>assistant\n", "<|fim_prefix|> <|nothing|>",
+    TURN_END, TURN_START + "user\n", DOCUMENT_END * 2, "<|im_end|", "<|im_end|>x<|im_start|>assistant\n", "<|fim_prefix|> <|vision_pad|> <|nothing|>",
     "<think>so 2 + 2</think> <tool_call>{}</tool_call>",
 ]
 
@@ -80,6 +80,7 @@ def test_qwens_ids_equal_the_librarys(qwen, real_data):
     check_against_library(qwen, library, [*TEXTS, *random_texts(), *(row[k] for row in rows for k in ("question", "answer"))])
     for text in TEXTS:
         assert qwen.decode(qwen.encode(text)) == unicodedata.normalize("NFC", text)
+    assert qwen.spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": PATTERN}  # whose pattern ours says it is
     assert len(qwen.encode("<think>")) == 1  # an added token, but not a special one: a word, for the library as well
 
 

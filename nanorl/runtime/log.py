@@ -1,6 +1,7 @@
 """What a run leaves to read: run.json, metrics.jsonl, rollouts/, and one line a step on the console."""
 import gzip
 import json
+import math
 import os
 import platform
 import subprocess
@@ -40,6 +41,7 @@ class RunLog:
     def row(self, step, **values):
         """One line of metrics.jsonl."""
         if self.active:
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON has no NaN
             with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 

@@ -152,7 +152,7 @@ class Arithmetic:
         lines = []
         for k in range(4):
             problem = self.problem((4 * index + k) % len(self))
-            question = problem.prompt[-1]["content"].removeprefix("Calculate: ").rstrip(" =")
+            question = problem.prompt[-1]["content"].split("Calculate: ")[-1].rstrip(" =")
             lines.append(f"{question} = {problem.answer}" if rng.random() < 0.2 else f"{question}: {self._worked(problem)}")
         return "\n".join(lines)
 

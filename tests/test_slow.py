@@ -1,0 +1,73 @@
+"""Minutes, not seconds: `bash runs/test.sh -m slow`."""
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from test_pipeline import RL, assert_same_run, call, out  # noqa: F401 (out is a fixture)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(out, ranks):  # noqa: F811
+    """kill -9 of the whole process group at 20 random moments (10 with two ranks), inside saves too. With two ranks the
+    uninterrupted run has two as well: sums over ranks differ in the last bits from those of one."""
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks)}
+    arguments = ["train_rl.py", *RL, f"--model={out / 'a' / 'sft'}", "--steps=40"]
+    start = lambda run: subprocess.Popen([*launch, *arguments, f"--run={run}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                         env=environment, start_new_session=True)
+    whole, killed = f"whole{ranks}", f"killed{ranks}"
+    begun = time.time()
+    assert start(whole).wait(600) == 0
+    length = time.time() - begun
+    rng, interrupted = random.Random(ranks), 0
+    for attempt in range(20 // ranks):
+        process = start(killed)
+        try:
+            process.wait(3 + length / 20 * rng.random())  # it takes about 3 s to start; then a few steps
+        except subprocess.TimeoutExpired:
+            interrupted += 1
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+        process.wait()
+    process = start(killed)
+    assert process.wait(600) == 0, process.stderr.read().decode()
+    assert interrupted >= 8 // ranks
+    assert_same_run(out / whole / "rl", out / killed / "rl", "step_000040")
+
+
+def test_quickstart_shows_what_rl_is_for(tmp_path):
+    """The README's command, and its promise: RL at least 97%, 40 points over SFT, intervals apart, longer answers."""
+    environment = {**os.environ, "NANORL_OUT": str(tmp_path), "VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", sys.prefix),
+                   "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    result = subprocess.run(["bash", "runs/quickstart.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    assert list(summary) == ["base", "sft", "rl"]
+    assert all({"accuracy", "low", "high", "n", "length", "seconds"} <= s.keys() for s in summary.values())
+    sft, rl = summary["sft"], summary["rl"]
+    assert rl["n"] >= 1000 and rl["accuracy"] >= 0.97 and rl["accuracy"] >= sft["accuracy"] + 0.4
+    assert rl["low"] > sft["high"] and rl["length"] > sft["length"]
+    assert all(s["peak_gb"] < 3 for s in summary.values())
+    assert "The same problems before and after RL" in result.stdout
+
+
+def test_gsm8k_end_to_end(real_data, tmp_path, monkeypatch, capfd):
+    """The real files through every stage; a model this small is told that it gets little signal there."""
+    monkeypatch.setenv("NANORL_OUT", str(tmp_path))
+    common = ["--run=g", "--depth=2", "--task=gsm8k", "--device=cpu"]
+    assert call("train_base.py", *common, "--vocab_size=1024", "--documents=2000", "--steps=30", "--batch_tokens=2048", "--seq_len=256") is None
+    assert call("train_sft.py", *common, "--steps=20", "--batch_tokens=4096", "--seq_len=1024") is None
+    assert call("train_rl.py", *common, "--steps=2", "--prompts_per_step=4", "--samples_per_prompt=8", "--max_new_tokens=48", "--eval_problems=50",
+                "--probe_prompts=8") is None
+    said = capfd.readouterr().out
+    assert "WARNING" in said and "without signal" in said
+    assert call("eval.py", f"--model={tmp_path / 'g' / 'rl'}", "--task=gsm8k", "--problems=0", "--samples=0", "--max_new_tokens=48") is None
+    assert "473 problems" in capfd.readouterr().out
