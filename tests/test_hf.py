@@ -22,13 +22,14 @@ def test_what_we_write_transformers_reads(kind, tmp_path, tokenizer):
     model = toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32, rope_theta=5e5, **KINDS[kind])
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ids = torch.randint(0, tokenizer.n_tokens, (2, 40))
+    ids = torch.randint(0, tokenizer.n_tokens, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         a, b = model(ids), theirs(ids).logits
         assert (a - b).abs().max() <= 5e-4
         assert (a.log_softmax(-1) - b.log_softmax(-1)).abs().max() <= 1e-4
         prompt = ids[:1, :8]
-        greedy = theirs.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 8:].tolist()
+        everything = torch.ones_like(prompt)  # or transformers guesses that a sampled pad token is padding
+        greedy = theirs.generate(prompt, attention_mask=everything, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 8:].tolist()
     assert Engine(load_model(tmp_path)).generate(prompt.tolist(), 1, 20, 0.0)[0][0].ids == greedy
     ours = load_model(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), ours.parameters()))
