@@ -1,7 +1,8 @@
 """Speed against the machine's own rates, in one run: `python -m nanorl.tools.bench base`.
 
-    base    train_base.py's step against a plain eager fp32 loop with the same parameters
-    rates   the machine's fp32 and bf16 matrix rates and its copy bandwidth
+    base     train_base.py's step against a plain eager fp32 loop of as many parameters
+    rollout  all samples of all prompts decoded together against one prompt at a time, 8 rows wide
+    rates    the machine's fp32 and bf16 matrix rates and its copy bandwidth
 
 Ends with one JSON line. Compare ratios: these are of the same minute, absolute figures are of the machine's mood."""
 import json
@@ -12,14 +13,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.optim import make_optimizers, update
 from nanorl.runtime import dist
 from nanorl.runtime.config import configure
 
 depth = 4  # layers
-width = 128  # channels, for `base`
+width = 128  # channels, for `base`; `rollout` takes 64 x depth
 vocab_size = 512  # tokens
+prompts = 16  # rollout: prompts
+samples = 16  # rollout: samples of each
+prompt_tokens = 96  # rollout: tokens of a prompt
+new_tokens = 128  # rollout: tokens of a completion, none stops early
 seq_len = 128  # tokens of a row
 batch_tokens = 2048  # tokens of a step
 seconds = 5.0  # measured per repetition
@@ -118,8 +124,36 @@ def base():
                 over_fp32={name: round(median([r[name] / r["nanorl_fp32"] for r in rounds]), 2) for name in steps})
 
 
+def rollout():
+    """Tokens/s of the engine with all rows together, and with 8 rows of one prompt at a time, in turn."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.from_depth(depth, vocab_size)).init_weights()
+    model.compute_dtype = dist.dtypes(dtype, torch.device("cpu"))[1]
+    engine = Engine(model)
+    ids = torch.randint(0, vocab_size, (prompts, prompt_tokens)).tolist()
+
+    def together():
+        engine.generate(ids, samples, new_tokens)
+        return prompts * samples * new_tokens
+
+    def one_at_a_time():
+        engine.generate(ids[:1], 8, new_tokens)
+        return 8 * new_tokens
+
+    def tokens_per_second(run):
+        n, begun = 0, time.perf_counter()
+        while time.perf_counter() - begun < seconds:
+            n += run()
+        return n / (time.perf_counter() - begun)
+    together(), one_at_a_time()
+    pairs = [(tokens_per_second(together), tokens_per_second(one_at_a_time)) for _ in range(repeats)]
+    median = lambda values: sorted(values)[len(values) // 2]
+    return dict(dtype=str(model.compute_dtype), together_tok_s=round(median([a for a, _ in pairs])), one_at_a_time_tok_s=round(median([b for _, b in pairs])),
+                ratio=round(median([a / b for a, b in pairs]), 2))
+
+
 def main():
-    commands = {"base": base, "rates": dict}
+    commands = {"base": base, "rollout": rollout, "rates": dict}
     if len(sys.argv) < 2 or sys.argv[1] not in (*commands, "--help"):
         raise SystemExit(f"usage: python -m nanorl.tools.bench {{{','.join(commands)}}} [--name=value]")
     settings = configure(globals(), sys.argv[1:] if sys.argv[1] == "--help" else sys.argv[2:])
