@@ -5,7 +5,7 @@
 
 One step: P problems, G samples of each, all decoded together from the current weights; rewards compared within each
 problem; one update. Follow main() from "the loop" on; each arrow of the algorithm is one named line.
-Left out by default, because on-policy training does not need it: the ratio, its clip, a KL term, a value function."""
+Left out, because on-policy training does not need them: the ratio, its clip, a KL term, a value function."""
 import math
 import time
 
