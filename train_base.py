@@ -60,7 +60,7 @@ def document_stream(train_task, n):
 
 def main():
     settings = configure(globals())
-    at_least(globals(), 1, "depth vocab_size documents batch_tokens seq_len device_tokens log_every eval_tokens")
+    at_least(globals(), 1, "depth vocab_size documents batch_tokens seq_len device_tokens log_every eval_tokens max_bad_steps")
     at_least(globals(), 0, "steps warmup eval_every save_every max_grad_norm")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
@@ -131,6 +131,7 @@ def main():
         return dist.total(nats) / dist.total(targets.numel()) / math.log(2) / val.bytes_per_token
 
     # ---- the loop
+    dist.catch_signals()
     started, losses = time.time(), []
     for step in range(first_step, total_steps):
         begun = time.time()

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train_rl.py --depth=20 --task=gsm8k
 
 One step: P problems, G samples of each, all decoded together from the current weights; rewards compared within each
-problem; one update. Follow main() from "the loop" on; each arrow of the algorithm is one named line.
+problem; one update. Follow main() from "the loop" on: each step of the algorithm is one named line.
 Left out, because on-policy training does not need them: the ratio, its clip, a KL term, a value function."""
 import math
 import time
@@ -66,9 +66,9 @@ def main():
     settings["run"] = run or f"d{depth}"
     directory = checkpoint.stage_directory(settings["run"], stage)
     start = checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "sft"))
-    check_settings(start)
-    log = RunLog(directory, dist.is_main())
     point = checkpoint.resume_point(directory, resume, settings)
+    check_settings(point or start)
+    log = RunLog(directory, dist.is_main() and not dry_run)
 
     # ---- policy, sampler, optimizer, tasks
     policy = load_model(point or start, weight_dtype, place)  # fp32 master weights
@@ -76,7 +76,7 @@ def main():
     params = list(policy.parameters())
     rate = lr or 0.04 / policy.config.n_embd
     optimizers = make_optimizers(policy, rate, rate, weight_decay, muon=False)
-    tokenizer = Tokenizer.from_pretrained(start)
+    tokenizer = Tokenizer.from_pretrained(point or start)
     train_task = get_task(task, split="train", **parse_settings(task_args))
     val_task = get_task(task, split="val", **parse_settings(task_args))
     engine = Engine(policy, device_rows)
@@ -135,7 +135,7 @@ def main():
     if not point:
         val = held_out()
         dist.say(f"      held-out before: {percent(val)}, {val['val/length']:.1f} tokens")
-        forecast(sample, learn, problems_of, steps, place)
+        forecast(sample, learn, problems_of, place)
         for p in params:
             p.grad = None  # the forecast only timed a backward pass
         log.row(0, **val)
@@ -143,6 +143,7 @@ def main():
         return
 
     # ---- the loop
+    dist.catch_signals()
     started = time.time()
     for step in range(first_step, steps):
         t0 = time.time()
@@ -153,11 +154,13 @@ def main():
         lengths = rollout.length_table(rollouts, G)  # (P, G) sampled tokens
         weights = grpo.token_weights(lengths, loss_norm, max_new_tokens)  # (P, G)
         denominator = dist.total(grpo.denominator(lengths, loss_norm))  # of all ranks, before the first backward
+        # Groups without signal go along, with A = 0: entropy and logp_diff are of all that was sampled.
         batches = rollout.micro_batches(rollouts, advantages, weights, device_tokens, place)
         learned = [learn(batch, denominator) for batch in batches]  # forward, loss, backward
         dist.sum_gradients(params)  # one all-reduce
         norm = update(optimizers, params, lr_scale(step, steps, warmup), max_grad_norm)  # clip, AdamW
         engine.refresh()  # the next samples come from the new weights
+        dist.synchronize(place)
         t2 = time.time()
 
         # ---- the log
@@ -207,7 +210,7 @@ def check_settings(start):
     """Refuse what cannot work, with the value and the remedy."""
     if not checkpoint.is_model(start):
         raise ValueError(f"no SFT model in {start}: make one with `python train_sft.py --depth={depth}`, or name one with --model=")
-    at_least(globals(), 1, "prompts_per_step max_new_tokens steps device_tokens eval_problems probe_prompts")
+    at_least(globals(), 1, "prompts_per_step max_new_tokens steps device_tokens eval_problems probe_prompts max_bad_steps")
     at_least(globals(), 0, "device_rows lr warmup weight_decay max_grad_norm eval_every save_every")
     if samples_per_prompt < 2:
         raise ValueError(f"--samples_per_prompt={samples_per_prompt}: at least 2, because rewards are compared within a group")
@@ -215,10 +218,11 @@ def check_settings(start):
         raise ValueError(f"--device_rows={device_rows}: it must hold one group, --samples_per_prompt={samples_per_prompt}")
     if temperature <= 0:
         raise ValueError(f"--temperature={temperature}: it must be above 0, because training needs samples that differ")
-    grpo.advantages(torch.zeros(1, 2), advantage), grpo.token_weights(torch.ones(1, 1), loss_norm)  # known names?
+    grpo.advantages(torch.zeros(1, 2), advantage)  # raises for an unknown name,
+    grpo.token_weights(torch.ones(1, 1), loss_norm)  # and so does this
 
 
-def forecast(sample, learn, problems_of, steps, place):
+def forecast(sample, learn, problems_of, place):
     """Try a few problems, and say what share of the groups will teach something and how long the run will take."""
     P, G = prompts_per_step, samples_per_prompt
     problems = [pair for step in range(-(-probe_prompts // P)) for pair in problems_of(step)][:probe_prompts]
@@ -234,15 +238,14 @@ def forecast(sample, learn, problems_of, steps, place):
     if not dist.is_main():
         return
     m = rollout.metrics(rollouts)
-    solved = sum(r.total >= 1 for group in rollouts for r in group.rewards)
-    low, high = evaluate.wilson(solved, len(rollouts) * G)
+    solved = sum(evaluate.is_correct(r) for group in rollouts for r in group.rewards)
     dead = m["frac_reward_zero_std"]
     print(f"      probe: {solved} of {len(rollouts) * G} samples solved ({solved / len(rollouts) / G:.1%}), {m['completions/mean_length']:.1f} tokens, "
           f"{m['completions/clipped_ratio']:.0%} cut off\n"
           f"      forecast: {dead:.0%} of the groups without signal (all {G} rewards equal), {m['tokens_with_signal']:.0%} of the tokens in groups "
           f"that teach; about {seconds:.1f} s a step, {duration(seconds * steps)} in all, without evaluations", flush=True)
     if solved == 0:
-        print(f"      WARNING: no sample was solved (95%: below {high:.1%}), so this task is too hard for this model: most steps will change "
+        print(f"      WARNING: no sample was solved, so this task is too hard for this model: most steps will change "
               f"nothing.\n      Train it further (SFT), take an easier task, or raise --samples_per_prompt.", flush=True)
     elif dead > 0.5:
         print(f"      WARNING: more than half of the groups teach nothing: the task is too {'hard' if m['reward'] < 0.5 else 'easy'} for this model, "

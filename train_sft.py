@@ -52,7 +52,7 @@ save_every = 0  # steps between checkpoints; 0: only at the end
 
 def main():
     settings = configure(globals())
-    at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every")
+    at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every max_bad_steps")
     at_least(globals(), 0, "examples steps warmup save_every max_grad_norm")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
@@ -63,11 +63,11 @@ def main():
     point = checkpoint.resume_point(directory, resume, settings)
 
     # ---- model, optimizer, data
-    if not checkpoint.is_model(start):
+    if not checkpoint.is_model(point or start):
         raise ValueError(f"no base model in {start}: make one with `python train_base.py --depth={depth}`, or name one with --model=")
     net = load_model(point or start, weight_dtype, place)
     net.compute_dtype = compute_dtype
-    tokenizer = Tokenizer.from_pretrained(start)
+    tokenizer = Tokenizer.from_pretrained(point or start)
     params = list(net.parameters())
     optimizers = make_optimizers(net, matrix_lr, other_lr or 0.4 / net.config.n_embd, muon=muon)
     source = get_task(task, split="train", **parse_settings(task_args))
@@ -99,6 +99,7 @@ def main():
              f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes")
 
     # ---- the loop
+    dist.catch_signals()
     started, losses = time.time(), []
     for step in range(first_step, total_steps):
         begun = time.time()

@@ -68,7 +68,7 @@ def _attend(q, k, v, mask):
     -> (outputs (N, K, m, D), log of the sum of exponentials (N, K, m))."""
     if q.device.type == "cpu":  # the kernel behind scaled_dot_product_attention, which also tells the log-sum-exp
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    scores = ((q @ k.transpose(-1, -2)) * q.size(-1) ** -0.5).float()  # (N, K, m, t)
+    scores = ((q @ k.transpose(-1, -2)) * q.size(-1) ** -0.5).to(torch.promote_types(q.dtype, torch.float32))  # (N, K, m, t)
     scores = scores if mask is None else scores + mask
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse

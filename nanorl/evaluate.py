@@ -6,19 +6,19 @@ from nanorl import rollout
 
 def outcomes(engine, tokenizer, task, indices, samples, max_new_tokens, temperature, seed=0, progress=None):
     """Sample each problem `samples` times (temperature 0: greedy, once). Returns one dict a problem, with everything
-    that is needed to judge it again: index, prompt, answer, and per sample text, reward, parts, length, finished."""
+    that is needed to judge it again: index, prompt, answer, and per sample text, reward, solved, parts, length, finished."""
     problems = [task.problem(i) for i in indices]
     keys = [rollout.prompt_key(seed, "eval", i) for i in indices]
     rollouts = rollout.generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, temperature, progress)
     return [dict(index=int(i), prompt=r.problem.prompt, answer=r.problem.answer, texts=r.texts,
-                 rewards=[x.total for x in r.rewards], parts=[x.parts for x in r.rewards],
+                 rewards=[x.total for x in r.rewards], solved=[is_correct(x) for x in r.rewards], parts=[x.parts for x in r.rewards],
                  lengths=[len(c.ids) for c in r.completions], finished=[c.finished for c in r.completions])
             for i, r in zip(indices, rollouts)]
 
 
-def is_correct(outcome):
-    """Per sample: whether it solved the problem: its `correct` part, or a full reward where a task names none."""
-    return [bool(parts.get("correct", total >= 1)) for parts, total in zip(outcome["parts"], outcome["rewards"])]
+def is_correct(reward):
+    """Whether a Reward says that the problem was solved: its `correct` part, or a full reward where a task names none."""
+    return bool(reward.parts.get("correct", reward.total >= 1))
 
 
 def wilson(correct, n, z=1.959964):
@@ -50,7 +50,7 @@ def pass_at_k(n, c, k):
 
 def summary(results, ks=(1,)):
     """Outcomes -> accuracy with its 95% interval, pass@k, mean reward, mean length in tokens, share cut off."""
-    solved = [is_correct(o) for o in results]
+    solved = [o["solved"] for o in results]
     n, samples = len(solved), len(solved[0])
     shares = [sum(s) / samples for s in solved]
     low, high = wilson(sum(map(sum, solved)), n) if samples == 1 else clustered_interval(shares)

@@ -154,10 +154,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, attend):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin)  # (B, T, H, D)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin)  # (B, T, K, D)
-        v = self.v_proj(x).view(heads)  # (B, T, K, D)
+        D = self.head_dim
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (-1, D))), cos, sin)  # (B, T, H, D)
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (-1, D))), cos, sin)  # (B, T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, D))  # (B, T, K, D)
         return self.o_proj(attend(self.layer, q, k, v).flatten(2))
 
 

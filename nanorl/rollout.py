@@ -1,5 +1,6 @@
 """Where ids and text meet: problems -> rollouts with rewards -> micro-batches for the learner."""
 import hashlib
+import math
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -48,6 +49,8 @@ def score(task, problem, texts, finished):
             reward = task.reward(problem, text)
         except Exception:
             reward, errors = Reward(0.0), errors + 1
+        if not isinstance(reward, Reward) or not math.isfinite(reward.total):
+            raise ValueError(f"the task's reward() gave {reward!r}: it must give Reward(total, parts) with a finite total")
         rewards.append(reward if whole else Reward(min(0.0, reward.total), dict.fromkeys(reward.parts, 0.0)))
     return rewards, errors
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from nanorl.tasks import Reward
 from nanorl.evaluate import clustered_interval, is_correct, pass_at_k, summary, wilson
 
 
@@ -45,7 +46,7 @@ def test_the_clustered_interval_counts_problems_not_samples():
 
 def outcome(correct, rewards, lengths, finished):
     parts = [{"correct": float(c)} for c in correct]
-    return dict(parts=parts, rewards=rewards, lengths=lengths, finished=finished)
+    return dict(parts=parts, solved=[bool(c) for c in correct], rewards=rewards, lengths=lengths, finished=finished)
 
 
 def test_summary_of_samples():
@@ -66,5 +67,5 @@ def test_summary_of_greedy_answers_has_wilsons_interval():
 
 
 def test_correct_is_the_part_or_else_a_full_reward():
-    assert is_correct(dict(parts=[{"correct": 1.0}, {"correct": 0.0}], rewards=[0.2, 1.0])) == [True, False]
-    assert is_correct(dict(parts=[{}, {}, {"style": 1.0}], rewards=[1.0, 0.99, 0.5])) == [True, False, False]
+    assert [is_correct(Reward(r, parts)) for r, parts in [(0.2, {"correct": 1.0}), (1.0, {"correct": 0.0})]] == [True, False]
+    assert [is_correct(Reward(r, parts)) for r, parts in [(1.0, {}), (0.99, {}), (0.5, {"style": 1.0})]] == [True, False, False]

@@ -146,7 +146,7 @@ def test_forecast_warns_when_the_task_is_too_hard(out, capsys):
     assert call("train_rl.py", *RL, "--task=chain4", "--run=dry", f"--model={out / 'a' / 'base'}", "--dry_run") is None
     said = capsys.readouterr().out
     assert "4 problems x 4 samples = 16 rows" in said and "0 of 16 samples solved" in said and "too hard" in said
-    assert not (out / "dry" / "rl" / "step_000006").exists()
+    assert not (out / "dry").exists()  # a dry run leaves everything as it was
 
 
 def test_eval_writes_outcomes_that_can_be_judged_again(out):
@@ -203,6 +203,7 @@ MISTAKES = [
     ("train_rl.py", ["--max_new_tokens=5000"], "context"),
     ("train_rl.py", ["--prompts_per_step=5000"], "5000"),
     ("train_rl.py", ["--device_rows=2"], "device_rows=2"),
+    ("train_rl.py", ["--max_bad_steps=0"], "max_bad_steps=0"),
     ("train_rl.py", ["--resume=maybe"], "maybe"),
     ("train_rl.py", ["--resume=must"], "no checkpoint"),
     ("train_sft.py", ["--seq_len=8"], "--seq_len"),

@@ -81,6 +81,15 @@ def test_a_reward_that_raises_scores_zero_and_is_counted():
     assert [r.total for r in rewards] == [1.0, 0.0, 1.0] and errors == 1
 
 
+@pytest.mark.parametrize("value", [1.0, None, Reward(float("nan"))])
+def test_a_reward_of_another_kind_is_the_users_mistake(value):
+    class Task:
+        def reward(self, problem, text):
+            return value
+    with pytest.raises(ValueError, match="must give Reward"):
+        rollout.score(Task(), None, ["a"], [True])
+
+
 def test_a_completion_that_was_cut_off_earns_nothing():
     class Task:
         def reward(self, problem, text):

@@ -54,7 +54,9 @@ def save(directory, step, write_model, state, best_step=None):
 
     Returns a sentence that says what was saved and removed."""
     final, temporary = path_of(directory, step), os.path.join(directory, f".step_{step:06d}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for name in os.listdir(directory) if os.path.isdir(directory) else []:
+        if name.startswith(".step_"):  # what a process that died in a save has left
+            shutil.rmtree(os.path.join(directory, name))
     os.makedirs(temporary)
     write_model(temporary)
     torch.save(state, os.path.join(temporary, "trainer.pt"))

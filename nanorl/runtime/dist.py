@@ -23,9 +23,13 @@ def setup(device="auto"):
         torch.set_float32_matmul_precision("high")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return device
+
+
+def catch_signals():
+    """From here on SIGTERM and Ctrl-C only set what stop_requested() tells; a second one ends the process at once."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
-    return device
 
 
 def _on_signal(number, frame):
@@ -33,6 +37,7 @@ def _on_signal(number, frame):
     if _stop:  # the second time: now
         sys.exit(128 + number)
     _stop = number
+    print("stopping after this step, with the state saved; again to stop now", file=sys.stderr, flush=True)
 
 
 def run(main):
@@ -101,6 +106,12 @@ def broadcast(value):
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def synchronize(device):
+    """Wait for the GPU, so that a clock that is read next is right."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def barrier():
