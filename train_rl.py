@@ -114,7 +114,7 @@ def main():
         logprobs, entropy = policy.logprobs(h, batch.targets, temperature, with_entropy=True)  # (N,), (N,)
         loss = grpo.policy_loss(logprobs, batch.advantages, batch.weights, denominator)
         loss.backward()
-        gap = (logprobs.detach().double() - batch.logprobs).abs()  # learner against sampler
+        gap = (logprobs.detach().double() - batch.logprobs).abs()  # (N,) learner against sampler
         return dict(entropy=float(entropy.double().sum()), gap=float(gap.sum()), gap_max=float(gap.max()), tokens=len(gap),
                     inputs=batch.inputs, padded=batch.ids.numel(), flops=3 * policy.config.flops(batch.inputs, batch.attended, len(gap)))
 

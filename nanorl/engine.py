@@ -96,7 +96,7 @@ class _Batch:
         c = model.config
         self.device = device = next(model.parameters()).device
 
-        def cache(places, length):
+        def cache(places, length):  # (L, places, K, length, D)
             return torch.zeros(c.n_layer, places, c.n_kv_head, length, c.head_dim, dtype=model.compute_dtype, device=device)
         self.prompt_k, self.prompt_v = cache(max_prompts, prompt_len), cache(max_prompts, prompt_len)
         self.suffix_k, self.suffix_v = cache(max_rows, new_tokens), cache(max_rows, new_tokens)
@@ -266,7 +266,7 @@ class Engine:
         stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
         look_every = 1 if device.type == "cpu" else 8  # each look for stopped rows makes the host wait for the GPU
         precision = torch.float64 if self.model.compute_dtype == torch.float64 else torch.float32
-        out_ids = torch.zeros(P * G, N, dtype=torch.long, device=device)
+        out_ids = torch.zeros(P * G, N, dtype=torch.long, device=device)  # (P*G, N), as out_logprobs
         out_logprobs = torch.zeros(P * G, N, dtype=precision, device=device)
         places = min(P * G, self.max_rows or P * G)
         # Stragglers keep their prompt's cache, so there are places for twice the prompts that fill the rows.
@@ -302,7 +302,7 @@ class Engine:
                 self.stats["row_steps"] += batch.n
                 self.stats["attended"] += int(batch.age.sum() + batch.prompt_lens[batch.prompt].sum())
                 take(slice(0, batch.n), logits)
-            gone = batch.age >= N
+            gone = batch.age >= N  # (n,) bool
             if self.stats["steps"] % look_every == 0:
                 gone |= batch.stopped[:batch.n].cpu().numpy()
             if gone.any():

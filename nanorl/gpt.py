@@ -138,6 +138,7 @@ class CausalAttention:
             allowed = torch.ones(T, T, dtype=torch.bool).tril() if self.allowed is None else self.allowed
             bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
             self.bias = bias.expand(B, H, T, T).reshape(B * H, T, T)
+        # scores (B*H, T, T)
         scores = torch.baddbmm(self.bias, q.reshape(B * H, T, D), k.reshape(B * H, T, D).transpose(1, 2), alpha=D ** -0.5)
         return torch.bmm(scores.softmax(-1), v.reshape(B * H, T, D)).view(B, H, T, D)
 
