@@ -20,7 +20,7 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from nanorl.gpt import CausalAttention, token_logprobs
+from nanorl.gpt import CausalAttention, scaled, token_logprobs
 
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
 Completion = namedtuple("Completion", "ids logprobs finished")
@@ -53,9 +53,8 @@ def sample(logits, u, temperature):
     the total. A token of probability zero is never chosen. Temperature 0 is the most likely token."""
     if temperature == 0:
         return logits.argmax(-1)
-    z = logits if logits.dtype == torch.float64 else logits.float()
     # In fp64, because in fp32 the sum's steps of 6e-8 swallow rare tokens: 15% of 32,768 could never be drawn.
-    cdf = (z / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
+    cdf = scaled(logits, temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
     total = cdf[:, -1]
     point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, point[:, None], right=True).squeeze(-1)

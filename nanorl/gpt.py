@@ -249,7 +249,7 @@ class GPT(nn.Module):
             entropy = ids.new_zeros(0, dtype=torch.float32)
             if with_entropy:
                 with torch.no_grad():
-                    full = F.log_softmax(_scaled(logits, temperature), dim=-1)
+                    full = F.log_softmax(scaled(logits, temperature), dim=-1)
                     entropy = -(full.exp() * full).sum(-1)  # (n,)
             return token_logprobs(logits, ids, temperature), entropy
         size = max(1, chunk_elements // self.config.n_tokens)
@@ -259,12 +259,13 @@ class GPT(nn.Module):
         return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
 
 
-def _scaled(logits, temperature):
+def scaled(logits, temperature):
+    """Logits / temperature, in fp32 or better: what sampling and log-probs both start from."""
     return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
 
 
 def token_logprobs(logits, ids, temperature=1.0):
     """The one definition of a log-prob: log softmax(logits / temperature)[ids], in fp32 or better.
     logits (..., V), ids (...) -> (...)."""
-    z = _scaled(logits, temperature)
+    z = scaled(logits, temperature)
     return z.gather(-1, ids[..., None]).squeeze(-1) - z.logsumexp(-1)

@@ -139,4 +139,4 @@ def test_one_step_makes_the_better_completion_likelier(truth):
     with torch.no_grad():
         for p in model.parameters():
             p -= 0.01 * p.grad
-    assert float(logprobs(model, good).sum()) > before[0] and float(logprobs(model, bad).sum()) < before[1]
+    assert float(logprobs(model, good).detach().sum()) > before[0] and float(logprobs(model, bad).detach().sum()) < before[1]
