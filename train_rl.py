@@ -20,7 +20,7 @@ from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, duration
-from nanorl.tasks import get_task, parse_settings
+from nanorl.tasks import get_stages, parse_settings
 from nanorl.tokenizer import Tokenizer
 
 # ---- run
@@ -34,8 +34,9 @@ device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
 dry_run = False  # print what the run would do, and stop
 # ---- task and rollouts
-task = "sum3"  # arithmetic presets, gsm8k, or path.py:Class
+task = "sum3"  # one of nanorl/tasks, path.py:Class, a mixture 'sum3=50,counting=50', or a curriculum '0-20 until 20; sum3'
 task_args = ""  # the task's settings, 'name=value; name=value'
+problems = 0  # train on so many fixed problems, the first of the split; 0: on all of them
 prompts_per_step = 16  # P, problems of a step, over all ranks
 samples_per_prompt = 16  # G, samples of each problem
 max_new_tokens = 64  # a completion is cut off here, and has then failed
@@ -55,7 +56,7 @@ max_bad_steps = 5  # stop after this many updates in a row were skipped for a gr
 probe_prompts = 32  # problems tried before the first step, for the forecast
 eval_every = 10  # steps between held-out evaluations; 0: only before and after
 eval_problems = 400  # of the val split, greedy
-save_every = 0  # steps between checkpoints; 0: only at the end
+save_every = 20  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 save_reward_above = 1.0  # also save at a new best reward above this
 
 
@@ -77,12 +78,11 @@ def main():
     rate = lr or 0.04 / policy.config.n_embd
     optimizers = make_optimizers(policy, rate, rate, weight_decay, muon=False)
     tokenizer = Tokenizer.from_pretrained(point or start)
-    train_task = get_task(task, split="train", **parse_settings(task_args))
-    val_task = get_task(task, split="val", **parse_settings(task_args))
+    stages = get_stages(task, "train", **parse_settings(task_args))  # [(first step, task)]: one, unless it is a curriculum
+    val_task = get_stages(task, "val", **parse_settings(task_args))[-1][1]  # a curriculum is judged by where it leads
     engine = Engine(policy, device_rows)
     P, G = prompts_per_step, samples_per_prompt
-    if P > len(train_task):
-        raise ValueError(f"prompts_per_step is {P}, but task {task} has only {len(train_task)} training problems")
+    check_problems(stages)
     first_step, best, bad, flops = 0, {"step": None, "reward": -math.inf}, 0, 0.0  # best: of the saved steps
     if point:
         state = checkpoint.load_state(point)
@@ -95,18 +95,19 @@ def main():
         engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
 
     def problems_of(step):
-        """P pairs (number, problem): each pass visits every training problem once, in an order given by the seed.
-        The number counts on over passes, so that a problem that comes again gets other random numbers."""
-        n = len(train_task)
-        places = [divmod(step * P + i, n) for i in range(P)]
+        """The step's task, and P pairs (number, problem) of it: each pass visits every training problem once, in an order
+        given by the seed. The number counts on over passes, so that a problem that comes again gets other random numbers."""
+        first, source = [s for s in stages if s[0] <= step][-1]
+        n = problems or len(source)
+        places = [divmod((step - first) * P + i, n) for i in range(P)]
         order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch, _ in places}
-        return [(epoch * n + i, train_task.problem(int(order[epoch][i]))) for epoch, i in places]
+        return source, [(epoch * n + i, source.problem(int(order[epoch][i]))) for epoch, i in places]
 
-    def sample(step, problems):
+    def sample(step, source, pairs):
         """(number, problem) pairs -> Rollouts of G scored completions each, for this rank's share of the problems."""
-        mine = problems[dist.share(len(problems))]
+        mine = pairs[dist.share(len(pairs))]
         keys = [rollout.prompt_key(seed, step, number) for number, _ in mine]
-        return rollout.generate(engine, tokenizer, train_task, [p for _, p in mine], keys, G, max_new_tokens, temperature)
+        return rollout.generate(engine, tokenizer, source, [p for _, p in mine], keys, G, max_new_tokens, temperature)
 
     def learn(batch, denominator):
         """One micro-batch: forward, loss, backward. Returns sums over its tokens, for the log."""
@@ -131,6 +132,7 @@ def main():
     log.card(stage="rl", settings=settings, start=start, device_rows=engine.max_rows, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place), params=policy.config.n_params()[0])
     dist.say(f"rl    from {point or start}: {policy.config.n_params()[0]:,} parameters, {compute_dtype} on {dist.world_size()} x {place.type}\n"
+             f"      {task}: {problems or len(stages[-1][1]):,} training problems{' in each stage' if len(stages) > 1 and problems else ''}\n"
              f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, one update; {steps} steps")
     if not point:
         val = held_out()
@@ -147,8 +149,8 @@ def main():
     started = time.time()
     for step in range(first_step, steps):
         t0 = time.time()
-        problems = problems_of(step)  # P problems for (seed, step)
-        rollouts = sample(step, problems)  # ids -> text -> rewards, of this rank's groups
+        source, pairs = problems_of(step)  # P problems for (seed, step)
+        rollouts = sample(step, source, pairs)  # ids -> text -> rewards, of this rank's groups
         t1 = time.time()
         advantages = grpo.advantages(rollout.reward_table(rollouts, G), advantage)  # (P, G)
         lengths = rollout.length_table(rollouts, G)  # (P, G) sampled tokens
@@ -211,29 +213,42 @@ def check_settings(start):
     if not checkpoint.is_model(start):
         raise ValueError(f"no SFT model in {start}: make one with `python train_sft.py --depth={depth}`, or name one with --model=")
     at_least(globals(), 1, "prompts_per_step max_new_tokens steps device_tokens eval_problems probe_prompts max_bad_steps")
-    at_least(globals(), 0, "device_rows lr warmup weight_decay max_grad_norm eval_every save_every")
+    at_least(globals(), 0, "seed problems device_rows lr warmup weight_decay max_grad_norm eval_every save_every")
     if samples_per_prompt < 2:
         raise ValueError(f"--samples_per_prompt={samples_per_prompt}: at least 2, because rewards are compared within a group")
     if 0 < device_rows < samples_per_prompt:
         raise ValueError(f"--device_rows={device_rows}: it must hold one group, --samples_per_prompt={samples_per_prompt}")
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature={temperature}: it must be above 0, because training needs samples that differ")
     grpo.advantages(torch.zeros(1, 2), advantage)  # raises for an unknown name,
     grpo.token_weights(torch.ones(1, 1), loss_norm)  # and so does this
 
 
+def check_problems(stages):
+    """Refuse a step that asks for more different problems than there are, and a fixed set that is none."""
+    for _, source in stages:
+        if problems > len(source) or prompts_per_step > (problems or len(source)):
+            raise ValueError(f"--prompts_per_step={prompts_per_step} --problems={problems}: task {task} has {len(source):,} training problems")
+        different = len({str(source.problem(i).prompt) for i in range(problems)})
+        if different < problems:
+            raise ValueError(f"--problems={problems}: the first {problems} problems of {task} are only {different} different ones")
+
+
 def forecast(sample, learn, problems_of, place):
     """Try a few problems, and say what share of the groups will teach something and how long the run will take."""
     P, G = prompts_per_step, samples_per_prompt
-    problems = [pair for step in range(-(-probe_prompts // P)) for pair in problems_of(step)][:probe_prompts]
+    source, pairs = problems_of(0)
+    for step in range(1, -(-probe_prompts // P)):
+        pairs += problems_of(step)[1] if problems_of(step)[0] is source else []
+    pairs = pairs[:probe_prompts]
     begun = time.time()
-    mine = sample("probe", problems)
+    mine = sample("probe", source, pairs)
     sampling = time.time() - begun
     begun = time.time()
     ones = torch.ones(len(mine), G, dtype=torch.float64)
     for batch in rollout.micro_batches(mine, ones, ones, device_tokens, place):
         learn(batch, 1.0)
-    seconds = dist.total((sampling + time.time() - begun) / len(problems) * P, "max")
+    seconds = dist.total((sampling + time.time() - begun) / len(pairs) * P, "max")
     rollouts = dist.gather(mine)
     if not dist.is_main():
         return

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a base model and worked answers -> a model that answers.
 
-    python train_sft.py --depth=4                                   # from out/d4/base
+    python train_sft.py --depth=4                                   # from out/d4/base, on a task's demonstrations
+    python train_sft.py --depth=4 --data='chats/*.jsonl'            # on conversations from files
     torchrun --nproc_per_node=8 train_sft.py --depth=20 --task=gsm8k
 
 The loss is on what the assistant says, the token that ends its turn included, and on nothing else. Conversations
@@ -10,7 +11,8 @@ import time
 
 import torch
 
-from nanorl.data import PackedRows
+from nanorl.corpus import read_conversations
+from nanorl.data import PackedRows, collate, pack
 from nanorl.gpt import CausalAttention
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
@@ -30,13 +32,14 @@ seed = 0  # fixes the order of the examples
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
 # ---- demonstrations
-task = "sum3"  # arithmetic presets, gsm8k, or path.py:Class
+data = ""  # conversations: files and globs with commas between, .jsonl, .parquet or .csv, of messages, conversations, instruction or prompt
+task = "sum3"  # without --data: one of nanorl/tasks, or path.py:Class
 task_args = ""  # the task's settings, such as 'demonstrations=worked'
-examples = 0  # how many training problems; 0: all of them
+examples = 0  # how many training problems or conversations; 0: all of them
 # ---- optimization
 steps = 0  # optimizer steps; 0: one pass over the examples
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks, padding included
-seq_len = 256  # tokens of a row; no conversation may be longer
+seq_len = 256  # tokens of a row; longer conversations of --data are left out
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
 muon = True  # Muon for the blocks' matrices; false: AdamW for all (published models)
 matrix_lr = 0.01  # the blocks' matrices; for AdamW use some 1e-5
@@ -47,13 +50,14 @@ max_grad_norm = 1.0  # 0: no clipping
 max_bad_steps = 5  # stop after this many updates in a row were skipped for a gradient that is not finite
 # ---- log
 log_every = 20  # steps between lines
+eval_every = 0  # with --data, steps between validations; 0: only before and after
 save_every = 0  # steps between checkpoints; 0: only at the end
 
 
 def main():
     settings = configure(globals())
     at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every max_bad_steps")
-    at_least(globals(), 0, "examples steps warmup save_every max_grad_norm")
+    at_least(globals(), 0, "seed examples steps matrix_lr other_lr warmup cooldown max_grad_norm eval_every save_every")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
@@ -70,18 +74,23 @@ def main():
     tokenizer = Tokenizer.from_pretrained(point or start)
     params = list(net.parameters())
     optimizers = make_optimizers(net, matrix_lr, other_lr or 0.4 / net.config.n_embd, muon=muon)
-    source = get_task(task, split="train", **parse_settings(task_args))
-    if not hasattr(source, "solution"):
-        raise ValueError(f"task {task} has no solution(): it cannot make demonstrations")
     rows = batch_tokens // seq_len
     if rows * seq_len != batch_tokens:
         raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")
+    if data:
+        conversations, held_out, note = read_conversations(data, tokenizer, seq_len)
+        n_examples, example = len(conversations), conversations.__getitem__
+    else:
+        source, held_out, note = get_task(task, split="train", **parse_settings(task_args)), [], ""
+        if not hasattr(source, "solution"):
+            raise ValueError(f"task {task} has no solution(): it cannot make demonstrations; give it conversations with --data=")
+        n_examples = len(source)
 
-    def example(i):
-        problem = source.problem(i)
-        return tokenizer.render_chat(problem.prompt + [{"role": "assistant", "content": source.solution(problem)}])
+        def example(i):
+            problem = source.problem(i)
+            return tokenizer.render_chat(problem.prompt + [{"role": "assistant", "content": source.solution(problem)}])
 
-    n_examples = min(examples or len(source), len(source))
+    n_examples = min(examples or n_examples, n_examples)
     train = PackedRows(example, n_examples, seq_len, rows, seed, dist.rank(), dist.world_size(), pad=tokenizer.document_end)
     mean_length = sum(len(example(i)[0]) for i in range(min(n_examples, 500))) / min(n_examples, 500)
     total_steps = steps or math.ceil(n_examples * mean_length / batch_tokens)
@@ -95,8 +104,31 @@ def main():
     log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     log.card(stage="sft", settings=settings, start=start, steps=total_steps, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place))
-    dist.say(f"sft   from {start}; {n_examples:,} demonstrations of {mean_length:.0f} tokens, {total_steps} steps of "
-             f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes")
+    dist.say(f"sft   from {start}; {n_examples:,} {'conversations' if data else 'demonstrations'} of {mean_length:.0f} tokens, {total_steps} steps of "
+             f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes"
+             + (f"; {len(held_out):,} held out" if data else "") + (f"\n      {note}" if note else ""))
+
+    def loss_sum(inputs, targets, mask, document):
+        """Sum of the negative log-probs of what the assistant says, in a micro-batch: all (rows, T)."""
+        h = net.hidden(inputs, positions_in(document), CausalAttention(document))  # (rows, T, C)
+        said = mask.bool()
+        return -net.logprobs(h[said], targets[said])[0].sum()
+
+    def micro_batches(batch):
+        return zip(*(t.to(place).split(max(1, device_tokens // seq_len)) for t in batch))
+
+    @torch.no_grad()
+    def val_loss():
+        """Nats per token that the assistant says, over the held-out conversations; every rank takes its share of their rows."""
+        mine = pack(held_out, seq_len + 1)[dist.rank()::dist.world_size()]
+        batch = collate(mine, seq_len, tokenizer.document_end)
+        nats = sum(float(loss_sum(*part)) for part in micro_batches(batch)) if mine else 0.0
+        return dist.total(nats) / dist.total(batch[2].sum())
+
+    if held_out and not point:
+        before = val_loss()
+        log.row(0, **{"val/loss": before})
+        dist.say(f"      held-out loss before: {before:.3f} nats a token")
 
     # ---- the loop
     dist.catch_signals()
@@ -105,28 +137,27 @@ def main():
         begun = time.time()
         batch = train.next()  # inputs, targets, mask, document, each (rows of this rank, T)
         trainable = dist.total(batch[2].sum())  # over ranks, before the first backward
-        micro = max(1, device_tokens // seq_len)
         loss = 0.0
-        for inputs, targets, mask, document in zip(*(t.to(place).split(micro) for t in batch)):
-            h = net.hidden(inputs, positions_in(document), CausalAttention(document))  # (rows, T, C)
-            said = mask.bool()
-            part = -net.logprobs(h[said], targets[said])[0].sum() / max(1.0, trainable)
+        for micro_batch in micro_batches(batch):
+            part = loss_sum(*micro_batch) / max(1.0, trainable)
             part.backward()
             loss += float(part.detach())
         dist.sum_gradients(params)
         norm = update(optimizers, params, lr_scale(step, total_steps, warmup, cooldown), max_grad_norm)
         bad = 0 if math.isfinite(norm) else bad + 1
         loss = dist.total(loss)
-        seconds = time.time() - begun
         row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": int(trainable), "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
-               "tok_per_s/learner": batch_tokens / seconds, "time/step": seconds,
-               "memory/peak_gb": dist.peak_memory(place) / 1e9}
+               "tok_per_s/learner": batch_tokens / (time.time() - begun)}
+        last = step + 1 == total_steps
+        if held_out and (last or (eval_every and (step + 1) % eval_every == 0)):
+            row["val/loss"] = val_loss()
+        row.update({"time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
         losses.append(loss)
-        last = step + 1 == total_steps
-        if last or (step + 1) % log_every == 0:
+        if last or "val/loss" in row or (step + 1) % log_every == 0:
             eta = (time.time() - started) / (step + 1 - first_step) * (total_steps - step - 1)
-            dist.say(f"sft   {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}  grad {norm:.2f}  "
+            nats = f"  val {row['val/loss']:.3f}" if "val/loss" in row else ""
+            dist.say(f"sft   {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}{nats}  grad {norm:.2f}  "
                      f"packed {row['packing']:.0%}  {row['tok_per_s/learner']:,.0f} tok/s  ETA {duration(eta)}")
             losses = []
         stop = dist.stop_requested()

@@ -4,11 +4,11 @@ import json
 import os
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nanorl.gpt import GPT, GPTConfig, rope_table
-from nanorl.tokenizer import Tokenizer
+from nanorl.tokenizer import Tokenizer, read_json
 
 # Each architecture's own flags; everything else is in config.json.
 ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
@@ -16,8 +16,7 @@ ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"qkv_bias": True},
 
 def read_config(path):
     """`path`/config.json -> GPTConfig. Raises ValueError naming what nanorl does not implement."""
-    with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-        c = json.load(f)
+    c = read_json(os.path.join(path, "config.json"))
     architecture = (c.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture} is not supported: nanorl reads {', '.join(ARCHITECTURES)}")
@@ -49,8 +48,7 @@ def write_config(c, path, dtype):
 def _weight_files(path):
     index = os.path.join(path, "model.safetensors.index.json")
     if os.path.exists(index):
-        with open(index, encoding="utf-8") as f:
-            return sorted({os.path.join(path, name) for name in json.load(f)["weight_map"].values()})
+        return sorted({os.path.join(path, name) for name in read_json(index)["weight_map"].values()})
     return [os.path.join(path, "model.safetensors")]
 
 
@@ -61,7 +59,11 @@ def load_model(path, dtype=None, device=None):
         raise ValueError(f"no model in {path!r}: there is no config.json")
     config = read_config(path)
     if os.path.exists(os.path.join(path, "tokenizer.json")):  # published embeddings are often padded
-        config.n_tokens = min(Tokenizer.from_pretrained(path).n_tokens, config.vocab_size)
+        n_tokens = Tokenizer.from_pretrained(path).n_tokens
+        if n_tokens > config.vocab_size or config.n_tokens not in (0, n_tokens):
+            raise ValueError(f"{path}: tokenizer.json has {n_tokens:,} tokens and the model was trained with {config.n_tokens or config.vocab_size:,}: "
+                             "they do not belong together")
+        config.n_tokens = n_tokens
     with torch.device("meta"):
         model = GPT(config)
     model = model.to_empty(device=device or "cpu").to(dtype or torch.float32)
@@ -70,6 +72,8 @@ def load_model(path, dtype=None, device=None):
     ours = dict(model.named_parameters())  # a tied head appears once, under the embedding's name
     missing = set(ours)
     for file in _weight_files(path):
+        if not os.path.exists(file):
+            raise ValueError(f"{path} has a config.json and no {os.path.basename(file)}: the weights are missing")
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():
@@ -82,9 +86,7 @@ def load_model(path, dtype=None, device=None):
                         raise ValueError(f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(ours[name].shape)}")
                     ours[name].data.copy_(tensor)
                     missing.discard(name)
-        except (OSError, ValueError):
-            raise
-        except Exception as error:  # safetensors' own error type for a file cut short
+        except SafetensorError as error:
             raise ValueError(f"{file} cannot be read ({error}): the file is damaged or cut short") from None
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights, the first is {sorted(missing)[0]}")

@@ -42,16 +42,23 @@ def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, t
 
 def score(task, problem, texts, finished):
     """Texts -> (rewards, how many raised). A reward that raises scores 0: one odd completion must not end a run. One
-    that was cut off earns nothing, whatever it holds: the task is to solve the problem within the limit."""
-    rewards, errors = [], 0
-    for text, whole in zip(texts, finished):
+    that was cut off earns no more than saying nothing does, and no more than 0: the task is to solve the problem
+    within the limit."""
+    def judge(text):
         try:
             reward = task.reward(problem, text)
         except Exception:
-            reward, errors = Reward(0.0), errors + 1
+            return Reward(0.0), 1
         if not isinstance(reward, Reward) or not math.isfinite(reward.total):
             raise ValueError(f"the task's reward() gave {reward!r}: it must give Reward(total, parts) with a finite total")
-        rewards.append(reward if whole else Reward(min(0.0, reward.total), dict.fromkeys(reward.parts, 0.0)))
+        return reward, 0
+
+    rewards, errors = [], 0
+    nothing = None if all(finished) else judge("")[0].total
+    for text, whole in zip(texts, finished):
+        reward, error = judge(text)
+        rewards.append(reward if whole else Reward(min(0.0, reward.total, nothing), dict.fromkeys(reward.parts, 0.0)))
+        errors += error
     return rewards, errors
 
 
@@ -114,12 +121,16 @@ def metrics(rollouts):
     lengths = length_table(rollouts, rewards.size(1)).double()  # (P, G)
     dead = no_signal(rewards)
     names = sorted({name for r in rollouts for reward in r.rewards for name in reward.parts})
+    by_task = {}  # of a mixture: mean rewards of its groups
+    for rollout, mean in zip(rollouts, rewards.mean(dim=1).tolist()):
+        by_task.setdefault(rollout.problem.task, []).append(mean)
     part = {f"reward/{name}": sum(reward.parts.get(name, 0.0) for r in rollouts for reward in r.rewards) / rewards.numel() for name in names}
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(dim=1).mean()),  # within groups
         "frac_reward_zero_std": float(dead.double().mean()),
         **part,
+        **{f"reward_of/{task}": sum(means) / len(means) for task, means in sorted(by_task.items()) if task},
         "reward/errors": sum(r.errors for r in rollouts),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),

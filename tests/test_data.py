@@ -2,12 +2,15 @@
 import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from nanorl.data import PackedRows, Windows, pack, tokenize
+from nanorl import data
+from nanorl.data import PackedRows, Windows, pack, read_index, shard_path, tokenize
+from nanorl.tokenizer import Tokenizer
 
 
 # ---- tokenize -------------------------------------------------------------------------------------------------
@@ -15,53 +18,113 @@ from nanorl.data import PackedRows, Windows, pack, tokenize
 TEXTS = [("train", "the cat sat"), ("val", "12 + 34"), ("train", ""), ("train", "µ on the mat"), ("val", "the end")]
 
 
+class Source:
+    """Documents for tokenize(); `dies` before the document of that number, as a process does. Counts what is asked of it."""
+
+    def __init__(self, documents, dies=None, **made_from):
+        self.pairs, self.dies, self.made_from, self.surveys, self.given = documents, dies, made_from, 0, 0
+
+    def survey(self):
+        self.surveys += 1
+        return sorted({text for _, text in self.pairs}), {"name": "texts", "notes": []}
+
+    def documents(self, facts):
+        for i, pair in enumerate(self.pairs):
+            if i == self.dies:
+                raise RuntimeError("killed")
+            self.given += 1
+            yield pair
+
+
 def stored(directory, split):
-    with open(os.path.join(directory, "tokens.json")) as f:
-        return np.fromfile(os.path.join(directory, split + ".bin"), json.load(f)["dtype"]).tolist()
+    """The split's ids, in the order of the shards."""
+    index = read_index(directory)
+    return [i for number in range(len(index["shards"])) for i in np.fromfile(shard_path(directory, split, number), index["dtype"]).tolist()]
 
 
-def test_documents_go_to_their_split_each_with_its_boundary(tmp_path, tokenizer):
-    info = tokenize(iter(TEXTS), tokenizer, str(tmp_path))
-    assert info["dtype"] == "uint16"  # half the disk, as long as the ids fit
+def files_in(directory):
+    return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
+
+
+@pytest.mark.parametrize("shard_bytes", [10 ** 8, 8])
+def test_documents_go_to_their_split_each_with_its_boundary(tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(data, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(data, "BATCH_BYTES", 4)
+    index = tokenize(Source(TEXTS), 280, tmp_path)
+    assert index == read_index(tmp_path) and index["whole"] and index["dtype"] == "uint16"  # half the disk, as long as the ids fit
+    assert (len(index["shards"]) == 1) == (shard_bytes > 8)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
     for split in ("train", "val"):
-        ids = [i for s, text in TEXTS if s == split for i in tokenizer.encode(text) + [tokenizer.document_end]]
-        assert stored(tmp_path, split) == ids and info["tokens"][split] == len(ids)
-        assert info["bytes"][split] == sum(len(text.encode()) for s, text in TEXTS if s == split)
+        texts = [text for s, text in TEXTS if s == split]
+        ids = [i for text in texts for i in tokenizer.encode(text) + [tokenizer.document_end]]
+        total = lambda name: data.total(index, name, [split])
+        assert stored(tmp_path, split) == ids and total("tokens") == len(ids)
+        assert total("bytes") == sum(len(text.encode()) for text in texts) and total("documents") == len(texts)
 
 
-def test_documents_are_written_as_they_come(tmp_path, tokenizer):
+def test_documents_are_written_as_they_come(tmp_path, monkeypatch):
     written = []
 
-    def documents():  # far more than the file's buffer holds; a list of all would be written only at the end
-        for _ in range(300):
-            yield "train", "12 + 34 " * 50
-            written.append(os.path.getsize(tmp_path / "train.bin"))
-    tokenize(documents(), tokenizer, str(tmp_path))
-    assert written[150] > 0 and written[-1] > 1.5 * written[150]
+    class Watching(Source):
+        def documents(self, facts):  # far more than a batch and the file's buffer hold; a list of all would be written only at the end
+            for pair in super().documents(facts):
+                yield pair
+                written.append(os.path.getsize(tmp_path / "train_00000.bin"))
+    monkeypatch.setattr(data, "BATCH_BYTES", 10_000)
+    tokenize(Watching([("train", "12 + 34 " * 500)] * 100), 280, tmp_path)
+    assert written[50] > 0 and written[-1] > 1.5 * written[50]
 
 
-def test_a_whole_directory_is_left_as_it_is_and_another_is_made_again(tmp_path, tokenizer):
-    def dying():
-        yield "train", "the cat"
-        raise RuntimeError("the documents are read")
-    with pytest.raises(RuntimeError):
-        tokenize(dying(), tokenizer, str(tmp_path))
-    info = tokenize(TEXTS, tokenizer, str(tmp_path))  # tokens.json was not there: what was left is not trusted
-    before = stored(tmp_path, "train")
-    assert len(before) == info["tokens"]["train"]
-    assert tokenize(dying(), tokenizer, str(tmp_path)) == info  # whole: not even looked at
-    assert stored(tmp_path, "train") == before
-    os.remove(tmp_path / "tokens.json")
-    assert tokenize(TEXTS[:2], tokenizer, str(tmp_path))["tokens"]["train"] == len(stored(tmp_path, "train")) < len(before)
+def test_killed_and_started_again_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 400)
+    monkeypatch.setattr(data, "BATCH_BYTES", 60)
+    rng = random.Random(0)
+    documents = [(rng.choice(["train", "train", "val"]), "the cat sat " * rng.randrange(1, 6)) for _ in range(100)]
+    tokenize(Source(documents), 280, tmp_path / "whole")
+    expected = files_in(tmp_path / "whole")
+    assert len(read_index(tmp_path / "whole")["shards"]) > 8
+    for dies in (0, 31, 62, 99):
+        killed = Source(documents, dies)
+        with pytest.raises(RuntimeError):
+            tokenize(killed, 280, tmp_path / "killed")
+        assert not read_index(tmp_path / "killed")["whole"]
+        before = {name: os.stat(tmp_path / "killed" / name).st_mtime_ns for name in os.listdir(tmp_path / "killed")}
+        whole_shards = len(read_index(tmp_path / "killed")["shards"])
+        again = Source(documents)
+        tokenize(again, 280, tmp_path / "killed")
+        assert files_in(tmp_path / "killed") == expected and again.surveys == 0  # the tokenizer was there
+        kept = ["tokenizer.json"] + [f"{split}_{i:05d}.bin" for split in ("train", "val") for i in range(whole_shards)]
+        assert all(os.stat(tmp_path / "killed" / name).st_mtime_ns == before[name] for name in kept)
+        shutil.rmtree(tmp_path / "killed")
 
 
-def test_a_vocabulary_beyond_16_bits(tmp_path):
+def test_what_is_whole_is_left_and_what_was_made_from_something_else_is_made_again(tmp_path):
+    index = tokenize(Source(TEXTS, text="a"), 280, tmp_path)
+    same = Source(TEXTS, text="a")
+    assert tokenize(same, 280, tmp_path) == index and same.surveys == same.given == 0
+    for documents, vocab_size, made_from in [(TEXTS, 280, "b"), (TEXTS[:2], 270, "b")]:
+        other = Source(documents, text=made_from)
+        (tmp_path / "train_00007.bin").write_text("of another time")
+        assert tokenize(other, vocab_size, tmp_path)["made_from"] == {"text": made_from, "vocab_size": vocab_size}
+        assert other.surveys == 1 and other.given == len(documents) and not (tmp_path / "train_00007.bin").exists()
+    (tmp_path / "tokens.json").write_text(json.dumps({"made_from": {"text": "b", "vocab_size": 270}, "tokens": {}}))  # of an earlier nanorl
+    older = Source(TEXTS[:2], text="b")
+    assert tokenize(older, 270, tmp_path)["whole"] and older.given == 2
+
+
+def test_a_vocabulary_beyond_16_bits(tmp_path, monkeypatch):
     class Wide:
         n_tokens, document_end = 2 ** 16 + 1, 2 ** 16
+        train = classmethod(lambda cls, texts, vocab_size: cls())
+        from_pretrained = classmethod(lambda cls, path: cls())
 
-        def encode(self, text):
-            return [ord(c) for c in text]
-    tokenize([("train", "ab"), ("val", "c")], Wide(), str(tmp_path))
+        def save(self, path):
+            pass
+
+        def encode_many(self, texts):
+            return [[ord(c) for c in text] for text in texts]
+    monkeypatch.setattr(data, "Tokenizer", Wide)
+    tokenize(Source([("train", "ab"), ("val", "c")]), 10 ** 5, tmp_path)
     assert stored(tmp_path, "train") == [97, 98, 65536] and stored(tmp_path, "val") == [99, 65536]
 
 
@@ -70,12 +133,19 @@ def test_a_vocabulary_beyond_16_bits(tmp_path):
 T = 8
 
 
+def shards_of(directory, *counts):
+    """Token files of `counts` tokens: 0, 1, 2, ... in the first, 1000, 1001, ... in the second, and so on; 2.5 bytes a token."""
+    for i, n in enumerate(counts):
+        np.arange(1000 * i, 1000 * i + n, dtype="uint16").tofile(shard_path(directory, "train", i))
+    index = {"dtype": "uint16", "whole": True, "shards": [{"train": {"tokens": n, "bytes": 2.5 * n}} for n in counts]}
+    (directory / "tokens.json").write_text(json.dumps(index))
+    return str(directory)
+
+
 @pytest.fixture
 def corpus(tmp_path):
     """Tokens 0, 1, 2, ...: ten windows of 8 and a rest, so that a window's first token tells which it is."""
-    np.arange(10 * T + 4, dtype="uint16").tofile(tmp_path / "train.bin")
-    (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16", "tokens": {"train": 84}, "bytes": {"train": 210}}))
-    return str(tmp_path)
+    return shards_of(tmp_path, 10 * T + 4)
 
 
 def starts(windows, batches):
@@ -100,6 +170,15 @@ def test_every_window_once_an_epoch_in_an_order_of_its_own(corpus):
     assert Windows(corpus, "train", T, rows=3).bytes_per_token == 2.5
 
 
+def test_windows_over_shards_each_once_and_none_in_two(tmp_path):
+    corpus = shards_of(tmp_path, 3 * T + 1, T, 0, 4 * T + T, T + 1)  # 3 windows; T tokens are none, for want of a target; none; 4; 1
+    expected = [*range(0, 3 * T, T), *range(3000, 3000 + 4 * T, T), 4000]
+    windows = Windows(corpus, "train", T, rows=2)
+    assert windows.n == len(expected) == 8 and windows.n_tokens == 10 * T + 2 and windows.bytes_per_token == 2.5
+    seen = starts(windows, 12)  # starts() checks that a window's tokens follow each other
+    assert all(sorted(seen[i:i + 8]) == expected for i in (0, 8, 16)) and seen[:8] != seen[8:16]
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_windows_of_all_ranks_are_the_batch_of_one(corpus, world_size):
     whole = Windows(corpus, "train", T, rows=6)
@@ -117,6 +196,21 @@ def test_windows_resume(corpus):
         again.load_state_dict(state)
         expected = starts(windows, 1)
         assert starts(again, 1) == expected
+
+
+def test_a_cursor_of_other_data_is_refused(corpus, tmp_path):
+    state = Windows(corpus, "train", T, rows=3).state_dict()
+    os.makedirs(tmp_path / "b")
+    with pytest.raises(ValueError, match="the data has changed: 11 windows or examples, 10 when the run was saved"):
+        Windows(shards_of(tmp_path / "b", 11 * T + 4), "train", T, rows=3).load_state_dict(state)
+    with pytest.raises(ValueError, match="the data has changed: 50 .* 49 "):
+        make_rows().load_state_dict({"position": 0, "offset": 0, "n": N - 1})
+
+
+def test_token_files_that_are_not_whole_are_refused(corpus, tmp_path):
+    (tmp_path / "tokens.json").write_text(json.dumps({**read_index(corpus), "whole": False}))
+    with pytest.raises(ValueError, match="not whole"):
+        Windows(corpus, "train", T, rows=1)
 
 
 def test_too_small_a_corpus_is_refused(corpus):

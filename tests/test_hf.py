@@ -10,6 +10,7 @@ from conftest import toy_model
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
+from nanorl.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 KINDS = {
@@ -65,7 +66,7 @@ def test_a_reloaded_from_scratch_model_is_the_same_and_stays_tied(tmp_path, toke
 def test_damage_and_strangers_are_named(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="no model in"):
         load_model(tmp_path)
-    model = toy_model(vocab=320, dtype=torch.float32)
+    model = toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32)
     save_model(model, tokenizer, tmp_path)
     good = load_file(tmp_path / "model.safetensors")
     for change, word in [({"model.norm.weight": torch.zeros(5)}, "model.norm.weight is"), ({"extra": torch.zeros(1)}, "extra")]:
@@ -85,4 +86,17 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
     for change, word in [({"architectures": ["MambaForCausalLM"]}, "Mamba"), ({"rope_scaling": {"rope_type": "yarn"}}, "yarn")]:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=word):
+            load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config)[:-20])
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        load_model(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):
+    """With too many tokens their rows are not there; with other ones the model would be trained on noise."""
+    save_model(toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32), tokenizer, tmp_path)
+    load_model(tmp_path)
+    for size in (265, 600):
+        Tokenizer.train(["Calculate: 12 + 34 = #46 the cat sat on the mat", "so many other words live around here, unseen before"] * 20, size).save(tmp_path)
+        with pytest.raises(ValueError, match="they do not belong together"):
             load_model(tmp_path)

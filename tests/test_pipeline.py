@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT
+from nanorl.tokenizer import Tokenizer
 
 SMALL = ["--depth=1", "--task=0-20", "--device=cpu"]
 TOY = "--task=" + os.path.join(ROOT, "tests", "toy_task.py") + ":Toy"
@@ -90,7 +92,6 @@ def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
 
 def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
     """Resumed from a checkpoint in the middle: what came after it is taken away, as if the process had died there."""
-    import shutil
     for script, stage, keep, last, arguments in [
             ("train_base.py", "base", "step_000002", "step_000006", ["--documents=300", "--vocab_size=300", "--steps=6", "--batch_tokens=512", "--seq_len=64", "--save_every=2"]),
             ("train_sft.py", "sft", "step_000010", "step_000030", ["--steps=30", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=10"])]:
@@ -206,6 +207,22 @@ MISTAKES = [
     ("train_rl.py", ["--max_bad_steps=0"], "max_bad_steps=0"),
     ("train_rl.py", ["--resume=maybe"], "maybe"),
     ("train_rl.py", ["--resume=must"], "no checkpoint"),
+    ("train_rl.py", ["--task=comparision"], "did you mean comparison"),
+    ("train_rl.py", ["--task=0-20=0,counting=5"], "'0-20=0' must be a task and its weight"),
+    ("train_rl.py", ["--task=0-20 until 3; 2-digit until 2; sum3"], "'2-digit until 2' must be"),
+    ("train_rl.py", ["--task=0-20=1,counting=1", "--task_args=binary.rewards=signed"], "no task 'binary'"),
+    ("train_rl.py", ["--problems=100000"], "--problems=100000: task 0-20 has"),
+    ("train_rl.py", ["--problems=3", "--prompts_per_step=4"], "--prompts_per_step=4 --problems=3"),
+    ("train_rl.py", ["--problems=-5"], "problems=-5"),
+    ("train_rl.py", ["--lr=nan"], "lr=nan"),
+    ("train_rl.py", ["--lr=-0.1"], "lr=-0.1"),
+    ("train_rl.py", ["--temperature=inf"], "temperature=inf"),
+    ("train_rl.py", ["--seed=-1"], "seed=-1"),
+    ("train_rl.py", ["--device=tpu"], "tpu"),
+    ("train_rl.py", ["steps=3"], "written --name=value"),
+    ("train_rl.py", ["--steps"], "--steps needs a value"),
+    ("train_rl.py", ["--task=gsm8k"], "openai/gsm8k"),
+    ("train_sft.py", ["--task=countdown", "--task_args=largest=two"], "'two'"),
     ("train_sft.py", ["--seq_len=8"], "--seq_len"),
     ("train_sft.py", ["--steps=-1"], "steps=-1"),
     ("train_base.py", ["--batch_tokens=1000", "--seq_len=64"], "1000"),
@@ -214,13 +231,133 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("script,mistake,words", MISTAKES, ids=[f"{s}{m}" for s, m, _ in MISTAKES])
-def test_a_users_mistake_gets_one_line(out, script, mistake, words):
+def test_a_users_mistake_gets_one_line(out, script, mistake, words, monkeypatch):
     """With the value and the remedy, and no traceback: anything but SystemExit would come through `call`."""
+    monkeypatch.setitem(sys.modules, "datasets", None)  # the hub is out of reach
+    monkeypatch.delenv("NANORL_DATA", raising=False)
     run = [] if script == "eval.py" or mistake[0].startswith("--run") else [f"--run=m{abs(hash(str(mistake)))}"]
     small = [] if script == "eval.py" else SMALL
     model = [f"--model={out / 'a' / ('sft' if script == 'train_rl.py' else 'base')}"] if run and script != "train_base.py" else []
     message = call(script, *small, *run, *model, *mistake)
     assert isinstance(message, str) and words in message and "\n" not in message
+
+
+OWN = """
+from nanorl.tasks import Problem, Reward
+
+class Own:
+    def __init__(self, split="train"): pass
+    def __len__(self): return 20
+    def problem(self, index): return Problem([{"role": "user", "content": f"Say {index}"}], "x")
+    def reward(self, problem, completion): return Reward(0.0)
+
+class NoReward:
+    __init__, __len__, problem = Own.__init__, Own.__len__, Own.problem
+
+class NoProblems(Own):
+    def __len__(self): return 0
+
+class PlainText(Own):
+    def problem(self, index): return "Say it"
+
+class LongPrompt(Own):
+    def problem(self, index): return Problem([{"role": "user", "content": "so many words " * 5000}], "x")
+
+class WordReward(Own):
+    def reward(self, problem, completion): return "good"
+
+class NotANumber(Own):
+    def reward(self, problem, completion): return Reward(float("nan"))
+"""
+OWN_MISTAKES = [
+    ("train_rl.py", "NoReward", "has no reward"), ("train_rl.py", "NoProblems", "there are no problems"), ("train_rl.py", "PlainText", "not a nanorl.tasks.Problem"),
+    ("train_rl.py", "LongPrompt", "context"), ("train_rl.py", "WordReward", "'good'"), ("train_rl.py", "NotANumber", "nan"), ("train_rl.py", "None", "no class 'None'"),
+    ("train_sft.py", "Own", "no solution()"), ("train_base.py", "Own", "no document()"), ("eval.py", "NoReward", "has no reward")]
+
+
+@pytest.mark.parametrize("script,name,words", OWN_MISTAKES)
+def test_a_mistake_in_a_users_own_task_gets_one_line(out, tmp_path, script, name, words):
+    (tmp_path / "own.py").write_text(OWN)
+    arguments = [*SMALL[::2], f"--task={tmp_path / 'own.py'}:{name}"] + ([] if script == "eval.py" else [f"--run=own{name}"])
+    arguments += [] if script == "train_base.py" else [f"--model={out / 'a' / ('base' if script == 'train_sft.py' else 'sft')}"]
+    message = call(script, *arguments)
+    assert isinstance(message, str) and words in message and "\n" not in message
+
+
+def damaged(model, how):
+    """Spoil a copied model directory. Returns words of the message that is due."""
+    if how == "weights cut short":
+        os.truncate(model / "model.safetensors", 5000)
+        return "model.safetensors cannot be read"
+    if how == "no weights":
+        os.remove(model / "model.safetensors")
+        return "model.safetensors"
+    if how == "config cut short":
+        os.truncate(model / "config.json", 50)
+        return "config.json cannot be read"
+    if how == "another tokenizer":
+        Tokenizer.train(["quite different words"], 265).save(model)
+        return "do not belong together"
+    if how == "no tokenizer":
+        os.remove(model / "tokenizer.json")
+        return "tokenizer.json"
+    config = json.loads((model / "config.json").read_text())
+    config.update({"architectures": ["MambaForCausalLM"]} if how == "another architecture" else {"hidden_size": 128})
+    (model / "config.json").write_text(json.dumps(config))
+    return "MambaForCausalLM" if how == "another architecture" else "expected"
+
+
+@pytest.mark.parametrize("how", ["weights cut short", "no weights", "config cut short", "another tokenizer", "no tokenizer", "another architecture", "another size"])
+@pytest.mark.parametrize("script", ["train_sft.py", "train_rl.py", "eval.py"])
+def test_a_damaged_model_gets_one_line(out, tmp_path, script, how):
+    shutil.copytree(out / "a" / "sft" / "step_000030", tmp_path / "model")
+    words = damaged(tmp_path / "model", how)
+    message = call(script, *SMALL[::2], "--task=0-20", f"--model={tmp_path / 'model'}", *([] if script == "eval.py" else ["--run=damaged"]))
+    assert isinstance(message, str) and words in message and "\n" not in message
+
+
+def test_a_damaged_checkpoint_of_the_run_gets_one_line_and_the_one_before_it_resumes(out):
+    model = f"--model={out / 'a' / 'sft'}"
+    assert call("train_rl.py", *RL, "--run=cut", model, "--steps=3") is None
+    os.truncate(out / "cut" / "rl" / "step_000003" / "trainer.pt", 1000)
+    message = call("train_rl.py", *RL, "--run=cut", model)
+    assert "trainer.pt cannot be read" in message and "remove" in message and "\n" not in message
+    shutil.rmtree(out / "cut" / "rl" / "step_000003")
+    assert call("train_rl.py", *RL, "--run=cut", model, "--resume=must") is None
+    assert [r["step"] for r in rows(out / "cut" / "rl")] == list(range(7))
+
+
+def test_a_full_disk_while_saving_is_said_and_loses_nothing(out):
+    """The disk is full from step 3 on: no file may grow beyond 300 kB (the weights take 600) once step 2 is saved."""
+    run = [*RL, "--run=full", f"--model={out / 'a' / 'sft'}"]
+    assert call("train_rl.py", *run, "--steps=2") is None
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", "import sys; sys.argv = sys.argv[1:]; " + limited, "train_rl.py", *run],
+                           cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = ended.stderr.strip().splitlines()
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "step 3 could not be saved" in lines[-1] and "free some space" in lines[-1] and "step_000002" in lines[-1]
+    assert call("train_rl.py", *run, "--resume=must") is None
+    assert call("train_rl.py", *RL, "--run=whole", f"--model={out / 'a' / 'sft'}") is None
+    assert_same_run(out / "full" / "rl", out / "whole" / "rl", "step_000006")
+
+
+def test_a_fixed_set_of_problems_is_all_that_is_trained_on(out):
+    assert call("train_rl.py", *RL, "--run=fixed", f"--model={out / 'a' / 'sft'}", "--problems=5", "--steps=5") is None
+    prompts = [{json.loads(line)["prompt"] for line in gzip.open(path, "rt")} for path in sorted((out / "fixed" / "rl" / "rollouts").iterdir())]
+    assert len(set().union(*prompts)) == 5 and all(len(p) >= 2 for p in prompts)
+    counts = [json.loads(line)["prompt"] for path in (out / "fixed" / "rl" / "rollouts").iterdir() for line in gzip.open(path, "rt")]
+    assert {counts.count(p) for p in set(counts)} == {16}  # 5 steps of 4 problems are 4 passes, of 4 samples each
+
+
+def test_a_mixture_and_a_curriculum(out):
+    task = "--task=0-20 until 2; 0-20=1,comparison=1"
+    assert call("train_rl.py", *RL, task, "--run=stages", f"--model={out / 'a' / 'sft'}", "--steps=4") is None
+    said = [" ".join(json.loads(line)["prompt"] for line in gzip.open(path, "rt")) for path in sorted((out / "stages" / "rl" / "rollouts").iterdir())]
+    assert ["Calculate" in text for text in said[:2]] == [True, True] and not any("greater" in text for text in said[:2])
+    assert any("greater" in text for text in said[2:]) and any("Calculate" in text for text in said[2:])
+    later = rows(out / "stages" / "rl")[3:]
+    assert "reward_of/comparison" in later[0].keys() | later[1].keys() and "reward_of/0-20" not in rows(out / "stages" / "rl")[1]
 
 
 def test_changed_constants_do_not_silently_resume(out):

@@ -6,11 +6,12 @@ from conftest import toy_model
 from nanorl import grpo, rollout
 from nanorl.engine import Completion, Engine
 from nanorl.gpt import token_logprobs
-from nanorl.tasks import Problem, Reward
+from nanorl.tasks import Problem, Reward, get_task
+from nanorl.tasks.countdown import Countdown
 
 
-def made(prompt, completions, rewards):
-    return rollout.Rollout(Problem([], ""), prompt, [Completion(ids, [-0.1 * i for i in ids], done) for ids, done in completions],
+def made(prompt, completions, rewards, task=""):
+    return rollout.Rollout(Problem([], "", task=task), prompt, [Completion(ids, [-0.1 * i for i in ids], done) for ids, done in completions],
                            [str(ids) for ids, _ in completions], [Reward(r, {"correct": r}) for r in rewards])
 
 
@@ -99,13 +100,59 @@ def test_a_completion_that_was_cut_off_earns_nothing():
     assert [r.parts["correct"] for r in rewards] == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("rewards, nothing", [("binary", 0), ("signed", -1), ("graded", -1)])
+def test_what_was_cut_off_earns_what_silence_does_however_right_it_is(rewards, nothing):
+    """Where a wrong answer costs something, rambling past the limit must not be the way around it."""
+    task = get_task("0-20", rewards=rewards)
+    problem = Problem([], "12", {"numbers": [7, 5], "signs": ["+"]})
+    texts = ["#12", "#11", "#35", ""]
+    scored, errors = rollout.score(task, problem, ["#12"] + texts, [True] + [False] * 4)
+    assert [r.total for r in scored] == [1] + [nothing] * 4 and errors == 0
+    assert all(r.parts == {"format": 0, "answered": 0, "correct": 0} for r in scored[1:])
+
+
+def test_a_format_that_was_cut_off_earns_nothing_either(monkeypatch):
+    monkeypatch.setattr("nanorl.tasks.countdown._problems", lambda *args: [])
+    problem, text = Problem([], "33", {"numbers": [3, 7, 12]}), "<think></think><answer>3*7+12</answer>"
+    (whole, cut), _ = rollout.score(Countdown(), problem, [text, text], [True, False])
+    assert (whole.total, cut.total) == (1, 0) and set(cut.parts.values()) == {0}
+
+
+@pytest.mark.parametrize("silence, otherwise, expected", [
+    (1.0, 0.5, 0.0), (1.0, -0.5, -0.5), (-2.0, 1.0, -2.0), (-2.0, -3.0, -3.0), (None, 1.0, 0.0), (None, -1.0, -1.0)])
+def test_what_was_cut_off_earns_no_more_than_silence_and_than_zero(silence, otherwise, expected):
+    class Task:
+        def reward(self, problem, text):
+            if not text and silence is None:
+                raise RuntimeError("no")
+            return Reward(otherwise if text else silence)
+    scored, errors = rollout.score(Task(), None, ["a", "a"], [False, True])
+    assert [r.total for r in scored] == [expected, otherwise] and errors == 0  # the silence that raised was nobody's
+
+
+def test_a_reward_that_raises_on_what_was_cut_off_is_counted():
+    scored, errors = rollout.score(Bad(), None, ["x", "a"], [False, False])
+    assert [r.total for r in scored] == [0, 0] and errors == 1
+
+
+def test_a_reward_is_asked_once_a_completion_when_all_are_whole():
+    asked = []
+
+    class Task:
+        def reward(self, problem, text):
+            asked.append(text)
+            return Reward(0.0)
+    rollout.score(Task(), None, ["a", "b"], [True, True])
+    assert asked == ["a", "b"]
+
+
 def test_generate_strips_the_stop_token_in_the_text_only(tokenizer):
     class Task:
         def reward(self, problem, text):
             return Reward(float(len(text)))
     model = toy_model(vocab=tokenizer.n_tokens)
     problems = [Problem([{"role": "user", "content": "12 + 34"}], "46")] * 2
-    result = rollout.generate(Engine(model), tokenizer, Task(), problems, [1, 2], 8, 200, 1.0)
+    result = rollout.generate(Engine(model), tokenizer, Task(), problems, [1, 2], 8, 80, 1.0)
     finished = [(c, t) for r in result for c, t in zip(r.completions, r.texts) if c.finished]
     assert finished, "no row stopped: the test would show nothing"
     for c, text in finished:
@@ -126,3 +173,11 @@ def test_metrics_by_hand():
     assert m["completions/mean_length"] == 13 / 4 and m["completions/clipped_ratio"] == 0.25
     assert m["tokens_with_signal"] == pytest.approx(5 / 13)
     assert m["reward_std"] == pytest.approx((0.5 ** 0.5 + 0) / 2)
+    assert not [name for name in m if name.startswith("reward_of/")]  # of a mixture only
+
+
+def test_metrics_give_the_mean_reward_of_each_task_of_a_mixture():
+    one = [([5, 0], True)] * 2
+    m = rollout.metrics([made([7], one, [1.0, 0.0], "sum3"), made([7], one, [-1.0, -1.0], "own.py:A"), made([7], one, [1.0, 1.0], "sum3")])
+    assert {name: value for name, value in m.items() if name.startswith("reward_of/")} == {"reward_of/sum3": 0.75, "reward_of/own.py:A": -1.0}
+    assert m["reward"] == pytest.approx(1 / 6)

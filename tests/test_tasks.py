@@ -1,31 +1,40 @@
-"""Tasks: problems, splits, demonstrations, rewards, data files, and a user's own task."""
+"""Tasks: problems, splits, demonstrations, documents, data files, mixtures, curricula, and a user's own task.
+What earns a reward is in test_verifiers.py."""
 import json
 import os
+import random
 import re
 import subprocess
 import sys
-from functools import partial
+from collections import Counter
+from fractions import Fraction
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
 
 from conftest import ROOT
-from nanorl.tasks import arithmetic, get_task, parse_settings
+from nanorl.tasks import TASKS, arithmetic, comparison, countdown, counting, get_stages, get_task, parse_settings
 from nanorl.tasks.files import load_rows
+from nanorl.tasks.spelling import BUILT_IN
 
 SIZES = {"sum3": 810_000, "0-20": 1_323, "2-digit": 16_200, "chain4": 30_000, "3x2": 81_000}
+FEWER = [(counting, "PROBLEMS", 20_000), (comparison, "PROBLEMS", 40_000), (countdown, "DRAWS", 10_000)]  # of hundreds of thousands
 STYLES = ("direct", "worked", "mixed")
+SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def fewer_chains():
-    """A million chains take seconds to draw; fewer are made by the same function."""
-    whole = arithmetic.PRESETS["chain4"]
-    arithmetic.PRESETS["chain4"] = (partial(arithmetic._chains, SIZES["chain4"]), whole[1])
-    arithmetic._table.cache_clear()
-    yield
-    arithmetic.PRESETS["chain4"] = whole
-    arithmetic._table.cache_clear()
+def fewer_problems():
+    """Whole tables take seconds to draw; smaller ones are made by the same functions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NANORL_DATA", raising=False)
+        patch.setitem(arithmetic.PRESETS, "chain4", (partial(arithmetic._chains, SIZES["chain4"]), "fewer"))
+        for module, name, n in FEWER:
+            patch.setattr(module, name, n)
+        for module, name in [(arithmetic, "_table"), (counting, "_table"), (comparison, "_table"), (countdown, "_problems")]:
+            patch.setattr(module, name, lru_cache(getattr(module, name).__wrapped__))
+        yield
 
 
 @pytest.fixture(params=SIZES)
@@ -94,23 +103,12 @@ def test_half_of_the_mixed_demonstrations_are_direct():
         assert abs(direct / 2000 - 0.5) < 0.03
 
 
-def test_either_summand_may_be_worked_first():
-    task = get_task("sum3", demonstrations="worked")
-    first = [(task.solution(p)[0], p.meta["numbers"]) for p in map(task.problem, range(400))]
-    swapped = [digit == str(b)[-1] for digit, (a, b) in first if a % 10 != b % 10]
+@pytest.mark.parametrize("style", ["worked", "mixed"])
+def test_either_summand_may_be_worked_first(style):
+    task = get_task("sum3", demonstrations=style)
+    first = [(task.solution(p)[0], p.meta["numbers"]) for p in map(task.problem, range(800))]
+    swapped = [digit == str(b)[-1] for digit, (a, b) in first if digit != "#" and a % 10 != b % 10]
     assert 0.4 < sum(swapped) / len(swapped) < 0.6
-
-
-def test_wrong_answers_and_garbage_earn_nothing(preset):
-    task = get_task(preset)
-    for i in range(20):
-        problem = task.problem(i)
-        right = int(problem.answer)
-        for text, answered in [(f"#{right + 1}", 1), (f"#{right}1", 1), (f"#{-right or 1}", 1), (f"#{right} #{right + 1}", 1), (f"{right}", 0),
-                               (f"# is {right}", 0), ("#", 0), ("", 0), ("garbage", 0), ("#" * 500, 0), ("\x00\ufffd🙂", 0), ("#" + "9" * 5000, 0)]:
-            reward = task.reward(problem, text)
-            assert (reward.total, reward.parts) == (0, {"correct": 0, "answered": answered}), text
-        assert task.reward(problem, f"{right + 1} no, #{right}.").total == 1
 
 
 def test_instruction_and_precision():
@@ -154,19 +152,6 @@ def test_problems_come_mixed_not_in_the_order_of_the_table():
     assert min(first) < 200 and max(first) > 900
 
 
-def test_problems_and_demonstrations_are_the_same_in_a_fresh_process():
-    code = """if True:
-        import json
-        from nanorl.tasks import get_task
-        tasks = [get_task(preset, split=split) for preset in ("0-20", "2-digit", "3x2") for split in ("train", "val")]
-        print(json.dumps([[t.problem(i).prompt, t.problem(i).answer, t.solution(t.problem(i)), t.document(i)] for t in tasks for i in range(50)]))"""
-    other = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": ROOT}
-    there = subprocess.run([sys.executable, "-c", code], env=other, capture_output=True, text=True, check=True).stdout
-    tasks = [get_task(preset, split=split) for preset in ("0-20", "2-digit", "3x2") for split in ("train", "val")]
-    here = [[t.problem(i).prompt, t.problem(i).answer, t.solution(t.problem(i)), t.document(i)] for t in tasks for i in range(50)]
-    assert json.loads(there) == here
-
-
 @pytest.mark.parametrize("preset", ["0-20", "2-digit", "chain4"])
 def test_documents_show_only_problems_of_the_train_split(preset):
     task = get_task(preset)
@@ -185,6 +170,299 @@ def test_documents_show_only_problems_of_the_train_split(preset):
             assert problem in known
             assert rest == known[problem] if said == " = " else check_steps(rest)
     assert 30 < counting < 100 and len(shown) > 700
+
+
+# ---- the other tasks: a reader of their problems and demonstrations that shares no code with them ---------------
+
+KINDS = {"counting": {}, "comparison": {}, "binary": {}, "spelling": {}, "words.txt": {}, "countdown": {}, "countdown 4": {"numbers": "4"},
+         "countdown 3-4": {"numbers": "3-4"}, "countdown to 9": {"largest": "9"}}
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A words.txt as people have them: the most frequent first, and not all of it fit for the task."""
+    rng, folder = random.Random(0), tmp_path_factory.mktemp("words")
+    good = list(dict.fromkeys("".join(rng.choices("aabcdeefghiijlmnooprsttuy", k=rng.randint(3, 14))) for _ in range(2000)))
+    odd = ["it", "e-mail", "naïve", "Straße", "don't", "3rd", "x" * 15, good[0], good[1].upper()]
+    (folder / "words.txt").write_text("\n".join(good[:1000] + odd + good[1000:]), encoding="utf-8")
+    return folder, good
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, words, monkeypatch):
+    """(kind, make): make(split, **settings) gives its task."""
+    if request.param == "words.txt":
+        monkeypatch.setenv("NANORL_DATA", str(words[0]))
+    name = request.param.split(" ")[0].replace("words.txt", "spelling")
+    return name, lambda split="train", **settings: get_task(name, split=split, **{**KINDS[request.param], **settings})
+
+
+def read(name, problem):
+    """The prompt -> (what it asks, what two problems that share it must share a split for)."""
+    pattern = {"counting": r"How many ([a-f]) are in: ([a-f](?: [a-f]){3,15}) \?", "comparison": r"Is (\d+) greater than (\d+)\? yes or no",
+               "binary": r"Write (\d+) in binary: ", "spelling": r"How many ([a-z]) are in ([a-z]+)\?",
+               "countdown": r"Use (\d+(?:, \d+){2,3}), each once, and \+ - \* / to make (\d+)\. Think .* <answer> </answer>\."}[name]
+    assert [m["role"] for m in problem.prompt] == ["user"]
+    asked = re.fullmatch(pattern, problem.prompt[0]["content"]).groups()
+    if name == "spelling":
+        return asked, asked[1]
+    if name == "countdown":
+        return asked, (*sorted(map(int, asked[0].split(", "))), "make", int(asked[1]))
+    return asked, tuple(sorted(asked)) if name == "comparison" else asked
+
+
+def right_answer(name, asked):
+    if name == "counting":
+        return str(sum(letter == asked[0] for letter in asked[1].split(" ")))
+    if name == "comparison":
+        return "yes" if int(asked[0]) - int(asked[1]) > 0 else "no"
+    return {"binary": lambda: np.base_repr(int(asked[0])), "spelling": lambda: str(len(asked[1].split(asked[0])) - 1),
+            "countdown": lambda: asked[1]}[name]()
+
+
+def exact(expression):
+    """The value of a demonstration's '(3+9)*2/5', read by Python and computed in fractions."""
+    return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression))
+
+
+def counted(worked, things, wanted):
+    """Whether 'a b1 c b2' names each of the things, and numbers the wanted ones from 1."""
+    numbers = iter(range(1, len(things) + 1))
+    return worked.split(" ") == [thing if thing != wanted else wanted + str(next(numbers)) for thing in things]
+
+
+def check_working(name, asked, worked):
+    """Every step is true and is one of this problem, and they lead to its answer."""
+    steps = worked.split(" ")
+    if name in ("counting", "spelling"):
+        assert counted(worked, asked[1].split(" ") if name == "counting" else list(asked[1]), asked[0])
+    elif name == "comparison":
+        a, b = asked
+        relation = lambda x, y: "=><"[(x > y) - (x < y)]
+        if len(a) != len(b):
+            assert worked == f"{len(a)}{relation(len(a), len(b))}{len(b)} digits"
+        else:
+            assert steps == [f"{x}{relation(x, y)}{y}" for x, y in zip(a, b)][:len(steps)]
+            assert all("=" in step for step in steps[:-1]) and ("=" not in steps[-1] or a == b)
+    elif name == "binary":
+        pairs = [[int(n) for n in step.split(":")] for step in steps]
+        assert pairs[0][0] == int(asked[0]) and all(n == 2 * half + bit for (n, bit), half in zip(pairs, [n for n, _ in pairs[1:]] + [0]))
+        assert "".join(str(bit) for _, bit in reversed(pairs)) == np.base_repr(int(asked[0]))
+    else:
+        results = []
+        for attempt in worked.split(", "):
+            left = Counter(asked[0].split(", "))
+            for step in attempt.split(" "):
+                x, sign, y, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
+                assert exact(f"{x}{sign}{y}") == int(result) > 0
+                left.subtract([x, y])
+                assert min(left.values()) >= 0  # only numbers that are there, and each once
+                left[result] += 1
+            results += left.elements()  # one number is left
+        assert [result == asked[1] for result in results] == [False] * worked.count(", ") + [True]
+
+
+def parts_of(name, text):
+    """A demonstration -> (its working, its answer)."""
+    if name == "countdown":
+        return re.fullmatch(r"<think>(.*)</think><answer>(.+)</answer>", text).groups()
+    return re.fullmatch(r"([^#]*)#(.+)", text).groups()
+
+
+def test_other_answers_are_right(kind):
+    name, make = kind
+    for split in SPLITS:
+        task = make(split)
+        for problem in map(task.problem, range(min(len(task), 200))):
+            assert problem.answer == right_answer(name, read(name, problem)[0])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_other_demonstrations_earn_the_reward_and_their_steps_are_true(kind, style):
+    name, make = kind
+    task = make(demonstrations=style)
+    for problem in map(task.problem, range(300)):
+        asked, _ = read(name, problem)
+        text = task.solution(problem)
+        reward = task.reward(problem, text)
+        assert reward.total == 1 and list(reward.parts) == ["format", "answered", "correct"] and set(reward.parts.values()) == {1.0}
+        worked, answer = parts_of(name, text)
+        assert exact(answer) == int(problem.answer) if name == "countdown" else answer == problem.answer
+        assert style == "mixed" or bool(worked) == (style == "worked")
+        if worked:
+            check_working(name, asked, worked)
+
+
+def test_half_of_the_other_mixed_demonstrations_are_direct(kind):
+    name, make = kind
+    task = make(demonstrations="mixed")
+    n = min(len(task), 2000)
+    direct = sum(not parts_of(name, task.solution(task.problem(i)))[0] for i in range(n))
+    assert abs(direct / n - 0.5) < 2.5 / n ** 0.5  # five standard deviations
+
+
+def test_other_splits_are_disjoint_by_content(kind):
+    name, make = kind
+    contents = {}
+    for split in SPLITS:
+        task = make(split)
+        problems = [task.problem(i) for i in range(len(task))]
+        assert len({p.prompt[0]["content"] for p in problems}) == len(problems) > 30  # none twice
+        contents[split] = {read(name, p)[1] for p in problems}
+        assert name != "countdown" or len(contents[split]) == len(problems)  # nor in another order
+    whole = set.union(*contents.values())
+    assert sum(map(len, contents.values())) == len(whole)
+    for split, share in [("train", 0.7), ("val", 0.2), ("test", 0.1)]:
+        assert abs(len(contents[split]) / len(whole) - share) < 4 * (share * (1 - share) / len(whole)) ** 0.5
+
+
+def test_every_number_and_every_word_is_in_some_split(words, monkeypatch):
+    everything = lambda name, i: {read(name, p)[0][i] for t in (get_task(name, split=s) for s in SPLITS) for p in map(t.problem, range(len(t)))}
+    assert everything("binary", 0) == {str(n) for n in range(4096)}
+    assert everything("spelling", 1) == set(BUILT_IN.split())
+    monkeypatch.setenv("NANORL_DATA", str(words[0]))
+    assert everything("spelling", 1) == set(words[1])
+    monkeypatch.setattr("nanorl.tasks.spelling.MOST_WORDS", 100)  # of a long file, the first
+    monkeypatch.setattr("nanorl.tasks.spelling._problems", lru_cache(sys.modules["nanorl.tasks.spelling"]._problems.__wrapped__))
+    assert everything("spelling", 1) == set(words[1][:100])
+
+
+def test_words_that_fit_in_no_way_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "words.txt").write_text("no 12 e-mail\n")
+    monkeypatch.setenv("NANORL_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="task spelling, split val: there are no problems in it"):
+        get_task("spelling", split="val")
+
+
+def test_no_answer_to_a_spelling_problem_is_right_most_of_the_time():
+    task, asked = get_task("spelling"), {}
+    for problem in map(task.problem, range(len(task))):
+        (letter, word), _ = read("spelling", problem)
+        asked.setdefault(word, []).append(word.count(letter))
+    for word, counts in asked.items():
+        repeated = [n for n in Counter(word).values() if n > 1]
+        assert sorted(counts) == [0] + [1] * (1 in Counter(word).values()) + sorted(repeated)
+    assert max(Counter(sum(asked.values(), [])).values()) < 0.5 * len(task)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_split_of_a_word_does_not_tell_which_of_its_letters_is_asked_for(words, monkeypatch, split):
+    """Both come from a hash of the word. From the same one, held-out problems would ask for other letters than training does."""
+    monkeypatch.setenv("NANORL_DATA", str(words[0]))
+    task, places = get_task("spelling", split=split), Counter()
+    for problem in map(task.problem, range(len(task))):
+        (letter, word), _ = read("spelling", problem)
+        once = sorted(c for c in word if word.count(c) == 1)
+        if len(once) == 5 and letter in once:
+            places[once.index(letter)] += 1
+    assert len(places) == 5 and max(places.values()) < 0.5 * places.total()
+
+
+def test_neither_yes_nor_the_first_digit_settles_a_comparison():
+    rows = np.concatenate([get_task("comparison", split=split).rows for split in SPLITS])
+    assert abs((rows[:, 0] > rows[:, 1]).mean() - 0.5) < 0.02
+    alike = np.mean([len(str(a)) == len(str(b)) and str(a)[0] == str(b)[0] for a, b in rows])
+    assert 0.3 < alike < 0.6 and 0 < (rows[:, 0] == rows[:, 1]).mean() < 0.05
+
+
+def test_counting_has_lists_of_all_lengths_and_all_letters():
+    task = get_task("counting")
+    problems = [task.problem(i).meta for i in range(3000)]
+    assert Counter(len(p["letters"]) for p in problems).keys() == set(range(4, 17))
+    assert min(Counter(p["wanted"] for p in problems).values()) > 400
+
+
+@pytest.mark.parametrize("count, sizes", [("3", {3}), ("4", {4}), ("3-4", {3, 4})])
+@pytest.mark.parametrize("largest", ["9", "20", "99"])
+def test_countdown_numbers_and_targets(count, sizes, largest):
+    task = get_task("countdown", numbers=count, largest=largest)
+    rows = [(p.meta["numbers"], int(p.answer)) for p in map(task.problem, range(len(task)))]
+    assert {len(numbers) for numbers, _ in rows} == sizes
+    assert {min(min(numbers) for numbers, _ in rows), max(max(numbers) for numbers, _ in rows)} == {1, int(largest)}
+    assert min(target for _, target in rows) >= 1 and 90 < max(target for _, target in rows) <= 100
+
+
+def shown(name, line):
+    """A line of a document -> (what it shows as `read` gives it, its working, its answer)."""
+    if name == "counting":
+        wanted, worked, answer = re.fullmatch(r"([a-f]): (.+) = (\d+)", line).groups()
+        return (wanted, re.sub(r"\d", "", worked)), worked, answer
+    if name == "comparison":
+        a, b, worked = re.fullmatch(r"(\d+) and (\d+): (.+)", line).groups()
+        return (a, b), worked, None
+    if name == "binary":
+        n, worked, answer = re.fullmatch(r"(\d+): (.+) = ([01]+)", line).groups()
+        return (n,), worked, answer
+    numbers, target, worked = re.fullmatch(r"(.+) make (\d+): (.+)", line).groups()
+    return (numbers, target), worked, None
+
+
+def test_other_documents_show_only_problems_of_the_train_split(kind):
+    name, make = kind
+    task = make()
+    known = {read(name, p)[0] for p in map(task.problem, range(len(task)))}
+    known_words = {word for _, word in known} if name == "spelling" else None
+    seen = set()
+    for i in [*range(100), 10 ** 6]:
+        assert task.document(i) == task.document(i)
+        for line in task.document(i).split("\n"):
+            seen.add(line)
+            if name == "spelling":
+                word, spelled = line.split(": ")
+                assert word in known_words and spelled.split(" ") == list(word)
+            else:
+                asked, worked, answer = shown(name, line)
+                assert asked in known and answer in (None, right_answer(name, asked))
+                check_working(name, asked, worked)
+    assert len(seen) >= 95
+
+
+def test_no_try_that_countdown_shows_solves_a_problem_of_another_split():
+    """A try that misses its own target may hit that of a held-out problem with the same numbers."""
+    task, tries = get_task("countdown", demonstrations="worked"), []
+    for problem in map(task.problem, range(len(task))):
+        numbers = sorted(problem.meta["numbers"])
+        for attempt in parts_of("countdown", task.solution(problem))[0].split(", "):
+            tries.append((*numbers, "make", int(attempt.split("=")[-1])))
+    assert len(tries) > 2 * len(task)  # there is something to see
+    for split in ("val", "test"):
+        other = get_task("countdown", split=split)
+        assert not set(tries) & {read("countdown", p)[1] for p in map(other.problem, range(len(other)))}
+
+
+def test_the_split_of_a_problem_does_not_depend_on_what_else_there_is(words, tmp_path, monkeypatch):
+    """One task with other settings may be another stage of a curriculum, or part of a mixture."""
+    content = lambda name, split, **settings: {read(name, p)[1] for t in [get_task(name, split=split, **settings)] for p in map(t.problem, range(len(t)))}
+    for one, other in [({"numbers": "3"}, {"numbers": "3-4"}), ({"numbers": "4"}, {"numbers": "3-4"}), ({"largest": "9"}, {})]:
+        whole, held_out = content("countdown", "train", **one), content("countdown", "val", **other)
+        assert len(whole & content("countdown", "train", **other)) > 50 and not whole & held_out
+    built_in = content("spelling", "train")
+    (tmp_path / "words.txt").write_text("\n".join(words[1] + BUILT_IN.split()[::-1]))
+    monkeypatch.setenv("NANORL_DATA", str(tmp_path))
+    assert built_in <= content("spelling", "train")
+
+
+def test_presets_that_share_problems_share_their_splits():
+    text = lambda preset, split: {question(p) for t in [get_task(preset, split=split)] for p in map(t.problem, range(len(t)))}
+    small, held_out = text("0-20", "train"), text("2-digit", "val")
+    assert len(small & text("2-digit", "train")) > 100 and not small & held_out
+
+
+FRESH = """if True:
+    import json
+    from nanorl.tasks import comparison, countdown, counting, get_task
+    comparison.PROBLEMS, countdown.DRAWS, counting.PROBLEMS = 40_000, 10_000, 20_000
+    names = ("0-20", "2-digit", "3x2", "counting", "comparison", "binary", "spelling", "countdown", "binary=2,0-20=1")
+    tasks = [get_task(name, split=split) for name in names for split in ("train", "val")]
+    said = [[t.problem(i).prompt, t.problem(i).answer, t.solution(t.problem(i)), t.document(i)] for t in tasks for i in range(50)]"""
+
+
+def test_problems_and_demonstrations_are_the_same_in_a_fresh_process():
+    other = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": ROOT}
+    there = subprocess.run([sys.executable, "-c", FRESH + "\n    print(json.dumps(said))"], env=other, capture_output=True, text=True, check=True)
+    here = {}
+    exec(FRESH, here)
+    assert json.loads(there.stdout) == here["said"]
 
 
 # ---- gsm8k and data files ---------------------------------------------------------------------------------------
@@ -217,8 +495,10 @@ def test_gsm8k_from_a_file(tmp_path, monkeypatch):
     assert problem.answer == str(n * 1001)
     assert train.solution(problem) == f"She has {n}+{n * 1000}={n * 1001} pens.\n#### {n * 1001:,}"
     assert train.document(5).startswith("Ann has") and train.document(5).endswith(train.solution(problem))
-    assert train.reward(problem, f"{n * 1001}").parts == {"correct": 0, "answered": 0}  # no marker
-    assert train.reward(problem, f"#### {n * 1001 + 1}").parts == {"correct": 0, "answered": 1}
+    assert train.reward(problem, f"{n * 1001}").parts == {"format": 0, "answered": 0, "correct": 0}  # no marker
+    assert train.reward(problem, f"#### {n * 1001 + 1}").parts == {"format": 1, "answered": 1, "correct": 0}
+    signed = get_task("gsm8k", rewards="signed")
+    assert [signed.reward(problem, text).total for text in (f"#### {n * 1001}", f"#### {n * 1001 + 1}", "")] == [1, -1, -1]
 
 
 def test_gsm8k_splits_follow_the_content_not_the_order_of_the_file(tmp_path, monkeypatch):
@@ -285,6 +565,12 @@ class Mute:
     def __init__(self, split="train"): pass
     def __len__(self): return 1
     def problem(self, index): return None
+
+class Odd(Mute):
+    def reward(self, problem, completion): return Reward(0.0)
+
+class Empty(Odd):
+    def __len__(self): return 0
 """
 
 
@@ -296,7 +582,8 @@ def test_a_users_own_task(tmp_path):
     assert task.reward(task.problem(0), "Lyon").total == 1 and task.reward(task.problem(0), "Paris").total == 0
     assert sys.modules["json"] is json
     (tmp_path / "notes.txt").write_text(OWN)
-    for name, message in [(f"{path}:Mute", "has no reward"), (f"{path}:Capital", "has no class 'Capital'"),
+    for name, message in [(f"{path}:Mute", "has no reward"), (f"{path}:Odd", r"Odd, split train: problem\(0\) gave None, not a"),
+                          (f"{path}:Empty", "Empty, split train: there are no problems in it"), (f"{path}:Capital", "has no class 'Capital'"),
                           (f"{tmp_path}/none.py:A", "none.py' does not exist"), (f"{tmp_path}:A", "is not a .py file"),
                           (f"{tmp_path}/notes.txt:Capitals", "is not a .py file")]:
         with pytest.raises(ValueError, match=message):
@@ -306,14 +593,33 @@ def test_a_users_own_task(tmp_path):
 
 
 @pytest.mark.parametrize("name, settings, message", [
-    ("sums", {}, "no task 'sums': there are .*arithmetic.*gsm8k.*path.py:Class"),
+    ("sums", {}, f"no task 'sums': did you mean sum3. there are {', '.join(TASKS)}, and path.py:Class"),
+    ("zzz", {}, "no task 'zzz': there are "),
     ("sum3", {"colour": "red"}, "task sum3.*'colour'"),
     ("sum3", {"split": "valid"}, "split is 'valid': it must be one of train, val, test"),
     ("gsm8k", {"split": "valid"}, "split is 'valid': it must be one of train, val, test"),
     ("arithmetic", {"preset": "sum4"}, "preset is 'sum4': it must be one of sum3, 0-20"),
-    ("sum3", {"demonstrations": "none"}, "demonstrations is 'none': it must be direct, worked or mixed"),
+    ("sum3", {"demonstrations": "none"}, "demonstrations is 'none': it must be one of direct, worked, mixed"),
 ])
 def test_what_does_not_fit_is_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_task(name, **settings)
+
+
+@pytest.mark.parametrize("name, settings, message", [
+    ("counting", {"rewards": "graded"}, "rewards is 'graded': it must be one of binary, signed"),
+    ("sum3", {"rewards": "some"}, "rewards is 'some': it must be one of binary, signed, graded"),
+    ("countdown", {"numbers": "5"}, "numbers is '5': it must be one of 3, 4, 3-4"),
+    ("countdown", {"largest": "2"}, "largest is '2': it must be a number from 3 to 99"),
+    ("countdown", {"largest": "many"}, "largest is 'many'"),
+    ("countdown", {"format_weight": "1"}, "format_weight is '1': it must be a share below 1"),
+    ("countdown", {"format_weight": "nan"}, "format_weight is 'nan'"),
+    *[(name, {"demonstrations": "none"}, "demonstrations is 'none': it must be one of direct, worked, mixed")
+      for name in ("counting", "comparison", "binary", "spelling", "countdown")],
+    *[(name, {"split": "valid"}, "split is 'valid': it must be one of train, val, test")
+      for name in ("counting", "comparison", "binary", "spelling", "countdown")],
+])
+def test_what_does_not_fit_the_other_tasks_is_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         get_task(name, **settings)
 
@@ -328,3 +634,133 @@ def test_parse_settings():
         "demonstrations": "worked", "instruction": "Be brief: a=b"}
     with pytest.raises(ValueError, match="'worked' has no '='"):
         parse_settings("demonstrations=direct; worked")
+
+
+# ---- mixtures and curricula ----------------------------------------------------------------------------------------
+
+SMALL = "binary=2,0-20=5,countdown=1"
+
+
+def test_a_mixture_holds_its_weights_in_every_cycle_and_spreads_them():
+    mixture = get_task(SMALL)
+    weights = {"binary": 2, "0-20": 5, "countdown": 1}
+    names = [mixture.problem(i).task for i in range(80)]
+    for start in range(0, 73):
+        assert Counter(names[start:start + 8]) == weights  # in every eight that follow each other, too
+    for n in range(80):
+        for name, weight in weights.items():
+            assert abs(names[:n].count(name) - n * weight / 8) <= 0.5  # never far ahead or behind
+    assert [get_task("binary=50,0-20=125,countdown=25").problem(i).prompt for i in range(20)] == [mixture.problem(i).prompt for i in range(20)]
+
+
+def test_a_mixture_takes_each_tasks_problems_in_their_order():
+    mixture = get_task(SMALL)
+    for name in ("binary", "0-20", "countdown"):
+        task = get_task(name)
+        mine = [p.prompt for p in map(mixture.problem, range(len(mixture))) if p.task == name]
+        assert mine == [task.problem(i % len(task)).prompt for i in range(len(mine))]
+
+
+@pytest.mark.parametrize("weights", [{"binary": 2, "0-20": 5, "countdown": 1}, {"binary": 3, "0-20": 1}, {"binary": 1, "0-20": 4}])
+def test_training_on_a_mixture_visits_every_problem_and_no_held_out_problem_comes_twice(weights):
+    text = ",".join(f"{name}={weight}" for name, weight in weights.items())
+    visits = {split: Counter((p.task, p.prompt[0]["content"]) for t in [get_task(text, split=split)] for p in map(t.problem, range(len(t))))
+              for split in SPLITS}
+    for name in weights:
+        counts = [n for (task, _), n in visits["train"].items() if task == name]
+        assert len(counts) == len(get_task(name)) and max(counts) - min(counts) <= 1  # each once, then each twice
+    for split in ("val", "test"):
+        assert set(visits[split].values()) == {1}
+        left = {name: len(get_task(name, split=split)) - sum(task == name for task, _ in visits[split]) for name in weights}
+        assert min(left[name] - weights[name] for name in weights) < 0  # another cycle would repeat one
+    rounds = {name: len(get_task(name)) / weight for name, weight in weights.items()}
+    assert visits["train"].total() == sum(weights.values()) * -int(-max(rounds.values()) // 1)  # and not longer than it takes
+
+
+def test_a_mixture_gives_each_problem_to_the_task_it_comes_from():
+    mixture = get_task("counting=1,comparison=1,countdown=1,sum3=1")
+    for i in range(40):
+        problem = mixture.problem(i)
+        text = mixture.solution(problem)
+        assert ("<answer>" in text) == (problem.task == "countdown") and mixture.reward(problem, text).total == 1
+        assert mixture.reward(problem, "#maybe").parts == {"format": problem.task != "countdown", "answered": 0, "correct": 0}
+        read(problem.task, problem) if problem.task != "sum3" else compute(question(problem))
+        kinds = {"counting": r"[a-f]: ", "comparison": r"\d+ and ", "countdown": r".* make ", "sum3": r"Count|\d+ \+ "}
+        assert re.match(kinds[problem.task], mixture.document(i))
+
+
+def test_settings_go_to_all_tasks_of_a_mixture_or_to_one():
+    wrong = lambda mixture: {p.task: mixture.reward(p, "").total for p in map(mixture.problem, range(2))}
+    assert wrong(get_task("counting=1,comparison=1", rewards="signed")) == {"counting": -1, "comparison": -1}
+    one = get_task("counting=1,comparison=1", **{"rewards": "binary", "comparison.rewards": "signed"})
+    assert wrong(one) == {"counting": 0, "comparison": -1}
+    settings = parse_settings("counting.demonstrations=worked; sum3.demonstrations=direct")
+    mixture = get_task("counting=1,sum3=1", **settings)
+    assert {(p.task, mixture.solution(p).startswith("#")) for p in map(mixture.problem, range(40))} == {("counting", False), ("sum3", True)}
+
+
+def test_a_users_own_task_in_a_mixture(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    own = f"{tmp_path}/own.py:Capitals"
+    mixture = get_task(f"{own}=50,counting=150", split="train", **{f"{own}.answer": "Lyon"})
+    problem = next(p for p in map(mixture.problem, range(4)) if p.task == own)
+    assert mixture.reward(problem, "Lyon").total == 1 and mixture.reward(problem, "#3").total == 0
+    assert [mixture.problem(i).task for i in range(4)].count(own) == 1
+    assert len(get_task(f"{own}=1,counting=1", split="val")) == 2  # one problem of its own, so one of each
+    with pytest.raises(ValueError, match="Capitals has 1 problems, fewer than its weight 2"):
+        get_task(f"{own}=2,counting=1", split="val")
+
+
+def test_a_mixture_of_one_is_that_task():
+    mixture, task = get_task("0-20=7"), get_task("0-20")
+    assert len(mixture) == len(task) and [mixture.problem(i).prompt for i in range(9)] == [task.problem(i).prompt for i in range(9)]
+
+
+@pytest.mark.parametrize("name, settings, message", [
+    ("sum3=50,countng=50", {}, "no task 'countng': did you mean counting"),
+    ("sum3=50,counting", {}, "mixture .*: 'counting' must be a task and its weight, each task once"),
+    ("sum3,counting", {}, "'sum3' must be a task and its weight"),
+    ("sum3=50,counting=0", {}, "'counting=0' must be"),
+    ("sum3=50,counting=-1", {}, "'counting=-1' must be"),
+    ("sum3=50,counting=1.5", {}, "'counting=1.5' must be"),
+    ("sum3=50,counting=a", {}, "'counting=a' must be"),
+    ("sum3=50,sum3=50", {}, "'sum3=50' must be"),
+    ("sum3=50,", {}, "'' must be"),
+    ("=50,sum3=50", {}, "'=50' must be"),
+    ("sum3=0", {}, "'sum3=0' must be"),
+    ("sum3=1,counting=1", {"binary.rewards": "signed"}, "task setting 'binary.rewards': the mixture 'sum3=1,counting=1' has no task 'binary'"),
+    ("sum3=1,counting=1", {"counting.rewards": "graded"}, "rewards is 'graded'"),
+    ("sum3=1,counting=1", {"precision": "2"}, "task counting: .*'precision'"),
+])
+def test_a_mixture_that_does_not_fit_is_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_task(name, **settings)
+
+
+def test_a_curriculum_gives_its_tasks_with_their_first_steps():
+    stages = get_stages(" 0-20 until 20;binary=1,0-20=1   until 50 ; 2-digit ", "val", demonstrations="direct")
+    assert [first for first, _ in stages] == [0, 20, 50]
+    for (_, task), name in zip(stages, ["0-20", "binary=1,0-20=1", "2-digit"]):
+        same = get_task(name, split="val")
+        assert len(task) == len(same) and task.problem(7).prompt == same.problem(7).prompt
+        assert task.solution(task.problem(0)).startswith("#")
+    assert [first for first, _ in get_stages("0-20")] == [0]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("0-20 until 20; 2-digit until 20; sum3", "curriculum .*: '2-digit until 20' must be a task and the step it ends at, later than the one before"),
+    ("0-20 until 30; 2-digit until 20; sum3", "'2-digit until 20' must be"),
+    ("0-20 until 0; sum3", "'0-20 until 0' must be"),
+    ("0-20; sum3", "'0-20' must be"),
+    ("0-20 until 20 steps; sum3", "'0-20 until 20 steps' must be"),
+    ("until 20; sum3", "'until 20' must be"),
+    ("; sum3", "'' must be"),
+    ("0-20 until 20;", "no task ''"),
+    ("0-20 until 20; sums", "no task 'sums': did you mean sum3"),
+    ("0-20 until 20; 2-digit until 40", "no task '2-digit until 40'"),
+    ("0-2 until 20; sum3", "no task '0-2': did you mean 0-20"),
+    ("sum3 until 20; 0-20=0", "'0-20=0' must be"),
+])
+def test_a_curriculum_that_does_not_fit_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        get_stages(text)

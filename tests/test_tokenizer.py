@@ -60,6 +60,11 @@ def test_round_trip(trained):
     assert len(trained.encode(" world! It's")) < 8  # but words are merged
 
 
+def test_many_texts_in_threads_give_the_ids_of_one_by_one(trained):
+    texts = [*TEXTS, *random_texts()] * 3
+    assert trained.encode_many(texts) == [trained.encode(text) for text in texts]
+
+
 def test_ids_equal_the_librarys(trained):
     library = tokenizers.Tokenizer.from_str(json.dumps(trained.spec))
     check_against_library(trained, library, [*TEXTS, *random_texts()])

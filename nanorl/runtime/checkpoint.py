@@ -6,6 +6,7 @@ import re
 import shutil
 
 import torch
+from safetensors import SafetensorError
 
 
 def _steps(directory):
@@ -57,16 +58,22 @@ def save(directory, step, write_model, state, best_step=None):
     for name in os.listdir(directory) if os.path.isdir(directory) else []:
         if name.startswith(".step_"):  # what a process that died in a save has left
             shutil.rmtree(os.path.join(directory, name))
-    os.makedirs(temporary)
-    write_model(temporary)
-    torch.save(state, os.path.join(temporary, "trainer.pt"))
-    for name in os.listdir(temporary):
-        _sync(os.path.join(temporary, name))
-    with open(os.path.join(temporary, "DONE"), "w") as f:
-        f.write("whole\n")
-        f.flush()
-        os.fsync(f.fileno())
-    _sync(temporary)
+    try:
+        os.makedirs(temporary)
+        write_model(temporary)
+        torch.save(state, os.path.join(temporary, "trainer.pt"))
+        for name in os.listdir(temporary):
+            _sync(os.path.join(temporary, name))
+        with open(os.path.join(temporary, "DONE"), "w") as f:
+            f.write("whole\n")
+            f.flush()
+            os.fsync(f.fileno())
+        _sync(temporary)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors say it
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = latest(directory)
+        raise ValueError(f"step {step} could not be saved in {directory} ({str(error).splitlines()[0]}): free some space and start again; "
+                         + (f"the run goes on from {kept}" if kept else "nothing was saved before it")) from error
     _remove(final)
     os.rename(temporary, final)
     _sync(directory)
@@ -96,7 +103,11 @@ def load_state(path):
     file = os.path.join(path, "trainer.pt")
     if not os.path.exists(file):
         raise ValueError(f"{path} has no trainer.pt: it is a model, not a run that can be resumed")
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many kinds for a file that is damaged
+        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): it is damaged or cut short; remove {path}, and the run goes on "
+                         "from the checkpoint before it") from error
 
 
 # Settings that a run may change when it is resumed: they do not alter the training that has been done.

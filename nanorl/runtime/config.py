@@ -75,9 +75,9 @@ def configure(namespace, argv=None):
 
 
 def at_least(namespace, low, names):
-    """Refuse constants (names separated by spaces) that are below `low`, with the value and the remedy."""
+    """Refuse constants (names separated by spaces) that are below `low` or not finite, with the value and the remedy."""
     for name in names.split():
-        if namespace[name] < low:
+        if not low <= namespace[name] < float("inf"):
             raise SystemExit(f"--{name}={namespace[name]}: it must be at least {low}")
 
 

@@ -1,5 +1,7 @@
 """Ranks, device and precision. Every collective is a no-op on one rank, so no caller branches on the world size."""
+import errno
 import os
+import re
 import resource
 import signal
 import sys
@@ -15,6 +17,8 @@ def setup(device="auto"):
     """Join the process group that torchrun describes, if any. Returns this rank's torch.device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device={device}: it must be auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device={device}: this machine has no CUDA GPU that torch can use; --device=cpu runs anywhere")
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
@@ -41,19 +45,29 @@ def _on_signal(number, frame):
 
 
 def run(main):
-    """Run a script's main(). A user's mistake (ValueError) and too little memory end it with one line; with
-    NANORL_DEBUG=1 the traceback is shown too."""
+    """Run a script's main(). A user's mistake (ValueError), too little memory and a full disk end it with one line;
+    with NANORL_DEBUG=1 the traceback is shown too."""
     try:
         main()
-    except (ValueError, torch.OutOfMemoryError) as error:
-        if os.environ.get("NANORL_DEBUG"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        line = _one_line(error)
+        if line is None or os.environ.get("NANORL_DEBUG"):
             raise
-        if isinstance(error, torch.OutOfMemoryError):
-            error = "out of GPU memory: lower --device_tokens (training) or --device_rows (sampling)"
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {line}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _one_line(error):
+    """What to tell the user, or None: then it is a defect, and its traceback is wanted."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):  # the last: torch on a CPU
+        return "out of memory: lower --device_tokens (training) or --device_rows (sampling)"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        return f"{error}: what has been saved stays as it is, and a run goes on from its last checkpoint"
+    return None
 
 
 def rank():

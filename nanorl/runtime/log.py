@@ -28,11 +28,15 @@ class RunLog:
             _replace(self._path("run.json"), (json.dumps(values, indent=2) + "\n").encode())
 
     def cut(self, step):
-        """Forget rows and rollouts after `step`: on resume they are about to be made again."""
+        """Forget rows and rollouts after `step`: they are about to be made again. -1: all, since no checkpoint was reached."""
         if self.active and os.path.exists(self._path("metrics.jsonl")):
             with open(self._path("metrics.jsonl"), encoding="utf-8") as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
-            _replace(self._path("metrics.jsonl"), "".join(lines).encode())
+                lines = f.readlines()
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            _replace(self._path("metrics.jsonl"), "".join(kept).encode())
+            if len(kept) < len(lines):
+                print(f"{self._path('metrics.jsonl')}: {len(lines) - len(kept)} rows " + (f"after step {step}" if step >= 0 else "of a run that had saved "
+                      "no checkpoint") + " are removed and made again", flush=True)
         if self.active and os.path.isdir(self._path("rollouts")):
             for name in os.listdir(self._path("rollouts")):
                 if name > f"step_{step:06d}.jsonl.gz":

@@ -10,26 +10,39 @@
 
     python train_rl.py --task=capitals.py:Capitals
 """
+import difflib
 import importlib.util
 import os
+import re
 import sys
 from functools import partial
 
 from nanorl.tasks.arithmetic import PRESETS, Arithmetic
+from nanorl.tasks.binary import Binary
+from nanorl.tasks.comparison import Comparison
+from nanorl.tasks.countdown import Countdown
+from nanorl.tasks.counting import Counting
 from nanorl.tasks.gsm8k import GSM8K
+from nanorl.tasks.mixture import Mixture
 from nanorl.tasks.problem import Problem, Reward
+from nanorl.tasks.spelling import Spelling
 
-TASKS = {"arithmetic": Arithmetic, "gsm8k": GSM8K, **{name: partial(Arithmetic, preset=name) for name in PRESETS}}
+TASKS = {"arithmetic": Arithmetic, **{name: partial(Arithmetic, preset=name) for name in PRESETS}, "counting": Counting,
+         "comparison": Comparison, "binary": Binary, "spelling": Spelling, "countdown": Countdown, "gsm8k": GSM8K}
 
 
 def get_task(name, split="train", **settings):
-    """A task by name, or a user's own by path.py:Class. Raises ValueError for what is not there or does not fit."""
+    """A task by name, a user's own by path.py:Class, or a mixture, 'sum3=50,counting=50'. In a mixture a setting goes to
+    every task, or to one when it is written name.setting. Raises ValueError for what is not there or does not fit."""
+    if "," in name or re.search(r"=\d+$", name):
+        return _mixture(name, split, settings)
     if ":" in name:
         make = _load_class(name)
     elif name in TASKS:
         make = TASKS[name]
     else:
-        raise ValueError(f"no task {name!r}: there are {', '.join(sorted(TASKS))}, and path.py:Class for your own")
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        raise ValueError(f"no task {name!r}: {f'did you mean {near[0]}? ' if near else ''}there are {', '.join(TASKS)}, and path.py:Class for your own")
     try:
         task = make(split=split, **settings)
     except TypeError as error:
@@ -37,7 +50,41 @@ def get_task(name, split="train", **settings):
     missing = [method for method in ("__len__", "problem", "reward") if not hasattr(task, method)]
     if missing:
         raise ValueError(f"task {name} has no {', '.join(missing)}: nanorl/tasks/__init__.py shows what a task needs")
+    if len(task) < 1 or not isinstance(task.problem(0), Problem):
+        raise ValueError(f"task {name}, split {split}: " + ("there are no problems in it" if len(task) < 1 else
+                         f"problem(0) gave {task.problem(0)!r}, not a nanorl.tasks.Problem"))
     return task
+
+
+def _mixture(text, split, settings):
+    weights = {}
+    for item in text.split(","):
+        name, _, weight = (part.strip() for part in item.rpartition("="))
+        if not name or not weight.isdecimal() or int(weight) < 1 or name in weights:
+            raise ValueError(f"mixture {text!r}: {item.strip()!r} must be a task and its weight, each task once, as in sum3=50,counting=50")
+        weights[name] = int(weight)
+    own = {name: {} for name in weights}
+    for key, value in settings.items():
+        name, dot, setting = key.rpartition(".")
+        if dot and name not in weights:
+            raise ValueError(f"task setting {key!r}: the mixture {text!r} has no task {name!r}")
+        for task in [name] if dot else weights:
+            own[task][setting] = value
+    return Mixture({name: get_task(name, split, **own[name]) for name in weights}, weights, split)
+
+
+def get_stages(text, split="train", **settings):
+    """A task's name, or a curriculum '0-20 until 20; 2-digit until 50; sum3' -> [(first step, task)]."""
+    stages, first = [], 0
+    *early, last = text.split(";")
+    for item in early:
+        match = re.fullmatch(r"\s*(.+?)\s+until\s+(\d+)\s*", item)
+        if match is None or int(match[2]) <= first:
+            raise ValueError(f"curriculum {text!r}: {item.strip()!r} must be a task and the step it ends at, later than the one before, "
+                             "as in '0-20 until 20; sum3'")
+        stages.append((first, get_task(match[1], split, **settings)))
+        first = int(match[2])
+    return stages + [(first, get_task(last.strip(), split, **settings))]
 
 
 def parse_settings(text):

@@ -1,4 +1,4 @@
-"""The one parser of numeric answers. Text is never evaluated; malformed or huge input is just no number."""
+"""The one parser of answers. Text is never evaluated; malformed or huge input is just no answer."""
 import re
 from fractions import Fraction
 
@@ -23,9 +23,17 @@ def _value(match):
 
 def number_after(text, marker):
     """The number that directly follows the last `marker` (white space and $ may stand between), else None."""
-    head, found, tail = text.translate(_MINUS).rpartition(marker)
-    match = _NUMBER.match(tail.lstrip().removeprefix("$").lstrip()) if found else None
+    _, found, tail = text.rpartition(marker)
+    tail = tail.lstrip().removeprefix("$").lstrip()[:2 * _LONGEST]  # enough to see that a number is too long
+    match = _NUMBER.match(tail.translate(_MINUS)) if found else None
     return _value(match) if match else None
+
+
+def word_after(text, marker):
+    """All that follows the last `marker`, in lower case, without white space and a full stop around it; None when there
+    is no marker or nothing after it. '#Yes.' -> 'yes', '#yes or no' -> 'yes or no'."""
+    _, found, tail = text.rpartition(marker)
+    return (tail.strip().removesuffix(".").strip().lower() or None) if found else None
 
 
 def last_number(text):

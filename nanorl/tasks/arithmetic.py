@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 
 from nanorl.tasks.answers import is_close, number_after
-from nanorl.tasks.problem import Problem, Reward, content_hash, hash_columns, in_split
+from nanorl.tasks.problem import REWARDS, STYLES, Problem, coin, judged, one_of, shows_working, split_rows
 
 MARKER = "#"
 SIGNS = "+-*"
@@ -37,15 +37,13 @@ PRESETS = {
 
 @lru_cache
 def _table(preset, split):
-    """The split's problems in a fixed random order, (N, columns) int64. a + b and b + a (and products) hash alike,
-    so they share a split."""
+    """The split's problems, (N, columns) int64. a + b and b + a (and products) share a split."""
     table = PRESETS[preset][0]()
     content = table.copy()
     if table.shape[1] == 3:
         commutes = table[:, 0] != SIGNS.index("-")
         content[commutes, 1:] = np.sort(table[commutes, 1:], axis=1)
-    table = table[in_split(hash_columns(content), split)]
-    return table[np.random.default_rng(0).permutation(len(table))]
+    return split_rows(table, content, split)
 
 
 # ---- working it out, the way it is written on paper, least significant column first -------------------------
@@ -86,24 +84,24 @@ def work_out(sign, a, b):
     return products + ["+".join(str(a * p) for p in places) + f"={a * b}"] if len(places) > 1 else products
 
 
-def _coin(question, problem):
-    """True or False, half of the time each, fixed by the problem: which of two writers had it."""
-    return content_hash(question + problem.prompt[-1]["content"]) % 2 == 1
+def calculate(sign, a, b):
+    return a + b if sign == "+" else a - b if sign == "-" else a * b
 
 
 class Arithmetic:
     """preset: one of PRESETS. demonstrations: what solution() writes: `direct` the answer at once, `worked` its
     steps before it, `mixed` half of the problems each. instruction: a sentence put before the problem.
-    precision: an answer counts when it is within half a unit of this decimal place (default: exact)."""
+    precision: an answer counts when it is within half a unit of this decimal place (default: exact). rewards: `binary`
+    1 or 0, `signed` 1 or -1, `graded` (see reward)."""
 
-    def __init__(self, split="train", preset="sum3", demonstrations="mixed", instruction="", precision=None):
-        if preset not in PRESETS:
-            raise ValueError(f"arithmetic preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
-        if demonstrations not in ("direct", "worked", "mixed"):
-            raise ValueError(f"demonstrations is {demonstrations!r}: it must be direct, worked or mixed")
+    def __init__(self, split="train", preset="sum3", demonstrations="mixed", instruction="", precision=None, rewards="binary"):
+        one_of("preset", preset, PRESETS)
+        one_of("demonstrations", demonstrations, STYLES)
+        one_of("rewards", rewards, (*REWARDS, "graded"))
         if precision is not None and not str(precision).isdecimal():
             raise ValueError(f"precision is {precision!r}: it must be a number of decimal places, such as 2")
-        self.rows, self.demonstrations, self.instruction = _table(preset, split), demonstrations, instruction
+        self.rows, self.demonstrations, self.instruction, self.rewards = _table(preset, split), demonstrations, instruction, rewards
+        self.by_size = preset == "3x2"  # large answers: graded by how many per cent they are off
         self.tolerance = 0 if precision is None else f"5e-{int(precision) + 1}"
 
     def __len__(self):
@@ -117,7 +115,7 @@ class Arithmetic:
             numbers, signs = row[0::2], [SIGNS[s] for s in row[1::2]]
         answer = numbers[0]
         for sign, n in zip(signs, numbers[1:]):
-            answer = answer + n if sign == "+" else answer - n if sign == "-" else answer * n
+            answer = calculate(sign, answer, n)
         text = " ".join([str(numbers[0])] + [f"{WRITTEN[s]} {n}" for s, n in zip(signs, numbers[1:])])
         before = self.instruction + " " if self.instruction else ""
         prompt = [{"role": "user", "content": f"{before}Calculate: {text} = "}]
@@ -126,21 +124,18 @@ class Arithmetic:
     def _worked(self, problem):
         numbers, signs = problem.meta["numbers"], problem.meta["signs"]
         if len(signs) == 1:
-            if signs == ["+"] and _coin("order", problem):  # either number may be written first
+            if signs == ["+"] and coin("order", problem):  # either number may be written first
                 numbers = numbers[::-1]
             return " ".join(work_out(signs[0], *numbers))
         steps, value = [], numbers[0]
         for sign, n in zip(signs, numbers[1:]):
-            result = value + n if sign == "+" else value - n
+            result = calculate(sign, value, n)
             steps.append(f"{value}{sign}{n}={result}")
             value = result
         return " ".join(steps)
 
     def solution(self, problem):
-        style = self.demonstrations
-        if style == "mixed":
-            style = "worked" if _coin("style", problem) else "direct"
-        return ("" if style == "direct" else self._worked(problem)) + MARKER + problem.answer
+        return (self._worked(problem) if shows_working(self.demonstrations, problem) else "") + MARKER + problem.answer
 
     def document(self, index):
         """A short text for pretraining that shows how numbers behave: a stretch of counting, or a few problems with
@@ -157,7 +152,24 @@ class Arithmetic:
         return "\n".join(lines)
 
     def reward(self, problem, completion):
-        """1 for the right number after the last '#', else 0."""
+        """The number after the last '#'. binary, signed: right is 1. graded: 1 right; -1 no number at all; -0.5 the
+        result of another operation; 0.5 off by one, 0.25 off by two to five (3x2: by up to 1%, 10%); else 0."""
         value = number_after(completion, MARKER)
-        correct = float(is_close(value, problem.answer, self.tolerance))
-        return Reward(correct, {"correct": correct, "answered": float(value is not None)})
+        correct = is_close(value, problem.answer, self.tolerance)
+        graded = self.rewards == "graded"
+        reward = judged(correct, "binary" if graded else self.rewards, format=MARKER in completion, answered=value is not None)
+        if graded and not correct:
+            reward.total = self._grade(problem, value)
+        return reward
+
+    def _grade(self, problem, value):
+        """What a wrong number, or None, is worth."""
+        if value is None:
+            return -1.0
+        numbers, signs = problem.meta["numbers"], problem.meta["signs"]
+        if len(signs) == 1 and value in [calculate(sign, *numbers) for sign in SIGNS if sign != signs[0]]:
+            return -0.5
+        off, (near, far) = abs(value - int(problem.answer)), (1, 5)
+        if self.by_size:
+            near, far = abs(int(problem.answer)) / 100, abs(int(problem.answer)) / 10
+        return 0.5 if off <= near else 0.25 if off <= far else 0.0

@@ -3,7 +3,7 @@ import re
 
 from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.files import load_rows
-from nanorl.tasks.problem import Problem, Reward, check_split, content_hash
+from nanorl.tasks.problem import REWARDS, Problem, check_split, content_hash, judged, one_of
 
 MARKER = "####"
 VAL_ROWS = 473  # taken out of the 7,473 training rows, for tuning; `test` is only for final numbers
@@ -11,10 +11,12 @@ VAL_ROWS = 473  # taken out of the 7,473 training rows, for tuning; `test` is on
 
 class GSM8K:
     """Splits: `val` is a fixed 473 rows of the published train file, `train` the other 7,000, `test` the
-    published test file. Reward 1 for the right number after the last '####', else 0."""
+    published test file. Reward 1 for the right number after the last '####', else 0 (rewards=signed: -1)."""
 
-    def __init__(self, split="train"):
+    def __init__(self, split="train", rewards="binary"):
         check_split(split)
+        one_of("rewards", rewards, REWARDS)
+        self.rewards = rewards
         rows = load_rows("gsm8k", "test" if split == "test" else "train", "openai/gsm8k", "main")
         if split != "test":
             by_hash = sorted(rows, key=lambda row: content_hash(row["question"]))
@@ -40,5 +42,4 @@ class GSM8K:
 
     def reward(self, problem, completion):
         value = number_after(completion, MARKER)
-        correct = float(is_close(value, problem.answer))
-        return Reward(correct, {"correct": correct, "answered": float(value is not None)})
+        return judged(is_close(value, problem.answer), self.rewards, format=MARKER in completion, answered=value is not None)

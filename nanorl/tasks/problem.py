@@ -1,4 +1,4 @@
-"""What a task gives and takes, and which split a problem belongs to."""
+"""What a task gives and takes, which split a problem belongs to, and what several tasks share."""
 import hashlib
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ class Problem:
     prompt: list  # chat messages: [{"role": "user", "content": "Calculate: 15 + 8 = "}]
     answer: str  # the right answer
     meta: dict = field(default_factory=dict)  # what else the task's solution() and reward() need
+    task: str = ""  # in a mixture, the name of the task it comes from
 
 
 @dataclass
@@ -37,9 +38,14 @@ def hash_columns(columns):
 SPLITS = ("train", "val", "test")
 
 
+def one_of(name, value, choices):
+    """Raises ValueError for a setting that is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(choices)}")
+
+
 def check_split(split):
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}")
+    one_of("split", split, SPLITS)
 
 
 def in_split(hashes, split):
@@ -48,3 +54,31 @@ def in_split(hashes, split):
     check_split(split)
     tenth = hashes % np.uint64(10)
     return tenth < 2 if split == "val" else tenth == 2 if split == "test" else tenth > 2
+
+
+def split_rows(table, content, split):
+    """Problems as rows of integers (N, n) -> those of the split, in a fixed random order. Rows of equal `content`
+    (N, m) share a split, such as a + b and b + a."""
+    table = table[in_split(hash_columns(content), split)]
+    return table[np.random.default_rng(0).permutation(len(table))]
+
+
+# ---- demonstrations and rewards ------------------------------------------------------------------------------
+
+STYLES = ("direct", "worked", "mixed")  # of demonstrations: the answer at once, worked out before it, half of the problems each
+REWARDS = ("binary", "signed")  # right is 1; wrong is 0, or -1
+
+
+def coin(question, problem):
+    """True or False, half of the time each, fixed by the problem: which of two writers had it."""
+    return content_hash(question + problem.prompt[-1]["content"]) % 2 == 1
+
+
+def shows_working(style, problem):
+    return style == "worked" or style == "mixed" and coin("style", problem)
+
+
+def judged(correct, rewards="binary", **parts):
+    """Whether it is right -> Reward, with `correct` after the parts that lead to it (format, answered)."""
+    total = float(correct) if rewards == "binary" else 2.0 * correct - 1.0
+    return Reward(total, {**{name: float(value) for name, value in parts.items()}, "correct": float(correct)})

@@ -16,7 +16,7 @@ STAGES = ("base", "sft", "rl")
 def stage_result(directory):
     """A stage's directory -> (its newest checkpoint's eval summary with `seconds` of training, its greedy outcomes)."""
     path = checkpoint.latest(directory)
-    found = sorted(glob.glob(os.path.join(path or "", "eval", "*.json")))
+    found = [name for name in sorted(glob.glob(os.path.join(path or "", "eval", "*.json"))) if os.path.exists(name + "l")]  # with its outcomes
     if not path or not found:
         raise SystemExit(f"error: no evaluated checkpoint in {directory}: run `python eval.py --model={directory}`")
     with open(found[0], encoding="utf-8") as f:

@@ -1,0 +1,164 @@
+"""eval.py as a person runs it: one model, two compared, all tasks, two ranks."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from nanorl.tasks import TASKS, Problem
+from test_pipeline import SMALL, TOY, call
+from toy_task import Toy
+
+TOY_FILE = TOY.removeprefix("--task=").replace("/", "_").replace(":", "_")  # how the toy task is called in file names
+EVAL = ["--device=cpu", "--max_new_tokens=12", "--dtype=fp64"]
+FEW = ["--problems=30", "--samples=4", "--sample_problems=8"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(base, SFT): stage directories of two small models that answer differently."""
+    folder = tmp_path_factory.mktemp("out")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("NANORL_OUT", str(folder))
+    assert call("train_base.py", *SMALL, "--run=e", "--documents=200", "--vocab_size=300", "--steps=3", "--batch_tokens=512", "--seq_len=64") is None
+    assert call("train_sft.py", *SMALL, "--run=e", "--steps=20", "--batch_tokens=512", "--seq_len=64", "--examples=200") is None
+    yield folder / "e" / "base", folder / "e" / "sft"
+    patch.undo()
+
+
+def written(stage, name):
+    """What eval.py has written for the stage's one or newest checkpoint."""
+    text = (sorted(stage.glob("step_*"))[-1] / "eval" / name).read_text()
+    return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+
+
+def test_one_model(models, capsys):
+    assert call("eval.py", *EVAL, *FEW, f"--model={models[1]}", "--task=0-20", "--show=2") is None
+    said = capsys.readouterr().out
+    assert said.startswith("with 30 problems a greedy accuracy is known to about 16.8 points\n")  # before anything else
+    assert "30 problems, " in said and "8 problems x 4 at temperature 1, " in said and "pass@4" in said and said.count("(answer ") == 2
+    result, outcomes = written(models[1], "0-20.val.json"), written(models[1], "0-20.val.jsonl")
+    assert [len(o["texts"]) for o in outcomes] == [1] * 30 + [4] * 8 and [o["temperature"] for o in outcomes] == [0.0] * 30 + [1.0] * 8
+    parts = [p for o in outcomes[:30] for p in o["parts"]]
+    assert result["format"] == sum(p["format"] for p in parts) / 30 > 0 and result["sampled"]["format"] < 1
+    assert f"format {result['format']:.1%}, answered given format {result['answered_given_format']:.1%}" in said
+
+
+def test_compare(models, capsys):
+    base, sft = models
+    assert call("eval.py", *EVAL, *FEW, TOY, f"--compare={base},{sft}", "--show=0") is None
+    said = capsys.readouterr().out
+    assert said.startswith("with 30 problems a greedy difference below 26.2 points (if 10% of the answers change) to 36.2 points (if 50%) "
+                           "will likely not show\n")
+    results = [written(stage, f"{TOY_FILE}.val.json") for stage in models]
+    both = written(sft, f"compare.{TOY_FILE}.val.json")
+    assert [both["a"], both["b"]] == [r["model"] for r in results] and both["a"].startswith(str(base)) and both["settings"]["samples"] == 4
+    greedy, sampled = both["greedy"], both["sampled"]
+    assert [greedy["accuracy_a"], greedy["accuracy_b"]] == [r["accuracy"] for r in results]
+    assert [sampled["accuracy_a"], sampled["accuracy_b"]] == [r["sampled"]["accuracy"] for r in results]
+    solved = [[o["solved"][0] for o in written(stage, f"{TOY_FILE}.val.jsonl")[:30]] for stage in models]
+    assert greedy["only_b"] == sum(b and not a for a, b in zip(*solved)) > 0
+    assert greedy["both"] + greedy["only_a"] + greedy["only_b"] + greedy["neither"] == greedy["n"] == 30 and sampled["n"] == 8
+    assert said.index(both["a"]) < said.index(both["b"]) < said.index(f"only B {greedy['only_b']}")  # each block, then the comparison
+    assert greedy["verdict"] in said and sampled["verdict"] in said
+    assert not list(base.glob("step_*/eval/compare*"))
+
+
+def test_a_model_is_no_better_than_itself(models, capsys):
+    """With the same keys it gives the same samples, too. The task has 50 problems, not 60."""
+    assert call("eval.py", *EVAL, *FEW, TOY, "--problems=60", f"--compare={models[1]},{models[1]}") is None
+    both = written(models[1], f"compare.{TOY_FILE}.val.json")
+    for kind in ("greedy", "sampled"):
+        c = both[kind]
+        assert (c["difference"], c["low"], c["high"], c["p"]) == (0, 0, 0, 1) and c["verdict"].startswith(f"no difference that n = {c['n']} can see")
+    assert 0 < both["sampled"]["accuracy_a"] < 1
+    said = capsys.readouterr().out
+    assert said.startswith("with 50 problems") and said.count("no difference that n = ") == 2
+
+
+class Long(Toy):
+    """Prompts beyond any small model's context."""
+    def problem(self, index):
+        return Problem([{"role": "user", "content": "word " * 5000}], "even")
+
+
+def missing(split):
+    raise ValueError("its files are not at hand")
+
+
+QUICK = {name: TASKS[name] for name in ("arithmetic", "0-20", "2-digit", "binary", "spelling")}  # others take seconds to make
+
+
+def test_all_tasks(models, capsys, monkeypatch):
+    monkeypatch.setattr("nanorl.tasks.TASKS", {"gsm8k": missing, **QUICK, "toy": Toy, "long": Long})
+    assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=all", "--samples=4", "--sample_problems=6") is None
+    said = capsys.readouterr().out
+    result = written(models[1], "all.val.json")
+    assert set(result["tasks"]) == set(QUICK) - {"arithmetic"} | {"toy"}  # arithmetic is sum3
+    assert result["skipped"]["gsm8k"] == "its files are not at hand" and "do not fit the model's context" in result["skipped"]["long"]
+    assert "gsm8k  skipped: its files are not at hand\n" in said
+    lines = said.splitlines()
+    table = [line for line in lines if line.split()[0] in result["tasks"]]
+    assert [line.split()[0] for line in table] == list(result["tasks"])  # every task, once
+    dead = [row["dead"] for row in result["tasks"].values()]
+    assert dead == sorted(dead) and dead[-1] > 0  # what RL could teach comes first
+    assert all(len(line) <= 110 for line in table)
+    assert all(row["n"] == 6 and row["samples"] == 4 and row["verdict"] in line for row, line in zip(result["tasks"].values(), table))
+
+
+# What a rank runs: eval.py with each list of arguments, on quick tasks, one of which rank 1 lacks.
+RANK = """
+import json, os, runpy, sys
+from nanorl import tasks
+from test_eval import QUICK, missing
+tasks.TASKS = QUICK | ({"binary": missing} if os.environ["RANK"] == "1" else {})
+for port, arguments in enumerate(json.loads(sys.argv[1]), 29641):
+    os.environ["MASTER_PORT"], sys.argv = str(port), ["eval.py", *arguments]
+    runpy.run_path("eval.py", run_name="__main__")
+"""
+
+
+def test_two_ranks_give_the_results_of_one(models, monkeypatch):
+    """One problem for two ranks: the one without any takes part in what they do together. What one cannot load, both skip."""
+    few = [*EVAL, "--show=0", "--samples=2", "--sample_problems=1"]
+    runs = [[*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"], [*few, "--task=all", f"--model={models[1]}"]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])}
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps(runs)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    said = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    assert said[1][0] == ""  # the first rank speaks
+    names = [f"compare.{TOY_FILE}.val.json", "all.val.json"]
+    two = [written(models[1], name) for name in names]
+    assert list(two[1]["skipped"]) == ["binary"] and "0-20" in two[1]["tasks"]
+    monkeypatch.setattr("nanorl.tasks.TASKS", {**QUICK, "binary": missing})
+    assert [call("eval.py", *arguments) for arguments in runs] == [None, None]
+    assert [written(models[1], name) for name in names] == two
+
+
+@pytest.mark.parametrize("mistake, words", [
+    (["--compare=one"], "--compare=one: it takes two model directories, --compare=A,B"),
+    (["--compare=one,"], "--compare=one,: it takes two"),
+    (["--compare=one,two,three"], "--compare=one,two,three: it takes two"),
+    (["--compare=one,two", "--model=three"], "--compare=one,two with --model=three"),
+    (["--compare=one,two", "--task=all"], "--compare=one,two with --task=all"),
+    (["--compare={sft},nowhere"], "no model in nowhere"),
+    (["--task=all", "--samples=1"], "--samples=1"),
+    (["--task=all", "--samples=0"], "--samples=0"),
+    (["--task=all", "--temperature=0"], "--temperature=0"),
+    (["--task=all", "--task_args=demonstrations=worked"], "--task_args=demonstrations=worked"),
+    (["--task=all", "--model={sft}", "--split=tset"], "split is 'tset'"),
+    (["--model={sft}", "--task=all", "--device_rows=-1"], "--device_rows=-1"),
+])
+def test_a_mistake_gets_one_line(models, capsys, mistake, words):
+    message = call("eval.py", *(m.replace("{sft}", str(models[1])) for m in mistake))
+    assert isinstance(message, str) and words in message and "\n" not in message
+    assert capsys.readouterr().out == ""  # before any work
+
+
+def test_file_names_are_safe(models):
+    assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=sum3=2,0-20=1", "--problems=3", "--samples=0", "--show=0") is None
+    assert written(models[1], "sum3=2,0-20=1.val.json")["task"] == "sum3=2,0-20=1"
