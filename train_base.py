@@ -59,7 +59,7 @@ log_every = 20  # steps between lines
 eval_every = 200  # steps between validations; 0: only at the end
 eval_tokens = 65536  # validation tokens
 sample_tokens = 64  # after a validation, how far to continue the first words of validation documents; 0: none
-save_every = 0  # steps between checkpoints; 0: only at the end
+save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 
 
 class TaskText:

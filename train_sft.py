@@ -51,7 +51,7 @@ max_bad_steps = 5  # stop after this many updates in a row were skipped for a gr
 # ---- log
 log_every = 20  # steps between lines
 eval_every = 0  # with --data, steps between validations; 0: only before and after
-save_every = 0  # steps between checkpoints; 0: only at the end
+save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 
 
 def main():

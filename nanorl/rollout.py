@@ -41,25 +41,29 @@ def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, t
 
 
 def score(task, problem, texts, finished):
-    """Texts -> (rewards, how many raised). A reward that raises scores 0: one odd completion must not end a run. One
-    that was cut off earns no more than saying nothing does, and no more than 0: the task is to solve the problem
-    within the limit."""
+    """Texts -> (rewards, how many raised). Two kinds earn at most 0, and at most what saying nothing earns: a completion
+    that was cut off, since the task is to solve the problem within the limit, and one on which the reward raises, since one
+    odd completion must not end a run."""
     def judge(text):
+        """-> Reward, or None: it raised."""
         try:
             reward = task.reward(problem, text)
         except Exception:
-            return Reward(0.0), 1
+            return None
         if not isinstance(reward, Reward) or not math.isfinite(reward.total):
             raise ValueError(f"the task's reward() gave {reward!r}: it must give Reward(total, parts) with a finite total")
-        return reward, 0
+        return reward
 
-    rewards, errors = [], 0
-    nothing = None if all(finished) else judge("")[0].total
-    for text, whole in zip(texts, finished):
-        reward, error = judge(text)
-        rewards.append(reward if whole else Reward(min(0.0, reward.total, nothing), dict.fromkeys(reward.parts, 0.0)))
-        errors += error
-    return rewards, errors
+    rewards = [judge(text) for text in texts]
+    raised = sum(reward is None for reward in rewards)
+    if raised or not all(finished):
+        nothing = min(0.0, (judge("") or Reward(0.0)).total)
+        for i, (reward, whole) in enumerate(zip(rewards, finished)):
+            if reward is None:
+                rewards[i] = Reward(nothing)
+            elif not whole:
+                rewards[i] = Reward(min(nothing, reward.total), dict.fromkeys(reward.parts, 0.0))
+    return rewards, raised
 
 
 def reward_table(rollouts, samples):

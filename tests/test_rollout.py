@@ -77,9 +77,15 @@ class Bad:
         return Reward(1.0)
 
 
-def test_a_reward_that_raises_scores_zero_and_is_counted():
+def test_a_reward_that_raises_scores_what_silence_does_and_is_counted():
     rewards, errors = rollout.score(Bad(), None, ["a", "x", "b"], [True] * 3)
-    assert [r.total for r in rewards] == [1.0, 0.0, 1.0] and errors == 1
+    assert [r.total for r in rewards] == [1.0, 0.0, 1.0] and errors == 1  # silence would have earned 1: never above 0
+
+    class Signed(Bad):
+        def reward(self, problem, text):
+            return super().reward(problem, text) if text else Reward(-1.0)
+    rewards, errors = rollout.score(Signed(), None, ["a", "x", "b"], [True] * 3)
+    assert [r.total for r in rewards] == [1.0, -1.0, 1.0] and errors == 1  # to break the verifier must not pay
 
 
 @pytest.mark.parametrize("value", [1.0, None, Reward(float("nan"))])

@@ -632,6 +632,10 @@ def test_parse_settings():
     assert parse_settings("") == parse_settings(" ; ") == {}
     assert parse_settings(" demonstrations=worked; instruction = Be brief: a=b ;") == {
         "demonstrations": "worked", "instruction": "Be brief: a=b"}
+    with pytest.raises(ValueError, match="split.*is not one"):
+        parse_settings("split=val")
+    with pytest.raises(ValueError, match="'sum3 until 40', goes on to the end"):
+        get_stages("0-20 until 20; sum3 until 40")
     with pytest.raises(ValueError, match="'worked' has no '='"):
         parse_settings("demonstrations=direct; worked")
 
@@ -757,7 +761,7 @@ def test_a_curriculum_gives_its_tasks_with_their_first_steps():
     ("; sum3", "'' must be"),
     ("0-20 until 20;", "no task ''"),
     ("0-20 until 20; sums", "no task 'sums': did you mean sum3"),
-    ("0-20 until 20; 2-digit until 40", "no task '2-digit until 40'"),
+    ("0-20 until 20; 2-digit until 40", "'2-digit until 40', goes on to the end"),
     ("0-2 until 20; sum3", "no task '0-2': did you mean 0-20"),
     ("sum3 until 20; 0-20=0", "'0-20=0' must be"),
 ])

@@ -111,7 +111,7 @@ def load_state(path):
 
 
 # Settings that a run may change when it is resumed: they do not alter the training that has been done.
-FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|device_rows$|max_bad_steps$")
+FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|device_rows$|max_bad_steps$|sample_tokens$")
 
 
 def resume_point(directory, resume, settings):

@@ -77,6 +77,8 @@ def get_stages(text, split="train", **settings):
     """A task's name, or a curriculum '0-20 until 20; 2-digit until 50; sum3' -> [(first step, task)]."""
     stages, first = [], 0
     *early, last = text.split(";")
+    if re.search(r"\suntil\s+\d+\s*$", last):
+        raise ValueError(f"curriculum {text!r}: the last stage, {last.strip()!r}, goes on to the end of the run: write it without a step")
     for item in early:
         match = re.fullmatch(r"\s*(.+?)\s+until\s+(\d+)\s*", item)
         if match is None or int(match[2]) <= first:
@@ -94,6 +96,8 @@ def parse_settings(text):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"task setting {item!r} has no '=': write --task_args='name=value; name=value'")
+        if key.strip() == "split":
+            raise ValueError(f"task setting {item!r}: the split is not one (training takes train, validation val; eval.py has --split)")
         settings[key.strip()] = value.strip()
     return settings
 
