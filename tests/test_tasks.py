@@ -768,3 +768,12 @@ def test_a_curriculum_gives_its_tasks_with_their_first_steps():
 def test_a_curriculum_that_does_not_fit_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         get_stages(text)
+
+
+def test_countdown_does_not_begin_with_the_easy_problems():
+    """What many draws hit is found first; evaluation takes the first n, so the order must not follow how often a problem is hit."""
+    task = get_task("countdown")
+    problems = [task.problem(i) for i in range(len(task))]
+    easy = [int(p.answer) == sum(p.meta["numbers"]) for p in problems]  # a sum is what random joining hits most often
+    half = len(easy) // 2
+    assert abs(sum(easy[:half]) - sum(easy[half:])) < 40

@@ -111,7 +111,9 @@ def _problems(split, count, largest):
         attempt = _attempt(rng, numbers)
         if attempt and attempt[2] <= 100:
             found.setdefault((tuple(sorted(numbers)), attempt[2]), (numbers, attempt[2], *attempt[:2]))
-    return [row for row, mine in zip(found.values(), _belong(found, split)) if mine]
+    rows = [row for row, mine in zip(found.values(), _belong(found, split)) if mine]
+    rng.shuffle(rows)  # those with many solutions were found first
+    return rows
 
 
 class Countdown:
