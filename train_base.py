@@ -131,7 +131,7 @@ def main():
     log.card(stage="base", settings=settings, steps=total_steps, params=config.n_params()[0], tokens=train.n_tokens,
              world_size=dist.world_size(), dtype=str(compute_dtype), device=str(place))
     dist.say(f"base  {config.n_params()[0]:,} parameters, depth {depth}, vocabulary {tokenizer.n_tokens}, {compute_dtype} on {place}; "
-             f"{total_steps} steps of {batch_tokens:,} tokens = {total_steps * rows / train.n:.1f} passes over {train.n_tokens:,}")
+             f"{total_steps} steps of {batch_tokens:,} tokens = {total_steps * rows / train.n:.1f} passes over {train.n_tokens:,} tokens")
 
     def loss_sum(inputs, targets):
         """Sum of the negative log-probs of a micro-batch, both (rows, T)."""

@@ -9,6 +9,7 @@ from nanorl.gpt import GPT, GPTConfig
 from nanorl.tokenizer import Tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+REAL_DATA = os.environ.get("NANORL_DATA")  # now: tests change it
 sys.path.insert(0, ROOT)  # the scripts are modules there
 # One thread, here and in the scripts that tests start: for models this small more are slower, and a sum's last bits depend on their number.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -36,7 +37,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def real_data():
     """The folder NANORL_DATA names, or a skip: the suite passes without real files and tests more with them."""
-    path = os.environ.get("NANORL_DATA")
-    if not path:
+    if not REAL_DATA:
         pytest.skip("NANORL_DATA is not set")
-    return path
+    return REAL_DATA

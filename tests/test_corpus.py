@@ -13,7 +13,7 @@ import torch
 
 from nanorl import corpus, data
 from nanorl.corpus import END, MAX_BYTES, MIN_BYTES, Corpus, cut, messages_of, plain_documents, read_conversations
-from nanorl.data import Windows, read_index
+from nanorl.data import Windows, pack, read_index
 from nanorl.hf import load_model
 from nanorl.tasks.files import find_files
 from nanorl.tasks.problem import content_hash
@@ -492,3 +492,23 @@ def test_a_mistake_with_files_gets_one_line(out, script, mistake, words):
     run = [f"--run=m{abs(hash(mistake))}", f"--model={out}/a/base"][:2 if script == "train_sft.py" else 1]
     message = call(script, *(BASE if script == "train_base.py" else SFT), *run, mistake.format(out=out))
     assert isinstance(message, str) and words in message and "\n" not in message
+
+
+# ---- real files -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["brown", "tinystories", "tinyshakespeare"])
+def test_the_documents_of_a_real_text_hold_all_of_it(real_data, name):
+    path = os.path.join(real_data, "text", name + ".txt")
+    found = list(plain_documents(path))
+    with open(path, "rb") as f:
+        lines = [line.strip() for line in f if line.strip() and line.strip() != b"<|endoftext|>"]
+    assert [line.strip() for text in found for line in text.split(b"\n") if line.strip()] == lines
+    assert len(found) > 50 and max(map(len, found)) <= MAX_BYTES
+
+
+def test_real_conversations(real_data):
+    tokenizer = Tokenizer.from_pretrained(os.path.join(real_data, "tokenizers", "qwen3"))
+    train, held_out, note = read_conversations(os.path.join(real_data, "alpaca", "train.jsonl"), tokenizer, 512)
+    assert note and 4900 < len(train) + len(held_out) < 5000 and 60 < len(held_out) < 150
+    packed = pack(train, 513)
+    assert sum(len(ids) for row in packed for ids, _ in row) / (513 * len(packed)) > 0.95

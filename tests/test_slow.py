@@ -71,6 +71,7 @@ def test_quickstart_shows_what_rl_is_for(tmp_path):
 def test_gsm8k_end_to_end(real_data, tmp_path, monkeypatch, capfd):
     """The real files through every stage; a model this small is told that it gets little signal there."""
     monkeypatch.setenv("NANORL_OUT", str(tmp_path))
+    monkeypatch.setenv("NANORL_DATA", real_data)
     common = ["--run=g", "--depth=2", "--task=gsm8k", "--device=cpu"]
     assert call("train_base.py", *common, "--vocab_size=1024", "--documents=2000", "--steps=30", "--batch_tokens=2048", "--seq_len=256") is None
     assert call("train_sft.py", *common, "--steps=20", "--batch_tokens=4096", "--seq_len=1024") is None

@@ -510,7 +510,8 @@ def test_gsm8k_splits_follow_the_content_not_the_order_of_the_file(tmp_path, mon
     assert {r["question"] for r in get_task("gsm8k", split="val").rows} == before
 
 
-def test_gsm8k_real(real_data):
+def test_gsm8k_real(real_data, monkeypatch):
+    monkeypatch.setenv("NANORL_DATA", real_data)
     check_gsm8k([7000, 473])
 
 
