@@ -132,7 +132,7 @@ def main():
     log.card(stage="rl", settings=settings, start=start, device_rows=engine.max_rows, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place), params=policy.config.n_params()[0])
     dist.say(f"rl    from {point or start}: {policy.config.n_params()[0]:,} parameters, {compute_dtype} on {dist.world_size()} x {place.type}\n"
-             f"      {task}: {problems or len(stages[-1][1]):,} training problems{' in each stage' if len(stages) > 1 and problems else ''}\n"
+             f"      {task}: {problems or len(stages[-1][1]):,} training problems{' in its last stage' if len(stages) > 1 else ''}\n"
              f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, one update; {steps} steps")
     if not point:
         val = held_out()

@@ -130,8 +130,8 @@ class Tokenizer:
         return self.encoding.encode(text, allowed_special=self.words, disallowed_special=())
 
     def encode_many(self, texts):
-        """encode() of each, in 8 threads: tiktoken works outside of Python's lock."""
-        with ThreadPoolExecutor(8) as pool:
+        """encode() of each, in a thread per core: tiktoken works outside of Python's lock."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids):
