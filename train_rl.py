@@ -8,6 +8,7 @@ problem; one update. Follow main() from "the loop" on: each step of the algorith
 Left out, because on-policy training does not need them: the ratio, its clip, a KL term, a value function."""
 import math
 import time
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -94,14 +95,18 @@ def main():
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
         engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
 
+    @lru_cache(maxsize=2)  # a mixture's can have millions of places
+    def order(epoch, n):
+        """The order in which pass `epoch` visits the n training problems, (n,)."""
+        return np.random.default_rng([seed, epoch]).permutation(n)
+
     def problems_of(step):
         """The step's task, and P pairs (number, problem) of it: each pass visits every training problem once, in an order
         given by the seed. The number counts on over passes, so that a problem that comes again gets other random numbers."""
         first, source = [s for s in stages if s[0] <= step][-1]
         n = problems or len(source)
         places = [divmod((step - first) * P + i, n) for i in range(P)]
-        order = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch, _ in places}
-        return source, [(epoch * n + i, source.problem(int(order[epoch][i]))) for epoch, i in places]
+        return source, [(epoch * n + i, source.problem(int(order(epoch, n)[i]))) for epoch, i in places]
 
     def sample(step, source, pairs):
         """(number, problem) pairs -> Rollouts of G scored completions each, for this rank's share of the problems."""

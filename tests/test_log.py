@@ -90,3 +90,16 @@ def test_an_inactive_log_touches_nothing(tmp_path):
 @pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (7260, "2h01m")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("step, words", [(2, "1 rows after step 2"), (-1, "3 rows of a run that had saved no checkpoint")])
+def test_rows_that_go_are_named(tmp_path, capsys, step, words):
+    log = RunLog(str(tmp_path))
+    log.cut(-1)  # nothing there, nothing to say
+    for i in (1, 2, 3):
+        log.row(i, reward=0.5)
+    log.cut(step)
+    said = capsys.readouterr().out
+    assert words in said and said.count("removed") == 1
+    log.cut(step)
+    assert capsys.readouterr().out == ""

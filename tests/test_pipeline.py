@@ -214,6 +214,7 @@ MISTAKES = [
     ("train_rl.py", ["--problems=100000"], "--problems=100000: task 0-20 has"),
     ("train_rl.py", ["--problems=3", "--prompts_per_step=4"], "--prompts_per_step=4 --problems=3"),
     ("train_rl.py", ["--problems=-5"], "problems=-5"),
+    ("train_rl.py", ["--problems=2500", "--task=0-20=1,counting=1"], "are only"),  # 0-20 comes round again
     ("train_rl.py", ["--lr=nan"], "lr=nan"),
     ("train_rl.py", ["--lr=-0.1"], "lr=-0.1"),
     ("train_rl.py", ["--temperature=inf"], "temperature=inf"),

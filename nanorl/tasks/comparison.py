@@ -12,7 +12,7 @@ PROBLEMS = 400_000
 
 @lru_cache
 def _table(split):
-    """(a, b) of one to four digits; half of the pairs begin alike, so that the first digit does not settle them."""
+    """(a, b) of one to four digits; a third of the pairs begin alike, so that the first digit does not settle them."""
     rng = np.random.default_rng(20260103)
     digits = rng.integers(1, 5, (2, PROBLEMS))
     a, b = rng.integers(0, 10 ** digits)
