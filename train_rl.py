@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train_rl.py --depth=20 --task=gsm8k
 
 One step: P problems, G samples of each, all decoded together from the current weights; rewards compared within each
-problem; one update. Follow main() from "the loop" on: each step of the algorithm is one named line.
-Left out, because on-policy training does not need them: the ratio, its clip, a KL term, a value function."""
+problem; one update. Follow main() from "the loop" on: each step of the algorithm is one named line. The default is on-policy, so there
+is no ratio to clip; a KL term, several updates per rollout and DAPO's resampling are one constant away."""
 import math
 import time
 from functools import lru_cache
@@ -17,12 +17,13 @@ from tqdm import tqdm
 from nanorl import evaluate, grpo, rollout
 from nanorl.engine import Engine
 from nanorl.hf import load_model, save_model
-from nanorl.optim import load_states, lr_scale, make_optimizers, update
+from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
-from nanorl.runtime.log import RunLog, duration
-from nanorl.tasks import get_stages, parse_settings
+from nanorl.runtime.log import RunLog, Watch, duration, size, size_of
+from nanorl.tasks import get_stages, parse_settings, parse_weights
 from nanorl.tokenizer import Tokenizer
+from nanorl.tools import selfcheck as selfchecks
 
 # ---- run
 run = ""  # folder under out/; empty: d<depth>
@@ -34,21 +35,31 @@ seed = 0  # fixes the problems of each step and every sampled token
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
 dry_run = False  # print what the run would do, and stop
+selfcheck = False  # compare the first step's gradient with a naive fp64 implementation, and stop
 # ---- task and rollouts
 task = "sum3"  # one of nanorl/tasks, path.py:Class, a mixture 'sum3=50,counting=50', or a curriculum '0-20 until 20; sum3'
 task_args = ""  # the task's settings, 'name=value; name=value'
+reward_weights = ""  # 'correct=1; format=0.2': the reward is this sum of the task's parts; empty: the task's own total
 problems = 0  # train on so many fixed problems, the first of the split; 0: on all of them
 prompts_per_step = 16  # P, problems of a step, over all ranks
 samples_per_prompt = 16  # G, samples of each problem
 max_new_tokens = 64  # a completion is cut off here, and has then failed
 temperature = 1.0  # of sampling; the learner divides its logits by it too
+resample = 0  # dynamic sampling: groups without signal give their place to other problems, up to so many times a step
+overlong = "zero"  # a completion that is cut off has failed and is trained on as such (zero), or is left out of the loss (mask)
 device_rows = 0  # most rows decoded at once on one device; 0: what half the free memory holds
 # ---- objective and optimization
 advantage = "mean"  # baseline: mean, loo (leave one out), zscore (GRPO's division by the deviation)
 loss_norm = "token"  # divide by: token (all tokens of the step), sequence (each completion alike), constant (max_new_tokens)
-steps = 40  # optimizer steps; one step is one batch of rollouts and one update
+kl_coef = 0.0  # of a KL term that holds the policy near the weights it starts from; 0: those are not kept in memory
+kl_estimator = "k3"  # k1-in-reward, k2, k3 (GRPO's): docs/algorithm.md
+updates_per_rollout = 1  # 1: on-policy. More: each uses all of the step's samples, with PPO's clipped ratio
+clip_low = 0.2  # the ratio is clipped to 1 - clip_low ...
+clip_high = 0.2  # ... and 1 + clip_high (DAPO: 0.28); both without effect on-policy
+steps = 40  # one step is one batch of rollouts and its update
 lr = 0.0  # AdamW; 0: 0.04 / width (measured at depths 1 to 4 only; published models want some 1e-6)
 warmup = 0  # steps of linear warm-up
+lr_schedule = "constant"  # after the warm-up: constant, or to 0 at the last step: linear, cosine
 weight_decay = 0.0  # on the blocks' matrices
 max_grad_norm = 1.0  # 0: no clipping
 device_tokens = 16384  # padded tokens of one forward on one device: lower it when memory runs out
@@ -62,7 +73,7 @@ save_reward_above = 1.0  # also save at a new best reward above this
 
 
 def main():
-    settings = configure(globals())
+    settings = configure(globals(), refused={name: "training samples from the full distribution, the one that the loss models" for name in ("top_k", "top_p")})
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
@@ -70,7 +81,7 @@ def main():
     start = checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "sft"))
     point = checkpoint.resume_point(directory, resume, settings)
     check_settings(point or start)
-    log = RunLog(directory, dist.is_main() and not dry_run)
+    log = RunLog(directory, dist.is_main() and not dry_run and not selfcheck)
 
     # ---- policy, sampler, optimizer, tasks
     policy = load_model(point or start, weight_dtype, place)  # fp32 master weights
@@ -81,48 +92,94 @@ def main():
     tokenizer = Tokenizer.from_pretrained(point or start)
     stages = get_stages(task, "train", **parse_settings(task_args))  # [(first step, task)]: one, unless it is a curriculum
     val_task = get_stages(task, "val", **parse_settings(task_args))[-1][1]  # a curriculum is judged by where it leads
+    part_weights = parse_weights(reward_weights)
     engine = Engine(policy, device_rows)
     P, G = prompts_per_step, samples_per_prompt
     check_problems(stages)
-    first_step, best, bad, flops = 0, {"step": None, "reward": -math.inf}, 0, 0.0  # best: of the saved steps
     if point:
         state = checkpoint.load_state(point)
-        first_step, best, bad, flops = state["step"], state["best"], state["bad"], state["flops"]
         load_states(optimizers, state["optimizers"])
         engine.max_rows = device_rows or state["device_rows"]
         dist.say(f"resumed {point}")
-    log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
+    else:  # best: of the saved steps; drawn: problems taken so far; bad: updates skipped in a row
+        state = dict(step=0, best={"step": None, "reward": -math.inf}, bad=0, flops=0.0, drawn=0, watch=None,
+                     start={"path": start, "hash": checkpoint.fingerprint(start)})
+    best, bad, flops, drawn, watch, origin = state["best"], state["bad"], state["flops"], state["drawn"], Watch(state["watch"]), state["start"]
+    reference = None  # what the KL term measures from; without one it does not exist in memory
+    if kl_coef:
+        checkpoint.must_be(origin)
+        reference = load_model(origin["path"], compute_dtype, place).requires_grad_(False)
+        reference.compute_dtype = compute_dtype
+    log.cut(state["step"] if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
         engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
+    work = 0.0  # FLOPs of this rank in this step
 
     @lru_cache(maxsize=2)  # a mixture's can have millions of places
     def order(epoch, n):
         """The order in which pass `epoch` visits the n training problems, (n,)."""
         return np.random.default_rng([seed, epoch]).permutation(n)
 
-    def problems_of(step):
-        """The step's task, and P pairs (number, problem) of it: each pass visits every training problem once, in an order
-        given by the seed. The number counts on over passes, so that a problem that comes again gets other random numbers."""
-        first, source = [s for s in stages if s[0] <= step][-1]
+    def problems_of(step, drawn, count):
+        """The step's task, and `count` pairs (number, problem) of it, when `drawn` have been taken before: each pass visits every
+        training problem once, in an order given by the seed. The number counts on over passes, so that a problem that comes again
+        gets other random numbers."""
+        source = [s for first, s in stages if first <= step][-1]
         n = problems or len(source)
-        places = [divmod((step - first) * P + i, n) for i in range(P)]
+        places = [divmod(drawn + i, n) for i in range(count)]
         return source, [(epoch * n + i, source.problem(int(order(epoch, n)[i]))) for epoch, i in places]
 
     def sample(step, source, pairs):
         """(number, problem) pairs -> Rollouts of G scored completions each, for this rank's share of the problems."""
+        nonlocal work
         mine = pairs[dist.share(len(pairs))]
         keys = [rollout.prompt_key(seed, step, number) for number, _ in mine]
-        return rollout.generate(engine, tokenizer, source, [p for _, p in mine], keys, G, max_new_tokens, temperature)
+        rollouts = rollout.generate(engine, tokenizer, source, [p for _, p in mine], keys, G, max_new_tokens, temperature, part_weights=part_weights)
+        stats = engine.stats
+        work += policy.config.flops(stats["prompt_tokens"] + stats["row_steps"], stats["attended"], len(mine) + stats["row_steps"])
+        return rollouts
+
+    def replace_dead(step, source, rollouts, drawn):
+        """Dynamic sampling (DAPO): groups without signal give their place to the next problems, at most `resample` times. Returns this
+        rank's part of the P groups to learn from, and the groups that left."""
+        left = []
+        for _ in range(resample):
+            dead = grpo.no_signal(rollout.reward_table(rollouts, G)).tolist()
+            count = int(dist.total(sum(dead)))
+            if not count:
+                break
+            left += [r for r, d in zip(rollouts, dead) if d]
+            rollouts = [r for r, d in zip(rollouts, dead) if not d] + sample(step, *problems_of(step, drawn, count))
+            drawn += count
+        return rollouts, left
+
+    def with_reference(batch):
+        """A micro-batch with the reference's log-probs (N,) of its tokens; k1 goes into the advantages, before any update."""
+        nonlocal work
+        if reference is None:
+            return batch
+        with torch.no_grad():
+            logprobs, _ = reference.logprobs(reference.hidden(batch.ids)[batch.predicts], batch.targets, temperature)  # (N,)
+        work += policy.config.flops(batch.inputs, batch.attended, len(logprobs))
+        lowered = kl_coef * grpo.kl_to_go(batch.logprobs, logprobs, batch.predicts) if kl_estimator == "k1-in-reward" else 0.0
+        return batch._replace(reference=logprobs.double(), advantages=batch.advantages - lowered)
 
     def learn(batch, denominator):
         """One micro-batch: forward, loss, backward. Returns sums over its tokens, for the log."""
+        nonlocal work
         h = policy.hidden(batch.ids)[batch.predicts]  # (N, C): the head runs only where a token was sampled
         logprobs, entropy = policy.logprobs(h, batch.targets, temperature, with_entropy=True)  # (N,), (N,)
-        loss = grpo.policy_loss(logprobs, batch.advantages, batch.weights, denominator)
-        loss.backward()
-        gap = (logprobs.detach().double() - batch.logprobs).abs()  # (N,) learner against sampler
-        return dict(entropy=float(entropy.double().sum()), gap=float(gap.sum()), gap_max=float(gap.max()), tokens=len(gap),
-                    inputs=batch.inputs, padded=batch.ids.numel(), flops=3 * policy.config.flops(batch.inputs, batch.attended, len(gap)))
+        old = batch.logprobs if updates_per_rollout > 1 else None  # (N,) the sampler's; None: on-policy, the ratio is 1
+        if old is None:
+            objective = grpo.reinforce(logprobs, batch.advantages)  # (N,)
+        else:
+            objective = grpo.clipped(logprobs, old, batch.advantages, clip_low, clip_high)  # (N,)
+        if reference is not None and kl_estimator != "k1-in-reward":
+            objective = objective - kl_coef * grpo.kl(logprobs, batch.reference, kl_estimator, old)
+        grpo.policy_loss(objective, batch.weights, denominator).backward()
+        work += 3 * policy.config.flops(batch.inputs, batch.attended, len(logprobs))
+        return {**grpo.token_sums(logprobs, batch.logprobs, entropy, batch.advantages, batch.reference, clip_low, clip_high),
+                "inputs": batch.inputs, "padded": batch.ids.numel()}
 
     def held_out():
         """Greedy accuracy on the first `eval_problems` problems of the val split, the same ones every time."""
@@ -134,57 +191,65 @@ def main():
         return dist.broadcast({f"val/{k}": v for k, v in evaluate.summary(results).items()} if dist.is_main() else None)
 
     # ---- before the first step: what this run will do, and whether it can learn anything
-    log.card(stage="rl", settings=settings, start=start, device_rows=engine.max_rows, world_size=dist.world_size(),
+    log.card(stage="rl", settings=settings, start=origin, device_rows=engine.max_rows, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place), params=policy.config.n_params()[0])
     dist.say(f"rl    from {point or start}: {policy.config.n_params()[0]:,} parameters, {compute_dtype} on {dist.world_size()} x {place.type}\n"
              f"      {task}: {problems or len(stages[-1][1]):,} training problems{' in its last stage' if len(stages) > 1 else ''}\n"
-             f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, one update; {steps} steps")
-    if not point:
+             f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, {objective()}; {steps} steps")
+    if not point and not selfcheck:
         val = held_out()
         dist.say(f"      held-out before: {percent(val)}, {val['val/length']:.1f} tokens")
-        forecast(sample, learn, problems_of, place)
+        forecast(sample, lambda batch: learn(with_reference(batch), 1.0), problems_of, tokenizer, directory, policy.config.n_params()[0], place)
         for p in params:
             p.grad = None  # the forecast only timed a backward pass
         log.row(0, **val)
     if dry_run:
         return
+    if log.active:
+        checkpoint.mark_used(start, directory)
 
     # ---- the loop
     dist.catch_signals()
     started = time.time()
-    for step in range(first_step, steps):
-        t0 = time.time()
-        source, pairs = problems_of(step)  # P problems for (seed, step)
+    for step in range(state["step"], steps):
+        t0, work = time.time(), 0.0
+        source, pairs = problems_of(step, drawn, P)  # P problems for (seed, step)
         rollouts = sample(step, source, pairs)  # ids -> text -> rewards, of this rank's groups
+        rollouts, left = replace_dead(step, source, rollouts, drawn + P)  # nothing leaves unless --resample is set
+        drawn += P + int(dist.total(len(left)))
         t1 = time.time()
         advantages = grpo.advantages(rollout.reward_table(rollouts, G), advantage)  # (P, G)
         lengths = rollout.length_table(rollouts, G)  # (P, G) sampled tokens
-        weights = grpo.token_weights(lengths, loss_norm, max_new_tokens)  # (P, G)
-        denominator = dist.total(grpo.denominator(lengths, loss_norm))  # of all ranks, before the first backward
-        # Groups without signal go along, with A = 0: entropy and logp_diff are of all that was sampled.
-        batches = rollout.micro_batches(rollouts, advantages, weights, device_tokens, place)
-        learned = [learn(batch, denominator) for batch in batches]  # forward, loss, backward
-        dist.sum_gradients(params)  # one all-reduce
-        norm = update(optimizers, params, lr_scale(step, steps, warmup), max_grad_norm)  # clip, AdamW
+        counted = rollout.finished_table(rollouts, G) if overlong == "mask" else None  # (P, G) bool: completions in the loss
+        weights = grpo.token_weights(lengths, loss_norm, max_new_tokens, counted)  # (P, G)
+        denominator = dist.total(grpo.denominator(lengths, loss_norm, counted))  # of all ranks, before the first backward
+        # Groups without signal go along, with A = 0: a KL term pulls on them too, and entropy and logp_diff are of all that was sampled.
+        batches = [with_reference(b) for b in rollout.micro_batches(rollouts, advantages, weights, device_tokens, place)]
+        scale = lr_scale(step, steps, warmup, float(lr_schedule != "constant"), lr_schedule)
+        learned, norms = [], []
+        for _ in range(updates_per_rollout):
+            learned.append([learn(batch, denominator) for batch in batches])  # forward, loss, backward
+            dist.sum_gradients(params)  # one all-reduce
+            if selfcheck:
+                return report_selfcheck(policy, reference, dist.gather(rollouts), dist.gather(advantages.tolist()), settings)
+            part_norms = group_norms(policy)
+            norms.append(update(optimizers, params, scale, max_grad_norm))  # clip, AdamW
         engine.refresh()  # the next samples come from the new weights
         dist.synchronize(place)
         t2 = time.time()
 
         # ---- the log
-        row = rollout_row(dist.gather(rollouts), dist.gather(advantages.tolist()), log, step + 1, tokenizer)
+        row = rollout_row(dist.gather(rollouts), dist.gather(left), dist.gather(advantages.tolist()), log, step + 1, tokenizer)
         row = dist.broadcast(row)
-        sums = {k: dist.total(sum(x[k] for x in learned)) for k in ("entropy", "gap", "tokens", "inputs", "padded", "flops")}
-        stats = engine.stats
-        sampled = dist.total(policy.config.flops(stats["prompt_tokens"] + stats["row_steps"], stats["attended"],
-                                                 len(rollouts) + stats["row_steps"]))
-        flops += sums["flops"] + sampled
-        bad = 0 if math.isfinite(norm) else bad + 1
+        flops += dist.total(work)
+        bad = 0 if all(map(math.isfinite, norms)) else bad + 1
         rollout_time, step_time = dist.total(t1 - t0, "max"), dist.total(t2 - t0, "max")  # of the slowest rank
+        first = over_ranks(learned[0])
+        row.update(grpo.token_metrics(first, over_ranks(learned[-1])))
         row.update({
-            "entropy": sums["entropy"] / sums["tokens"], "grad_norm": norm, "updated": float(0 < norm < math.inf), "bad_steps": bad,
-            "lr": rate * lr_scale(step, steps, warmup), "logp_diff/mean": sums["gap"] / sums["tokens"],
-            "logp_diff/max": dist.total(max([x["gap_max"] for x in learned], default=0.0), "max"),
-            "padding": 1 - sums["inputs"] / sums["padded"], "flops_total": flops,
+            "padding": 1 - first["inputs"] / first["padded"],
+            "grad_norm": norms[-1], **{f"grad_norm/{part}": n for part, n in part_norms.items()}, "bad_steps": bad,
+            "updated": sum(0 < n < math.inf for n in norms) / len(norms), "lr": rate * scale, "flops_total": flops,
             "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": row["tokens"] / (step_time - rollout_time),
             "time/rollout": rollout_time, "time/learner": step_time - rollout_time})
         last = step + 1 == steps
@@ -192,7 +257,9 @@ def main():
             row.update(held_out())
         row.update({"time/step": time.time() - t0, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
-        line(step + 1, row, (time.time() - started) / (step + 1 - first_step) * (steps - step - 1))
+        line(step + 1, row, (time.time() - started) / (step + 1 - state["step"]) * (steps - step - 1))
+        for sentence in watch.look(row):
+            dist.say(f"      WARNING, step {step + 1}: {sentence}")
 
         # ---- the end of the step
         stop = dist.stop_requested()
@@ -201,9 +268,9 @@ def main():
             if row["reward"] > best["reward"]:
                 best = {"step": step + 1, "reward": row["reward"]}
             if dist.is_main():
-                state = dict(step=step + 1, best=best, bad=bad, flops=flops, device_rows=engine.max_rows, settings=settings,
-                             optimizers=[o.state_dict() for o in optimizers])
-                report = checkpoint.save(directory, step + 1, lambda path: save_model(policy, tokenizer, path), state, best["step"])
+                whole = dict(step=step + 1, best=best, bad=bad, flops=flops, drawn=drawn, watch=watch.state, start=origin, device_rows=engine.max_rows,
+                             settings=settings, optimizers=[o.state_dict() for o in optimizers])
+                report = checkpoint.save(directory, step + 1, lambda path: save_model(policy, tokenizer, path), whole, best["step"])
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
             dist.barrier()
         if bad >= max_bad_steps:
@@ -217,14 +284,19 @@ def check_settings(start):
     """Refuse what cannot work, with the value and the remedy."""
     if not checkpoint.is_model(start):
         raise ValueError(f"no SFT model in {start}: make one with `python train_sft.py --depth={depth}`, or name one with --model=")
-    at_least(globals(), 1, "prompts_per_step max_new_tokens steps device_tokens eval_problems probe_prompts max_bad_steps")
-    at_least(globals(), 0, "seed problems device_rows lr warmup weight_decay max_grad_norm eval_every save_every")
+    at_least(globals(), 1, "prompts_per_step max_new_tokens steps updates_per_rollout device_tokens eval_problems probe_prompts max_bad_steps")
+    at_least(globals(), 0, "seed problems device_rows resample kl_coef clip_low clip_high lr warmup weight_decay max_grad_norm eval_every save_every")
     if samples_per_prompt < 2:
         raise ValueError(f"--samples_per_prompt={samples_per_prompt}: at least 2, because rewards are compared within a group")
     if 0 < device_rows < samples_per_prompt:
         raise ValueError(f"--device_rows={device_rows}: it must hold one group, --samples_per_prompt={samples_per_prompt}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"--temperature={temperature}: it must be above 0, because training needs samples that differ")
+    for name, choices in (("overlong", ("zero", "mask")), ("kl_estimator", grpo.ESTIMATORS), ("lr_schedule", ("constant", "linear", "cosine"))):
+        if globals()[name] not in choices:
+            raise ValueError(f"--{name}={globals()[name]}: it must be one of {', '.join(choices)}")
+    if clip_low > 1:
+        raise ValueError(f"--clip_low={clip_low}: it must be at most 1, since the ratio is never below 0")
     grpo.advantages(torch.zeros(1, 2), advantage)  # raises for an unknown name,
     grpo.token_weights(torch.ones(1, 1), loss_norm)  # and so does this
 
@@ -239,46 +311,62 @@ def check_problems(stages):
             raise ValueError(f"--problems={problems}: the first {problems} problems of {task} are only {different} different ones")
 
 
-def forecast(sample, learn, problems_of, place):
-    """Try a few problems, and say what share of the groups will teach something and how long the run will take."""
+def objective():
+    """The objective in a few words, where it is not the default."""
+    words = ["one update" if updates_per_rollout == 1 else f"{updates_per_rollout} updates with the ratio in [{1 - clip_low:g}, {1 + clip_high:g}]"]
+    words += [f"KL {kl_coef:g} ({kl_estimator})"] if kl_coef else []
+    words += [f"dead groups replaced up to {resample} times"] if resample else []
+    return ", ".join(words + (["cut-off completions left out"] if overlong == "mask" else []))
+
+
+def report_selfcheck(policy, reference, rollouts, advantages, settings):
+    """On the first rank, of all ranks' rollouts and the summed gradient; exit status 1 when something is out of bounds."""
+    if dist.is_main():
+        lines, good = selfchecks.compare(policy, reference, rollouts, advantages, settings)
+        print(*lines, sep="\n", flush=True)
+    dist.barrier()
+    if dist.is_main() and not good:
+        raise SystemExit(1)
+
+
+def over_ranks(learned):
+    """One update's micro-batches -> their token sums over all ranks."""
+    sums = {name: sum(part[name] for part in learned) for name in (*grpo.TOKEN_SUMS, "inputs", "padded")}
+    return {**dist.totals(sums), "gap_max": dist.total(max([part["gap_max"] for part in learned], default=0.0), "max")}
+
+
+def forecast(sample, learn, problems_of, tokenizer, directory, n_params, place):
+    """Try a few problems, and say what share of the groups will teach something, how long the run will take, and what it will write."""
     P, G = prompts_per_step, samples_per_prompt
-    source, pairs = problems_of(0)
-    for step in range(1, -(-probe_prompts // P)):
-        pairs += problems_of(step)[1] if problems_of(step)[0] is source else []
-    pairs = pairs[:probe_prompts]
+    source, pairs = problems_of(0, 0, probe_prompts)
     begun = time.time()
     mine = sample("probe", source, pairs)
     sampling = time.time() - begun
     begun = time.time()
     ones = torch.ones(len(mine), G, dtype=torch.float64)
     for batch in rollout.micro_batches(mine, ones, ones, device_tokens, place):
-        learn(batch, 1.0)
-    seconds = dist.total((sampling + time.time() - begun) / len(pairs) * P, "max")
+        learn(batch)
+    seconds = dist.total((sampling + (time.time() - begun) * updates_per_rollout) / len(pairs) * P, "max")
     rollouts = dist.gather(mine)
     if not dist.is_main():
         return
-    m = rollout.metrics(rollouts)
-    solved = sum(evaluate.is_correct(r) for group in rollouts for r in group.rewards)
-    dead = m["frac_reward_zero_std"]
-    print(f"      probe: {solved} of {len(rollouts) * G} samples solved ({solved / len(rollouts) / G:.1%}), {m['completions/mean_length']:.1f} tokens, "
-          f"{m['completions/clipped_ratio']:.0%} cut off\n"
-          f"      forecast: {dead:.0%} of the groups without signal (all {G} rewards equal), {m['tokens_with_signal']:.0%} of the tokens in groups "
-          f"that teach; about {seconds:.1f} s a step, {duration(seconds * steps)} in all, without evaluations", flush=True)
-    if solved == 0:
-        print(f"      WARNING: no sample was solved, so this task is too hard for this model: most steps will change "
-              f"nothing.\n      Train it further (SFT), take an easier task, or raise --samples_per_prompt.", flush=True)
-    elif dead > 0.5:
-        print(f"      WARNING: more than half of the groups teach nothing: the task is too {'hard' if m['reward'] < 0.5 else 'easy'} for this model, "
-              f"or --samples_per_prompt={G} too few.", flush=True)
+    written = size_of(rollout.records(rollouts, ones.new_zeros(len(rollouts), G), tokenizer.decode, step=0, time=time.time())) / len(rollouts) * P * steps
+    saved = 12 * n_params  # weights and AdamW's two moments, in fp32
+    print("     ", *evaluate.describe_forecast(rollouts, duration(seconds * steps), seconds),
+          f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, of which at most four are kept", sep="\n      ", flush=True)
+    if checkpoint.free_disk(directory) < written + 5 * saved:
+        print(f"      WARNING: only {size(checkpoint.free_disk(directory))} are free where {directory} is", flush=True)
 
 
-def rollout_row(rollouts, advantages, log, step, tokenizer):
-    """On the first rank: write the step's rollouts to disk and compute their metrics."""
+def rollout_row(rollouts, left, advantages, log, step, tokenizer):
+    """On the first rank: write all that the step sampled to disk and compute its metrics; `left` are groups that others replaced."""
     if not dist.is_main():
         return None
-    log.rollouts(step, rollout.records(rollouts, advantages, tokenizer.decode))
     a = torch.tensor(advantages)
-    return {**rollout.metrics(rollouts), "advantage/std": float(a.std()), "advantage/max": float(a.abs().max())}
+    sampled = rollouts + left
+    log.rollouts(step, rollout.records(sampled, advantages + [[0.0] * a.size(1)] * len(left), tokenizer.decode, step=step, time=round(time.time(), 3)))
+    return {**rollout.metrics(sampled), "resampled": len(left), "advantage/mean": float(a.mean()), "advantage/std": float(a.std()),
+            "advantage/max": float(a.abs().max())}
 
 
 def percent(row):

@@ -205,6 +205,24 @@ def describe(s, how=""):
     return [line for line in (first, ", ".join(found), "  ".join(at_k)) if line]
 
 
+def describe_forecast(rollouts, total, seconds):
+    """Rollouts of a few problems, tried before a run that will take `total` ('1m15s'), `seconds` a step -> lines: whether it can learn something."""
+    m, G = rollout.metrics(rollouts), len(rollouts[0].rewards)
+    n = len(rollouts) * G
+    solved = sum(is_correct(r) for group in rollouts for r in group.rewards)
+    dead = m["frac_reward_zero_std"]
+    lines = [f"probe: {solved} of {n} samples solved ({solved / n:.1%}), {m['completions/mean_length']:.1f} tokens, {m['completions/clipped_ratio']:.0%} cut off",
+             f"forecast: {dead:.0%} of the groups without signal (all {G} rewards equal), {m['tokens_with_signal']:.0%} of the tokens in groups "
+             f"that teach; about {seconds:.1f} s a step, {total} in all, without evaluations"]
+    if solved == 0:
+        lines += ["WARNING: no sample was solved, so this task is too hard for this model: most steps will change nothing.",
+                  "Train it further (SFT), take an easier task, or raise --samples_per_prompt."]
+    elif dead > 0.5:
+        lines += [f"WARNING: more than half of the groups teach nothing: the task is too {'hard' if solved < n / 2 else 'easy'} for this model, "
+                  f"or --samples_per_prompt={G} too few."]
+    return lines
+
+
 def describe_difference(c):
     """A comparison -> lines: the difference with its interval and p; of greedy answers the four counts; the verdict."""
     signed = {name: f"{100 * c[name]:+.1f}" for name in ("difference", "low", "high")}

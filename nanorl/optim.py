@@ -31,12 +31,28 @@ def load_states(optimizers, states):
         optimizer.load_state_dict(state)
 
 
-def lr_scale(step, steps, warmup=0, cooldown=0.0):
-    """Factor on the learning rate at `step` of `steps`: linear from 0 over `warmup` steps, constant, then linear
-    to 0 over the last `cooldown` share of the run."""
+def lr_scale(step, steps, warmup=0, cooldown=0.0, shape="linear"):
+    """Factor on the learning rate at `step` of `steps`: linear from 0 over `warmup` steps, constant, then down to 0 over the
+    last `cooldown` share of the run, along a line or (shape "cosine") half a cosine."""
     up = (step + 1) / warmup if step < warmup else 1.0
-    down = (steps - step) / max(1.0, cooldown * steps) if cooldown else 1.0
+    down = min(1.0, (steps - step) / max(1.0, cooldown * steps)) if cooldown else 1.0
+    if shape == "cosine":
+        down = (1 - math.cos(math.pi * down)) / 2
     return max(0.0, min(1.0, up, down))
+
+
+PARTS = {"attention": ".self_attn.", "mlp": ".mlp.", "norms": "norm.weight", "embeddings": "embed_tokens", "head": "lm_head"}
+
+
+def group_norms(model):
+    """Norms of the gradients by what they belong to: attention (with its QK norms), mlp, norms, embeddings, and the head where it is
+    not the embedding. Their squares add up to the square of the global norm."""
+    squares = dict.fromkeys(PARTS, 0.0)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            part = next(part for part, piece in PARTS.items() if piece in name)
+            squares[part] = squares[part] + p.grad.double().square().sum()
+    return {part: float(square) ** 0.5 for part, square in squares.items() if not isinstance(square, float)}
 
 
 def update(optimizers, params, scale, max_norm):

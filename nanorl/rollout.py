@@ -8,6 +8,7 @@ import torch
 
 from nanorl.grpo import no_signal
 from nanorl.tasks import Problem, Reward
+from nanorl.tasks.pool import RAISED, TIMEOUT, RewardPool
 
 
 @dataclass
@@ -18,7 +19,8 @@ class Rollout:
     completions: list  # (G) of engine.Completion: ids with the stop token, log-probs, finished
     texts: list  # (G) str, the stop token stripped
     rewards: list  # (G) of Reward
-    errors: int = 0  # rewards that raised and were scored 0
+    errors: int = 0  # rewards that raised
+    timeouts: int = 0  # rewards that took longer than the task allows
 
 
 def prompt_key(seed, step, index):
@@ -27,43 +29,68 @@ def prompt_key(seed, step, index):
     return int.from_bytes(digest, "big") >> 1
 
 
-def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, temperature, progress=None):
-    """Problems and their keys -> Rollouts: render, sample, decode, score."""
+def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, temperature, progress=None, part_weights=None):
+    """Problems and their keys -> Rollouts: render, sample, decode, score. part_weights: see score."""
     prompts = [tokenizer.render_prompt(problem.prompt) for problem in problems]
     groups = engine.generate(prompts, samples_per_prompt=samples, max_new_tokens=max_new_tokens, temperature=temperature,
                              stop_ids=tokenizer.stop_ids, keys=keys, progress=progress)
-    rollouts = []
-    for problem, prompt, completions in zip(problems, prompts, groups):
-        texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions]
-        rewards, errors = score(task, problem, texts, [c.finished for c in completions])
-        rollouts.append(Rollout(problem, prompt, completions, texts, rewards, errors))
-    return rollouts
+    texts = [[tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in completions] for completions in groups]
+    judged = judge(task, [(problem, text) for problem, some in zip(problems, texts) for text in some])
+    return [Rollout(problem, prompt, completions, some, *score(task, problem, some, [c.finished for c in completions],
+                                                               judged[i * samples:(i + 1) * samples], part_weights))
+            for i, (problem, prompt, completions, some) in enumerate(zip(problems, prompts, groups, texts))]
 
 
-def score(task, problem, texts, finished):
-    """Texts -> (rewards, how many raised). Two kinds earn at most 0, and at most what saying nothing earns: a completion
-    that was cut off, since the task is to solve the problem within the limit, and one on which the reward raises, since one
-    odd completion must not end a run."""
-    def judge(text):
-        """-> Reward, or None: it raised."""
-        try:
-            reward = task.reward(problem, text)
-        except Exception:
-            return None
-        if not isinstance(reward, Reward) or not math.isfinite(reward.total):
-            raise ValueError(f"the task's reward() gave {reward!r}: it must give Reward(total, parts) with a finite total")
-        return reward
+def judge(task, pairs):
+    """[(problem, text)] -> for each its Reward, or RAISED, or TIMEOUT: what the task's reward() did. A task with a `timeout` is asked
+    in worker processes, any other here."""
+    if getattr(task, "timeout", 0):
+        if not hasattr(task, "pool"):
+            task.pool = RewardPool(task.recipe, task.timeout)
+        results = task.pool.judge(pairs)
+    else:
+        results = [_ask(task, *pair) for pair in pairs]
+    for result in results:
+        if result not in (RAISED, TIMEOUT) and (not isinstance(result, Reward) or not math.isfinite(result.total)):
+            raise ValueError(f"the task's reward() gave {result!r}: it must give Reward(total, parts) with a finite total")
+    return results
 
-    rewards = [judge(text) for text in texts]
-    raised = sum(reward is None for reward in rewards)
-    if raised or not all(finished):
-        nothing = min(0.0, (judge("") or Reward(0.0)).total)
-        for i, (reward, whole) in enumerate(zip(rewards, finished)):
-            if reward is None:
-                rewards[i] = Reward(nothing)
-            elif not whole:
-                rewards[i] = Reward(min(nothing, reward.total), dict.fromkeys(reward.parts, 0.0))
-    return rewards, raised
+
+def _ask(task, problem, text):
+    try:
+        return task.reward(problem, text)
+    except Exception:
+        return RAISED
+
+
+def score(task, problem, texts, finished, judged=None, part_weights=None):
+    """Texts of a problem -> (rewards, how many raised, how many took too long). All of these earn at most 0, and at most what saying
+    nothing earns: a completion that was cut off, since the task is to solve the problem within the limit, and one on which the reward
+    raises or hangs, since one odd completion must not end a run. part_weights {part: weight}: the total is this sum of the parts."""
+    rewards = judge(task, [(problem, text) for text in texts]) if judged is None else judged
+    raised, late = rewards.count(RAISED), rewards.count(TIMEOUT)
+    weigh = lambda reward: weighted(reward, part_weights) if part_weights else reward
+    if raised or late or not all(finished):
+        silence, = judge(task, [(problem, "")])
+        nothing = min(0.0, weigh(silence).total) if isinstance(silence, Reward) else 0.0
+    result = []
+    for reward, whole in zip(rewards, finished):
+        if not isinstance(reward, Reward):
+            reward = Reward(nothing)
+        else:
+            reward = weigh(reward)
+            if not whole:
+                reward = Reward(min(nothing, reward.total), dict.fromkeys(reward.parts, 0.0))
+        result.append(reward)
+    return result, raised, late
+
+
+def weighted(reward, part_weights):
+    """The reward with another total: sum of weight * part. Raises ValueError for a part that the task does not give."""
+    unknown = part_weights.keys() - reward.parts.keys()
+    if unknown:
+        raise ValueError(f"reward_weights names {', '.join(sorted(unknown))}: the parts of this task's reward are {', '.join(reward.parts) or 'none'}")
+    return Reward(sum(weight * float(reward.parts[part]) for part, weight in part_weights.items()), reward.parts)
 
 
 def reward_table(rollouts, samples):
@@ -76,8 +103,13 @@ def length_table(rollouts, samples):
     return torch.tensor([[len(c.ids) for c in rollout.completions] for rollout in rollouts], dtype=torch.long).reshape(len(rollouts), samples)
 
 
+def finished_table(rollouts, samples):
+    """Rollouts -> which completions were not cut off (P, G), bool."""
+    return torch.tensor([[c.finished for c in rollout.completions] for rollout in rollouts], dtype=torch.bool).reshape(len(rollouts), samples)
+
+
 # What the learner needs of some rows. N counts their sampled tokens; masks come from what was sampled, never from id values.
-Batch = namedtuple("Batch", "ids predicts targets advantages weights logprobs inputs attended")
+Batch = namedtuple("Batch", "ids predicts targets advantages weights logprobs inputs attended reference", defaults=[None])
 
 
 def micro_batches(rollouts, advantages, weights, token_budget, device):
@@ -86,7 +118,8 @@ def micro_batches(rollouts, advantages, weights, token_budget, device):
 
     Batch: ids (B, T) inputs padded on the right; predicts (B, T) bool, where the next token was sampled; and, one
     entry per sampled token in row order, targets, advantages, weights, and the sampler's logprobs, all (N,).
-    inputs: tokens that are not padding; attended: (query, key) pairs of causal attention over them."""
+    inputs: tokens that are not padding; attended: (query, key) pairs of causal attention over them. reference: the
+    reference policy's log-probs (N,), which the script adds where there is a KL term."""
     rows = [(rollout.prompt_ids, c, float(a), float(w)) for rollout, group_a, group_w in zip(rollouts, advantages, weights)
             for c, a, w in zip(rollout.completions, group_a, group_w)]
     rows.sort(key=lambda row: len(row[0]) + len(row[1].ids))
@@ -135,7 +168,9 @@ def metrics(rollouts):
         "frac_reward_zero_std": float(dead.double().mean()),
         **part,
         **{f"reward_of/{task}": sum(means) / len(means) for task, means in sorted(by_task.items()) if task},
+        **_given_format([reward.parts for r in rollouts for reward in r.rewards]),
         "reward/errors": sum(r.errors for r in rollouts),
+        "reward/timeouts": sum(r.timeouts for r in rollouts),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
@@ -145,12 +180,19 @@ def metrics(rollouts):
     }
 
 
-def records(rollouts, advantages, decode):
+def _given_format(parts):
+    """Of the completions that have the form that the task asks for, the share that is right: tells learning to solve from
+    learning to comply. Absent where the task has no such parts, or no completion the form."""
+    right = [bool(p["correct"]) for p in parts if p.get("format") and "correct" in p]
+    return {"accuracy_given_format": sum(right) / len(right)} if right else {}
+
+
+def records(rollouts, advantages, decode, **every):
     """One JSON-ready record a completion, for the rollouts file: the prompt as the model saw it, what it wrote, and
-    what it got for it."""
+    what it got for it. every: what all records carry, such as step and time."""
     for number, (rollout, group) in enumerate(zip(rollouts, advantages)):
         prompt = decode(rollout.prompt_ids)
         for sample, (text, c, reward, a) in enumerate(zip(rollout.texts, rollout.completions, rollout.rewards, group)):
-            yield dict(group=number, sample=sample, prompt=prompt, answer=rollout.problem.answer, completion=text,
+            yield dict(**every, group=number, sample=sample, prompt=prompt, answer=rollout.problem.answer, completion=text,
                        reward=reward.total, parts=reward.parts, advantage=float(a), tokens=len(c.ids),
                        finish="stop" if c.finished else "length")

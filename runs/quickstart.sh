@@ -17,7 +17,7 @@ python train_sft.py $common --steps=300 --batch_tokens=2048 --seq_len=128 --log_
 python train_rl.py $common --steps=40 --eval_every=10 --device_tokens=8192
 for stage in base sft rl; do
     echo
-    python eval.py --model="$out/$stage" --task=sum3 --problems=1000 --samples=8 --show=0
+    python eval.py --model="$out/$stage" --task=sum3 --problems=1000 --samples=8 --examples=0
 done
 echo
 python -m nanorl.tools.summary "$out" $SECONDS

@@ -48,7 +48,7 @@ def step_gradient(model, rollouts, budget, kind="token"):
     n = grpo.denominator(lengths, kind)
     for batch in rollout.micro_batches(rollouts, a, grpo.token_weights(lengths, kind, 8), budget, "cpu"):
         logprobs, _ = model.logprobs(model.hidden(batch.ids)[batch.predicts], batch.targets, 0.9)
-        grpo.policy_loss(logprobs, batch.advantages, batch.weights, n).backward()
+        grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, n).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -78,13 +78,13 @@ class Bad:
 
 
 def test_a_reward_that_raises_scores_what_silence_does_and_is_counted():
-    rewards, errors = rollout.score(Bad(), None, ["a", "x", "b"], [True] * 3)
+    rewards, errors, _ = rollout.score(Bad(), None, ["a", "x", "b"], [True] * 3)
     assert [r.total for r in rewards] == [1.0, 0.0, 1.0] and errors == 1  # silence would have earned 1: never above 0
 
     class Signed(Bad):
         def reward(self, problem, text):
             return super().reward(problem, text) if text else Reward(-1.0)
-    rewards, errors = rollout.score(Signed(), None, ["a", "x", "b"], [True] * 3)
+    rewards, errors, _ = rollout.score(Signed(), None, ["a", "x", "b"], [True] * 3)
     assert [r.total for r in rewards] == [1.0, -1.0, 1.0] and errors == 1  # to break the verifier must not pay
 
 
@@ -101,7 +101,7 @@ def test_a_completion_that_was_cut_off_earns_nothing():
     class Task:
         def reward(self, problem, text):
             return Reward(float(text), {"correct": float(text)})
-    rewards, _ = rollout.score(Task(), None, ["1", "1", "-1"], [True, False, False])
+    rewards, *_ = rollout.score(Task(), None, ["1", "1", "-1"], [True, False, False])
     assert [r.total for r in rewards] == [1.0, 0.0, -1.0]
     assert [r.parts["correct"] for r in rewards] == [1.0, 0.0, 0.0]
 
@@ -112,7 +112,7 @@ def test_what_was_cut_off_earns_what_silence_does_however_right_it_is(rewards, n
     task = get_task("0-20", rewards=rewards)
     problem = Problem([], "12", {"numbers": [7, 5], "signs": ["+"]})
     texts = ["#12", "#11", "#35", ""]
-    scored, errors = rollout.score(task, problem, ["#12"] + texts, [True] + [False] * 4)
+    scored, errors, _ = rollout.score(task, problem, ["#12"] + texts, [True] + [False] * 4)
     assert [r.total for r in scored] == [1] + [nothing] * 4 and errors == 0
     assert all(r.parts == {"format": 0, "answered": 0, "correct": 0} for r in scored[1:])
 
@@ -120,7 +120,7 @@ def test_what_was_cut_off_earns_what_silence_does_however_right_it_is(rewards, n
 def test_a_format_that_was_cut_off_earns_nothing_either(monkeypatch):
     monkeypatch.setattr("nanorl.tasks.countdown._problems", lambda *args: [])
     problem, text = Problem([], "33", {"numbers": [3, 7, 12]}), "<think></think><answer>3*7+12</answer>"
-    (whole, cut), _ = rollout.score(Countdown(), problem, [text, text], [True, False])
+    (whole, cut), *_ = rollout.score(Countdown(), problem, [text, text], [True, False])
     assert (whole.total, cut.total) == (1, 0) and set(cut.parts.values()) == {0}
 
 
@@ -132,12 +132,12 @@ def test_what_was_cut_off_earns_no_more_than_silence_and_than_zero(silence, othe
             if not text and silence is None:
                 raise RuntimeError("no")
             return Reward(otherwise if text else silence)
-    scored, errors = rollout.score(Task(), None, ["a", "a"], [False, True])
+    scored, errors, _ = rollout.score(Task(), None, ["a", "a"], [False, True])
     assert [r.total for r in scored] == [expected, otherwise] and errors == 0  # the silence that raised was nobody's
 
 
 def test_a_reward_that_raises_on_what_was_cut_off_is_counted():
-    scored, errors = rollout.score(Bad(), None, ["x", "a"], [False, False])
+    scored, errors, _ = rollout.score(Bad(), None, ["x", "a"], [False, False])
     assert [r.total for r in scored] == [0, 0] and errors == 1
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: a directory step_000120/ is whole (it holds DONE, written last) or it is not there.
 
 Each is a Hugging Face model directory with trainer.pt beside the weights. When to save is the script's decision."""
+import hashlib
 import os
 import re
 import shutil
@@ -82,13 +83,49 @@ def save(directory, step, write_model, state, best_step=None):
 
 
 def prune(directory, best_step=None):
-    """Keep the first, the best and the last two checkpoints. Returns the paths removed."""
+    """Keep the first, the best and the last two checkpoints, and those that another run started from. Returns the paths removed."""
     steps = _steps(directory)
     keep = {*steps[:1], *steps[-2:], best_step}
-    removed = [path_of(directory, s) for s in steps if s not in keep]
+    removed = [path for path in (path_of(directory, s) for s in steps if s not in keep) if not os.path.exists(os.path.join(path, USED))]
     for path in removed:
         _remove(path)
     return removed
+
+
+USED = "used_by.txt"  # in a checkpoint: the runs that started from it
+
+
+def mark_used(path, directory):
+    """A run in `directory` starts from the checkpoint at `path`, which is from now on not removed. Of a model that is no checkpoint of
+    ours nothing is written."""
+    if os.path.exists(os.path.join(path, "DONE")):
+        with open(os.path.join(path, USED), "a+", encoding="utf-8") as f:
+            f.seek(0)
+            if directory not in f.read().splitlines():
+                f.write(directory + "\n")
+
+
+def must_be(origin):
+    """Raises ValueError unless the model at origin["path"] still has the weights whose hash is origin["hash"]."""
+    if not is_model(origin["path"]) or fingerprint(origin["path"]) != origin["hash"]:
+        raise ValueError(f"{origin['path']} is gone or has changed since this run started from it, and the KL term needs it: put it back, or start another run")
+
+
+def free_disk(path):
+    """Bytes free where `path` is or will be."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path) or "."
+    return shutil.disk_usage(path).free
+
+
+def fingerprint(path):
+    """A hash of a model directory's weights, to know them again."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(name for name in os.listdir(path) if name.endswith(".safetensors")):
+        with open(os.path.join(path, name), "rb") as f:
+            while block := f.read(2 ** 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _remove(path):
@@ -111,7 +148,7 @@ def load_state(path):
 
 
 # Settings that a run may change when it is resumed: they do not alter the training that has been done.
-FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|device_rows$|max_bad_steps$|sample_tokens$")
+FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|selfcheck$|device_rows$|max_bad_steps$|sample_tokens$")
 
 
 def resume_point(directory, resume, settings):

@@ -50,9 +50,9 @@ def _parse(name, text, default):
         raise SystemExit(f"--{name}={text}: {name} takes {kind} (default {default})") from None
 
 
-def configure(namespace, argv=None):
+def configure(namespace, argv=None, refused={}):
     """Apply the command line to the script whose globals() are `namespace`. Returns {name: resolved value}.
-    Exits with one line for an unknown name or an ill-typed value, and after --help."""
+    Exits with one line for an unknown name or an ill-typed value, and after --help. refused: {name: why it does not exist}."""
     with open(namespace["__file__"], encoding="utf-8") as f:
         constants = read_constants(f.read())
     argv = sys.argv[1:] if argv is None else argv
@@ -66,7 +66,7 @@ def configure(namespace, argv=None):
         name = name.replace("-", "_")
         if name not in constants:
             near = difflib.get_close_matches(name, constants, n=3, cutoff=0.5)
-            hint = f"did you mean --{', --'.join(near)}?" if near else "--help lists the constants"
+            hint = refused.get(name) or (f"did you mean --{', --'.join(near)}?" if near else "--help lists the constants")
             raise SystemExit(f"--{name}: no such constant: {hint}")
         if not equals and not isinstance(constants[name][0], bool):
             raise SystemExit(f"--{name} needs a value: --{name}={constants[name][0] or '...'}")

@@ -96,12 +96,17 @@ def share(n):
 
 def total(value, op="sum"):
     """A number summed over ranks (op: sum, max or min)."""
+    return totals({"": value}, op)[""]
+
+
+def totals(values, op="sum"):
+    """{name: number} -> each summed over ranks, by one collective. All ranks must have the same names."""
     if world_size() == 1:
-        return float(value)
+        return {name: float(value) for name, value in values.items()}
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    t = torch.tensor(float(value), dtype=torch.float64, device=device)
+    t = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
     dist.all_reduce(t, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
-    return float(t)
+    return dict(zip(values, t.tolist()))
 
 
 def gather(items):

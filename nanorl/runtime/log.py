@@ -1,5 +1,6 @@
 """What a run leaves to read: run.json, metrics.jsonl, rollouts/, and one line a step on the console."""
 import gzip
+import io
 import json
 import math
 import os
@@ -50,11 +51,56 @@ class RunLog:
                 f.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 
     def rollouts(self, step, records):
-        """rollouts/step_000120.jsonl.gz, one record a completion. No time stamp inside, so equal runs give equal bytes."""
+        """rollouts/step_000120.jsonl.gz, one record a completion, compressed as it is made. No time stamp in gzip's own header."""
         if self.active:
             os.makedirs(self._path("rollouts"), exist_ok=True)
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            _replace(self._path("rollouts", f"step_{step:06d}.jsonl.gz"), gzip.compress(text.encode("utf-8"), mtime=0))
+            path = self._path("rollouts", f"step_{step:06d}.jsonl.gz")
+            with open(path + ".tmp", "wb") as f:
+                write_records(f, records)
+            os.replace(path + ".tmp", path)
+
+
+def write_records(file, records):
+    """Records as gzipped JSON lines into an open binary file."""
+    with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as zipped:
+        for record in records:
+            zipped.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+def size_of(records):
+    """Bytes that such a file of these records takes."""
+    file = io.BytesIO()
+    write_records(file, records)
+    return file.tell()
+
+
+class Watch:
+    """Says in words when training begins to go wrong, each thing once a run. `state` goes into the checkpoint: the first step's values,
+    against which later ones are held, and what has been said."""
+
+    def __init__(self, state=None):
+        self.state = state or {"first": {}, "said": []}
+
+    def look(self, row):
+        """A step's metrics -> sentences about what is new."""
+        first = self.state["first"]
+        for name in ("entropy", "logp_diff/mean"):
+            first.setdefault(name, row[name])
+        dead, cut, entropy, gap = (row[name] for name in ("frac_reward_zero_std", "completions/clipped_ratio", "entropy", "logp_diff/mean"))
+        solved = row.get("reward/correct", row["reward"]) > 0.5
+        cure = ("most problems are solved by all their samples: stop here, or take a harder task" if solved else
+                "most problems are solved by none of their samples: more SFT, an easier task, or more --samples_per_prompt")
+        found = {
+            "dead 0.5": dead > 0.5 and f"{dead:.0%} of the groups teach nothing (frac_reward_zero_std above 0.5), training has all but stopped; {cure}",
+            "dead 0.25": 0.25 < dead <= 0.5 and f"{dead:.0%} of the groups teach nothing (frac_reward_zero_std above 0.25); {cure}",
+            "entropy": entropy < 0.1 * first["entropy"] and f"entropy {entropy:.4f} is below a tenth of the first step's {first['entropy']:.4f}: a problem's samples "
+                       "hardly differ any more; a lower --lr, a higher --temperature or a --kl_coef keeps them apart",
+            "cut": cut > 0.2 and f"{cut:.0%} of the completions were cut off, and earn nothing: raise --max_new_tokens, or teach the model to stop (SFT)",
+            "gap": gap > max(5 * first["logp_diff/mean"], 1e-9) and f"sampler and learner differ by {gap:.1e} a token, more than 5 times the first step's "
+                   f"{first['logp_diff/mean']:.1e}: samples are no longer quite from the policy that learns; --dtype=fp32, or a lower --lr"}
+        new = {name: text for name, text in found.items() if text and name not in self.state["said"]}
+        self.state["said"] += new
+        return list(new.values())
 
 
 def _replace(path, content):
@@ -69,3 +115,12 @@ def duration(seconds):
     seconds = int(round(seconds))
     h, m, s = seconds // 3600, seconds // 60 % 60, seconds % 60
     return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def size(n):
+    """Bytes -> '1.2 MB'"""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            break
+        n, unit = n / 1000, "TB"
+    return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"

@@ -7,6 +7,7 @@
         def solution(self, problem): ...                      # -> str, a worked answer for SFT (optional)
         def reward(self, problem, completion): ...            # -> Reward(total, parts)
         def document(self, index): ...                        # -> str, a text for pretraining (optional)
+        timeout = 5.0                                         # rewards in worker processes, so many seconds each (optional)
 
     python train_rl.py --task=capitals.py:Capitals
 """
@@ -34,8 +35,12 @@ TASKS = {"arithmetic": Arithmetic, **{name: partial(Arithmetic, preset=name) for
 def get_task(name, split="train", **settings):
     """A task by name, a user's own by path.py:Class, or a mixture, 'sum3=50,counting=50'. In a mixture a setting goes to
     every task, or to one when it is written name.setting. Raises ValueError for what is not there or does not fit."""
-    if "," in name or re.search(r"=\d+$", name):
-        return _mixture(name, split, settings)
+    task = _mixture(name, split, settings) if "," in name or re.search(r"=\d+$", name) else _single(name, split, settings)
+    task.recipe = (name, split, settings)  # from which a worker process makes the same task
+    return task
+
+
+def _single(name, split, settings):
     if ":" in name:
         make = _load_class(name)
     elif name in TASKS:
@@ -100,6 +105,17 @@ def parse_settings(text):
             raise ValueError(f"task setting {item!r}: the split is not one (training takes train, validation val; eval.py has --split)")
         settings[key.strip()] = value.strip()
     return settings
+
+
+def parse_weights(text):
+    """'correct=1; format=0.2' -> {'correct': 1.0, 'format': 0.2}: what each part of a reward counts."""
+    weights = {}
+    for name, value in parse_settings(text).items():
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise ValueError(f"reward_weights: {name}={value}: the weight must be a number") from None
+    return weights
 
 
 def _load_class(name):

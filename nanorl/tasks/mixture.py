@@ -21,6 +21,7 @@ class Mixture:
                 raise ValueError(f"mixture: the {split} split of {name} has {len(tasks[name])} problems, fewer than its weight {self.weights[name]}: "
                                  "give smaller weights")
         self.n = rounds * len(self.pattern)
+        self.timeout = max(getattr(task, "timeout", 0) for task in tasks.values())
 
     def __len__(self):
         return self.n

@@ -1,0 +1,50 @@
+"""A folder of RL runs, <what>-<seed>/rl each, as one Markdown table: `python -m nanorl.tools.table out/journal/kl`.
+
+A row is what was varied; numbers are means over its seeds, with each seed's in brackets. `all steps` is the mean training reward over
+the whole run, which tells how fast it learnt; `last 5` that of its last five steps; greedy is on held-out problems."""
+import json
+import os
+import re
+import sys
+
+
+def read(directory):
+    """-> {what: {seed: rows}} of the runs in a folder, in the order in which they were begun."""
+    runs = {}
+    for name in sorted(os.listdir(directory), key=lambda name: os.path.getctime(os.path.join(directory, name))):
+        path, match = os.path.join(directory, name, "rl", "metrics.jsonl"), re.fullmatch(r"(.+)-(\d+)", name)
+        if match and os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                runs.setdefault(match[1], {})[int(match[2])] = [json.loads(line) for line in f]
+    return runs
+
+
+def numbers(rows):
+    """One run's rows -> what the table shows of it."""
+    steps = [row for row in rows if "reward" in row]
+    held_out = [row for row in rows if "val/accuracy" in row]
+    solved = [row.get("reward/correct", row["reward"]) for row in steps]
+    return {"greedy before": held_out[0]["val/accuracy"], "greedy after": held_out[-1]["val/accuracy"],
+            "solved, all steps": sum(solved) / len(solved), "last 5": sum(solved[-5:]) / len(solved[-5:]),
+            "dead groups, last 5": sum(row["frac_reward_zero_std"] for row in steps[-5:]) / len(steps[-5:]),
+            "length": held_out[-1]["val/length"], "seconds": sum(row["time/step"] for row in steps)}
+
+
+def table(runs):
+    """{what: {seed: rows}} -> lines of Markdown."""
+    percent = lambda values: f"{sum(values) / len(values):.1%} ({', '.join(f'{100 * v:.1f}' for v in values)})"
+    plain = lambda values: f"{sum(values) / len(values):.0f}"
+    lines = []
+    for what, seeds in runs.items():
+        found = [numbers(rows) for _, rows in sorted(seeds.items())]
+        if not lines:
+            lines = ["| | steps | " + " | ".join(found[0]) + " |", "|" + "---|" * (len(found[0]) + 2)]
+        cells = [(plain if name in ("length", "seconds") else percent)([f[name] for f in found]) for name in found[0]]
+        lines.append(f"| {what} | {max(row['step'] for rows in seeds.values() for row in rows)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
+        sys.exit("usage: python -m nanorl.tools.table <folder of runs>, such as out/journal/kl")
+    print(*table(read(sys.argv[1])), sep="\n")
