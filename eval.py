@@ -3,6 +3,7 @@
     python eval.py --model=out/d4/rl                                # the newest checkpoint of a stage, or any model directory
     python eval.py --compare=out/d4/sft,out/d4/rl                   # two models on the same problems: is the second better?
     python eval.py --model=out/d4/sft --task=all                    # every built-in task: where can RL learn something?
+    python eval.py --show=out/d4/rl --step=12                       # read what the model wrote in a step of RL
     torchrun --nproc_per_node=8 eval.py --model=out/d20/rl --task=gsm8k --problems=0
 
 Writes <model>/eval/<task>.<split>.jsonl (one outcome a problem, to be judged again) and <task>.<split>.json; of two models
@@ -23,6 +24,7 @@ from nanorl.runtime.config import at_least, configure
 from nanorl.tasks import TASKS, get_task, parse_settings
 from nanorl.tasks.problem import check_split
 from nanorl.tokenizer import Tokenizer
+from nanorl.tools.show import lines as rollout_lines
 
 model = ""  # a model directory, or a stage's, whose newest checkpoint is meant; empty: out/d<depth>/rl
 compare = ""  # A,B: two such directories, in place of --model
@@ -39,12 +41,19 @@ seed = 0  # fixes the samples
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32, bf16, fp64
 device_rows = 0  # most rows decoded at once on one device; 0: what half the free memory holds
-show = 3  # completions to print
+examples = 3  # completions to print
+# ---- or read
+show = ""  # an RL run's folder: print its rollouts, and do nothing else
+step = 0  # of this step; 0: the last
+prompt = -1  # and only of the prompt with this number
 
 
 def main():
     settings = configure(globals())
     check_settings()
+    if show:
+        print(*rollout_lines(show, step, prompt), sep="\n")
+        return
     place = dist.setup(device)
     names = compare.split(",") if compare else [model or checkpoint.stage_directory(f"d{depth}", "rl")]
     paths = [model_directory(name) for name in names]
@@ -64,7 +73,8 @@ def main():
 
 def check_settings():
     at_least(globals(), 1, "max_new_tokens")
-    at_least(globals(), 0, "problems samples sample_problems device_rows temperature show")
+    at_least(globals(), 0, "problems samples sample_problems device_rows temperature examples step")
+    at_least(globals(), -1, "prompt")
     if compare and (compare.count(",") != 1 or not all(compare.split(","))):
         raise SystemExit(f"--compare={compare}: it takes two model directories, --compare=A,B")
     if compare and (model or task == "all"):
@@ -130,7 +140,7 @@ def report(path, greedy, sampled, seconds, settings):
     if sampled:
         result["sampled"] = evaluate.summary(sampled, [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples])
         print(*block("sampled", evaluate.describe(result["sampled"], f" at temperature {temperature:g}")), sep="\n")
-    for o in greedy[:show]:
+    for o in greedy[:examples]:
         print(f"  {o['prompt'][-1]['content']!r} -> {o['texts'][0]!r}  (answer {o['answer']}, reward {o['rewards'][0]:g})")
     records = [{"temperature": t, **o} for t, some in ((0.0, greedy), (temperature, sampled)) for o in some]
     write(path, f"{task}.{split}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -352,10 +352,11 @@ def forecast(sample, learn, problems_of, tokenizer, directory, n_params, place):
         return
     written = size_of(rollout.records(rollouts, ones.new_zeros(len(rollouts), G), tokenizer.decode, step=0, time=time.time())) / len(rollouts) * P * steps
     saved = 12 * n_params  # weights and AdamW's two moments, in fp32
-    print("     ", *evaluate.describe_forecast(rollouts, duration(seconds * steps), seconds),
-          f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, of which at most four are kept", sep="\n      ", flush=True)
+    lines = evaluate.describe_forecast(rollouts, duration(seconds * steps), seconds)
+    lines.append(f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, of which at most four are kept")
     if checkpoint.free_disk(directory) < written + 5 * saved:
-        print(f"      WARNING: only {size(checkpoint.free_disk(directory))} are free where {directory} is", flush=True)
+        lines.append(f"WARNING: only {size(checkpoint.free_disk(directory))} are free where {directory} is")
+    print(*("      " + text for text in lines), sep="\n", flush=True)
 
 
 def rollout_row(rollouts, left, advantages, log, step, tokenizer):

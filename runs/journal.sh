@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Claims about GRPO on arithmetic, tried on this model: each experiment changes one constant and keeps the rest.
+# Claims about GRPO on arithmetic, tried on this model: each experiment changes one constant of the defaults.
 #   bash runs/journal.sh [experiment...]                 SEEDS="0 1" bash runs/journal.sh kl
 # Experiments: kl temperature group problems direct advantage lr reward curriculum mixture updates control
 # An RL run takes one to two minutes on two cores. What is done is not done again; a table of each experiment comes last.
@@ -28,26 +28,22 @@ rl() {  # experiment, what is varied, seed, constants: one run from $start, in j
 for experiment in "$@"; do
     for seed in ${SEEDS:-0 1 2}; do
         case $experiment in
-        kl) start mixed $seed 150 300 --task=sum3
-            for beta in 0 0.1 0.2; do rl kl beta=$beta $seed --task=sum3 --kl_coef=$beta; done ;;
-        temperature) start mixed $seed 150 300 --task=sum3
-            for t in 0.7 1.0; do rl temperature T=$t $seed --task=sum3 --temperature=$t; done ;;
-        group) start mixed $seed 150 300 --task=sum3  # at equal rows, 256 a step
-            for g in 4 16 64; do rl group G=$g $seed --task=sum3 --samples_per_prompt=$g --prompts_per_step=$((256 / g)); done ;;
-        problems) start mixed $seed 150 300 --task=sum3
-            for n in 100 500 0; do rl problems n=$n $seed --task=sum3 --problems=$n; done ;;
-        direct) start direct $seed 150 300 --task=sum3 --task_args=demonstrations=direct  # no column work to find: only memory and adding in the head
-            for n in 100 500 0; do rl direct n=$n $seed --task=sum3 --problems=$n --steps=100 --eval_every=50 --max_new_tokens=12; done ;;
-        advantage) start mixed $seed 150 300 --task=sum3
-            rl advantage mean-token $seed --task=sum3
-            rl advantage drgrpo $seed --task=sum3 --loss_norm=constant
+        direct | curriculum | mixture | control) ;;
+        *) start mixed $seed 150 300 --task=sum3  # the rest starts from here, and is held against the defaults
+            rl baseline defaults $seed --task=sum3 ;;
+        esac
+        case $experiment in
+        kl) for beta in 0.1 0.2; do rl kl beta=$beta $seed --task=sum3 --kl_coef=$beta; done ;;
+        temperature) rl temperature T=0.7 $seed --task=sum3 --temperature=0.7 ;;
+        group) for g in 4 64; do rl group G=$g $seed --task=sum3 --samples_per_prompt=$g --prompts_per_step=$((256 / g)); done ;;  # 256 rows a step
+        problems) for n in 100 500; do rl problems n=$n $seed --task=sum3 --problems=$n; done ;;
+        advantage) rl advantage drgrpo $seed --task=sum3 --loss_norm=constant
             rl advantage zscore-sequence $seed --task=sum3 --advantage=zscore --loss_norm=sequence ;;
-        lr) start mixed $seed 150 300 --task=sum3
-            for lr in 5e-5 2e-4 8e-4; do rl lr lr=$lr $seed --task=sum3 --lr=$lr; done ;;
-        reward) start mixed $seed 150 300 --task=sum3
-            for kind in binary signed graded; do rl reward $kind $seed --task=sum3 --task_args=rewards=$kind; done ;;
-        updates) start mixed $seed 150 300 --task=sum3
-            for k in 1 2 4; do rl updates K=$k $seed --task=sum3 --updates_per_rollout=$k; done ;;
+        lr) for lr in 5e-5 8e-4; do rl lr lr=$lr $seed --task=sum3 --lr=$lr; done ;;
+        reward) for kind in signed graded; do rl reward $kind $seed --task=sum3 --task_args=rewards=$kind; done ;;
+        updates) for k in 2 4; do rl updates K=$k $seed --task=sum3 --updates_per_rollout=$k; done ;;
+        direct) start direct $seed 150 300 --task=2-digit --task_args=demonstrations=direct  # no column work to find: only adding in the head, or by heart
+            for n in 100 500 0; do rl direct n=$n $seed --task=2-digit --problems=$n --steps=100 --eval_every=50 --max_new_tokens=8; done ;;
         curriculum) start three $seed 150 300 --task='0-20=25,2-digit=25,sum3=50'
             rl curriculum none $seed --task=sum3
             rl curriculum easy-first $seed --task='0-20 until 8; 2-digit until 16; sum3' ;;
@@ -64,5 +60,6 @@ for experiment in "$@"; do
 done
 for experiment in "$@"; do
     echo; echo "$experiment"
-    python -m nanorl.tools.table "$out/journal/$experiment"
+    case $experiment in direct | curriculum | mixture | control) with= ;; *) with=$out/journal/baseline ;; esac
+    python -m nanorl.tools.table $with "$out/journal/$experiment"
 done

@@ -202,3 +202,41 @@ def test_a_model_is_not_a_run(tmp_path):
     os.remove(tmp_path / "step_000005" / "trainer.pt")
     with pytest.raises(ValueError, match="no trainer.pt"):
         checkpoint.resume_point(str(tmp_path), "auto", SETTINGS)
+
+
+def test_a_checkpoint_that_another_run_started_from_is_never_removed(tmp_path):
+    for step in range(1, 4):
+        save(tmp_path, step)
+    used = checkpoint.path_of(str(tmp_path), 2)
+    for _ in range(2):  # resumed, it marks it again
+        checkpoint.mark_used(used, "out/d4/rl")
+    checkpoint.mark_used(used, "out/d4/other")
+    with open(os.path.join(used, checkpoint.USED)) as f:
+        assert f.read().splitlines() == ["out/d4/rl", "out/d4/other"]
+    for step in range(4, 8):
+        report = save(tmp_path, step)
+    assert sorted(whole(tmp_path)) == [1, 2, 6, 7] and "step_000005" in report
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    checkpoint.mark_used(str(foreign), "out/d4/rl")
+    assert os.listdir(foreign) == []  # a model that is not ours is left as it is
+
+
+def test_weights_are_known_again_by_their_hash(tmp_path):
+    save(tmp_path, 1)
+    path = checkpoint.path_of(str(tmp_path), 1)
+    origin = {"path": path, "hash": checkpoint.fingerprint(path)}
+    checkpoint.must_be(origin)
+    with open(os.path.join(path, "model.safetensors"), "r+") as f:
+        f.seek(5000)
+        f.write("x")
+    with pytest.raises(ValueError, match="has changed"):
+        checkpoint.must_be(origin)
+    shutil.rmtree(path)
+    with pytest.raises(ValueError, match="gone"):
+        checkpoint.must_be(origin)
+
+
+def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert checkpoint.free_disk(str(tmp_path / "a" / "b")) == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    assert checkpoint.free_disk("no/such/folder") > 0

@@ -122,3 +122,8 @@ def test_every_constant_of_the_scripts_has_a_comment(name):
         constants = read_constants(f.read())
     assert len(constants) > 10
     assert [n for n, (_, comment, _) in constants.items() if not comment] == []
+
+
+def test_a_constant_that_is_refused_on_purpose_says_why(script):
+    with pytest.raises(SystemExit, match="--top_k: no such constant: because"):
+        configure(script(), ["--top_k=5"], refused={"top_k": "because"})

@@ -35,7 +35,7 @@ def written(stage, name):
 
 
 def test_one_model(models, capsys):
-    assert call("eval.py", *EVAL, *FEW, f"--model={models[1]}", "--task=0-20", "--show=2") is None
+    assert call("eval.py", *EVAL, *FEW, f"--model={models[1]}", "--task=0-20", "--examples=2") is None
     said = capsys.readouterr().out
     assert said.startswith("with 30 problems a greedy accuracy is known to about 16.8 points\n")  # before anything else
     assert "30 problems, " in said and "8 problems x 4 at temperature 1, " in said and "pass@4" in said and said.count("(answer ") == 2
@@ -48,7 +48,7 @@ def test_one_model(models, capsys):
 
 def test_compare(models, capsys):
     base, sft = models
-    assert call("eval.py", *EVAL, *FEW, TOY, f"--compare={base},{sft}", "--show=0") is None
+    assert call("eval.py", *EVAL, *FEW, TOY, f"--compare={base},{sft}", "--examples=0") is None
     said = capsys.readouterr().out
     assert said.startswith("with 30 problems a greedy difference below 26.2 points (if 10% of the answers change) to 36.2 points (if 50%) "
                            "will likely not show\n")
@@ -122,7 +122,7 @@ for port, arguments in enumerate(json.loads(sys.argv[1]), 29641):
 
 def test_two_ranks_give_the_results_of_one(models, monkeypatch):
     """One problem for two ranks: the one without any takes part in what they do together. What one cannot load, both skip."""
-    few = [*EVAL, "--show=0", "--samples=2", "--sample_problems=1"]
+    few = [*EVAL, "--examples=0", "--samples=2", "--sample_problems=1"]
     runs = [[*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"], [*few, "--task=all", f"--model={models[1]}"]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])}
@@ -160,5 +160,5 @@ def test_a_mistake_gets_one_line(models, capsys, mistake, words):
 
 
 def test_file_names_are_safe(models):
-    assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=sum3=2,0-20=1", "--problems=3", "--samples=0", "--show=0") is None
+    assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=sum3=2,0-20=1", "--problems=3", "--samples=0", "--examples=0") is None
     assert written(models[1], "sum3=2,0-20=1.val.json")["task"] == "sum3=2,0-20=1"

@@ -1,10 +1,11 @@
 """metrics.jsonl, rollouts/ and what a resumed run forgets of them."""
 import gzip
 import json
+import os
 
 import pytest
 
-from nanorl.runtime.log import RunLog, duration
+from nanorl.runtime.log import RunLog, Watch, duration, size, size_of
 
 
 def rows(log):
@@ -103,3 +104,44 @@ def test_rows_that_go_are_named(tmp_path, capsys, step, words):
     assert words in said and said.count("removed") == 1
     log.cut(step)
     assert capsys.readouterr().out == ""
+
+
+def test_the_size_on_disk_is_known_before(tmp_path):
+    records = [{"text": "the same again and again " * 20, "reward": 1.0}] * 50
+    RunLog(str(tmp_path)).rollouts(1, iter(records))
+    assert size_of(records) == os.path.getsize(tmp_path / "rollouts" / "step_000001.jsonl.gz") < 1000
+
+
+@pytest.mark.parametrize("n, text", [(0, "0 bytes"), (999, "999 bytes"), (1234, "1.2 kB"), (5.6e6, "5.6 MB"), (7.8e9, "7.8 GB"), (3e12, "3.0 TB"), (4e15, "4000.0 TB")])
+def test_size(n, text):
+    assert size(n) == text
+
+
+QUIET = {"reward": 0.5, "reward/correct": 0.5, "frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.0, "entropy": 1.0, "logp_diff/mean": 1e-7}
+
+
+@pytest.mark.parametrize("change, words, others", [
+    ({"frac_reward_zero_std": 0.26}, "above 0.25", "above 0.5"), ({"frac_reward_zero_std": 0.51}, "above 0.5", "above 0.25"),
+    ({"frac_reward_zero_std": 0.51, "reward/correct": 0.9}, "harder task", "more SFT"), ({"frac_reward_zero_std": 0.51, "reward/correct": 0.1}, "more SFT", "harder task"),
+    ({"entropy": 0.09}, "--kl_coef", "groups"), ({"completions/clipped_ratio": 0.21}, "--max_new_tokens", "groups"), ({"logp_diff/mean": 5.1e-7}, "--dtype=fp32", "groups")])
+def test_warnings_in_words_when_something_begins(change, words, others):
+    watch = Watch()
+    assert watch.look(QUIET) == []
+    for edge in ({"frac_reward_zero_std": 0.25}, {"entropy": 0.11}, {"completions/clipped_ratio": 0.2}, {"logp_diff/mean": 4.9e-7}):
+        assert watch.look({**QUIET, **edge}) == []
+    said, = watch.look({**QUIET, **change})
+    assert words in said and others not in said and "\n" not in said
+    assert watch.look({**QUIET, **change}) == []  # once
+    assert Watch(json.loads(json.dumps(watch.state))).look({**QUIET, **change}) == []  # and not again when the run is resumed
+
+
+def test_the_warnings_compare_with_the_first_step_also_after_a_resume():
+    watch = Watch()
+    watch.look(QUIET)
+    assert Watch(watch.state).look({**QUIET, "entropy": 0.05})
+
+
+def test_rounding_noise_in_fp64_is_no_warning():
+    watch = Watch()
+    watch.look({**QUIET, "logp_diff/mean": 1e-17})
+    assert watch.look({**QUIET, "logp_diff/mean": 1e-15}) == []

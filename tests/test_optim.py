@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import toy_model
-from nanorl.optim import lr_scale, make_optimizers, update
+from nanorl.optim import group_norms, lr_scale, make_optimizers, update
 
 
 @pytest.mark.parametrize("muon", [True, False])
@@ -51,3 +51,21 @@ def test_schedule():
     assert [lr_scale(s, 10, warmup=4) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert [lr_scale(s, 10, cooldown=0.5) for s in range(10)] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
     assert lr_scale(9, 10) == 1.0
+    assert [lr_scale(s, 4, cooldown=1.0, shape="linear") for s in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    half = math.sqrt(0.5) / 2
+    assert [lr_scale(s, 4, cooldown=1.0, shape="cosine") for s in range(4)] == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half])
+    assert [lr_scale(s, 4, warmup=2, shape="constant") for s in range(4)] == [0.5, 1, 1, 1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_norms_by_parameter_group_make_up_the_whole(tied):
+    model = toy_model(tie_embeddings=tied)
+    model(torch.tensor([[1, 2, 3]])).square().sum().backward()
+    norms = group_norms(model)
+    assert set(norms) == {"attention", "mlp", "norms", "embeddings"} | (set() if tied else {"head"})
+    assert sum(n * n for n in norms.values()) == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    only = [p.grad.square().sum() for name, p in model.named_parameters() if ".mlp." in name]
+    assert norms["mlp"] == pytest.approx(float(sum(only)) ** 0.5)
+    for p in model.parameters():
+        p.grad = None
+    assert group_norms(model) == {}

@@ -86,10 +86,12 @@ def start_and_kill(script, arguments, directory, steps):
 
 
 def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
+    """Three kills; twenty are in test_slow.py."""
     assert call("train_rl.py", *RL, "--run=a") is None
     model = f"--model={out / 'a' / 'sft'}"
     assert call("train_rl.py", *RL, "--run=c", model) is None
-    start_and_kill("train_rl.py", [*RL, "--run=d", model], out / "d" / "rl", 2)
+    for step in (1, 3, 5):
+        start_and_kill("train_rl.py", [*RL, "--run=d", model], out / "d" / "rl", step)
     assert call("train_rl.py", *RL, "--run=d", model, "--resume=must") is None
     assert_same_run(out / "c" / "rl", out / "d" / "rl", "step_000006")
     assert rows(out / "a" / "rl") == rows(out / "c" / "rl")  # one seed, one run

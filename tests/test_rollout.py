@@ -187,3 +187,25 @@ def test_metrics_give_the_mean_reward_of_each_task_of_a_mixture():
     m = rollout.metrics([made([7], one, [1.0, 0.0], "sum3"), made([7], one, [-1.0, -1.0], "own.py:A"), made([7], one, [1.0, 1.0], "sum3")])
     assert {name: value for name, value in m.items() if name.startswith("reward_of/")} == {"reward_of/sum3": 0.75, "reward_of/own.py:A": -1.0}
     assert m["reward"] == pytest.approx(1 / 6)
+
+
+def test_reward_weights_choose_what_the_parts_count():
+    class Task:
+        def reward(self, problem, text):
+            return Reward(1.0, {"format": 1.0, "correct": float(text == "good")})
+    rewards, *_ = rollout.score(Task(), None, ["good", "bad", "good"], [True, True, False], part_weights={"correct": 1.0, "format": 0.2})
+    assert [r.total for r in rewards] == pytest.approx([1.2, 0.2, 0.0])  # silence has the format here, and is worth no more than 0
+    with pytest.raises(ValueError, match="names style: the parts of this task's reward are format, correct"):
+        rollout.score(Task(), None, ["good"], [True], part_weights={"style": 1.0})
+
+
+def test_accuracy_given_format_by_hand():
+    def group(parts):
+        r = made([7], [([5, 0], True)] * len(parts), [0.0] * len(parts))
+        r.rewards = [Reward(p["correct"], p) for p in parts]
+        return r
+    formed = lambda correct: {"format": 1.0, "correct": correct}
+    m = rollout.metrics([group([formed(1.0), formed(0.0), {"format": 0.0, "correct": 1.0}, formed(0.0)])])
+    assert m["accuracy_given_format"] == pytest.approx(1 / 3)
+    assert "accuracy_given_format" not in rollout.metrics([group([{"format": 0.0, "correct": 0.0}] * 2)])
+    assert "accuracy_given_format" not in rollout.metrics(ROLLOUTS)  # no part of that name

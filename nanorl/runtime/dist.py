@@ -26,7 +26,11 @@ def setup(device="auto"):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        timeout = timedelta(hours=1)
+        store, number, world = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store over --max-restarts, and ranks that start again would find the addresses of the dead ones in it.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=world, timeout=timeout)
     return device
 
 
@@ -49,6 +53,9 @@ def run(main):
     with NANORL_DEBUG=1 the traceback is shown too."""
     try:
         main()
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = _one_line(error)
         if line is None or os.environ.get("NANORL_DEBUG"):
@@ -65,6 +72,8 @@ def _one_line(error):
         return str(error)
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):  # the last: torch on a CPU
         return "out of memory: lower --device_tokens (training) or --device_rows (sampling)"
+    if isinstance(error, RuntimeError) and world_size() > 1 and re.search("(?i)gloo|nccl|connection (closed|reset)|timed? ?out", str(error)):
+        return f"rank {rank()} has lost another rank ({str(error).splitlines()[0][:120]}): its own message says why; started again, the run goes on from its last checkpoint"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
         return f"{error}: what has been saved stays as it is, and a run goes on from its last checkpoint"
     return None

@@ -1,4 +1,4 @@
-"""A folder of RL runs, <what>-<seed>/rl each, as one Markdown table: `python -m nanorl.tools.table out/journal/kl`.
+"""Folders of RL runs, <what>-<seed>/rl each, as one Markdown table: `python -m nanorl.tools.table out/journal/baseline out/journal/kl`.
 
 A row is what was varied; numbers are means over its seeds, with each seed's in brackets. `all steps` is the mean training reward over
 the whole run, which tells how fast it learnt; `last 5` that of its last five steps; greedy is on held-out problems."""
@@ -8,14 +8,15 @@ import re
 import sys
 
 
-def read(directory):
-    """-> {what: {seed: rows}} of the runs in a folder, in the order in which they were begun."""
+def read(directories):
+    """-> {what: {seed: rows}} of the runs in the folders."""
     runs = {}
-    for name in sorted(os.listdir(directory), key=lambda name: os.path.getctime(os.path.join(directory, name))):
-        path, match = os.path.join(directory, name, "rl", "metrics.jsonl"), re.fullmatch(r"(.+)-(\d+)", name)
-        if match and os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                runs.setdefault(match[1], {})[int(match[2])] = [json.loads(line) for line in f]
+    for directory in directories:
+        for name in sorted(os.listdir(directory)):
+            path, match = os.path.join(directory, name, "rl", "metrics.jsonl"), re.fullmatch(r"(.+)-(\d+)", name)
+            if match and os.path.exists(path):
+                with open(path, encoding="utf-8") as f:
+                    runs.setdefault(match[1], {})[int(match[2])] = [json.loads(line) for line in f]
     return runs
 
 
@@ -45,6 +46,6 @@ def table(runs):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
-        sys.exit("usage: python -m nanorl.tools.table <folder of runs>, such as out/journal/kl")
-    print(*table(read(sys.argv[1])), sep="\n")
+    if len(sys.argv) < 2 or not all(map(os.path.isdir, sys.argv[1:])):
+        sys.exit("usage: python -m nanorl.tools.table <folders of runs>, such as out/journal/kl")
+    print(*table(read(sys.argv[1:])), sep="\n")

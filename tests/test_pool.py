@@ -1,0 +1,140 @@
+"""Rewards in worker processes: whatever a reward does, it ends, is counted, and leaves nothing behind."""
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanorl import rollout
+from nanorl.tasks import Problem, Reward, get_task
+from nanorl.tasks.pool import RAISED, TIMEOUT, RewardPool
+
+TASK = '''
+import os, subprocess, sys, time
+from nanorl.tasks import Problem, Reward
+
+class Nasty:
+    timeout = 0.7
+    def __init__(self, split="train", scale="1"):
+        self.scale = float(scale)
+    def __len__(self):
+        return 10
+    def problem(self, index):
+        return Problem([{"role": "user", "content": str(index)}], str(index))
+    def reward(self, problem, text):
+        if text == "hang":
+            while True:
+                pass
+        if text == "hang in C":
+            import re
+            re.match(r"(a+)+$", "a" * 60 + "b")
+        if text == "sleep":
+            time.sleep(60)
+        if text == "die":
+            os._exit(0)
+        if text == "raise":
+            raise RuntimeError("no")
+        if text == "exit":
+            sys.exit(0)
+        if text == "child":
+            subprocess.Popen(["sleep", "61.234"])
+            time.sleep(60)
+        if text == "odd":
+            return lambda: 0
+        print("a worker may print")
+        return Reward(self.scale * len(text), {"length": float(len(text)), "pid": float(os.getpid())})
+'''
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tasks") / "nasty.py"
+    path.write_text(TASK)
+    return get_task(f"{path}:Nasty", split="val", scale="2")
+
+
+@pytest.fixture
+def pool(task):
+    pool = RewardPool(task.recipe, task.timeout, workers=2)
+    yield pool
+    pool.close()
+
+
+def test_each_gets_its_own_answer_and_none_is_lost(task, pool):
+    problem = task.problem(3)
+    texts = ["a", "hang", "bb", "raise", "die", "ccc", "exit", "hang in C", "odd", "dddd"]
+    answers = pool.judge([(problem, text) for text in texts])
+    expected = {"hang": TIMEOUT, "hang in C": TIMEOUT, "raise": RAISED, "die": RAISED, "odd": RAISED, "exit": RAISED}
+    for text, answer in zip(texts, answers):
+        if text in expected:
+            assert answer == expected[text], text
+        else:
+            assert isinstance(answer, Reward) and answer.total == 2 * len(text)  # in order, with the task's settings
+    assert all(answer.parts["pid"] != os.getpid() for answer in answers if isinstance(answer, Reward))
+    assert [a.total for a in pool.judge([(problem, "xy")] * 3)] == [4.0] * 3  # and the pool works on
+    assert pool.judge([]) == []
+
+
+def test_workers_work_side_by_side_and_stay(task, pool):
+    problem = task.problem(0)
+    pool.judge([(problem, "start")] * 2)  # now both are there
+    begun = time.time()
+    assert pool.judge([(problem, "sleep")] * 2) == [TIMEOUT] * 2
+    assert time.time() - begun < 1.9 * task.timeout
+    pool.judge([(problem, "start")] * 4)
+    before = {w.process.pid for w in pool.workers}
+    pool.judge([(problem, "more")] * 4)
+    assert {w.process.pid for w in pool.workers} == before  # a worker is not made anew for each reward
+
+
+def test_a_child_of_the_reward_dies_with_its_worker(task, pool):
+    assert pool.judge([(task.problem(0), "child")]) == [TIMEOUT]
+    for _ in range(50):
+        left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        if "sleep 61.234" not in left:
+            break
+        time.sleep(0.1)
+    assert "sleep 61.234" not in left
+
+
+def test_workers_end_with_the_trainer(task):
+    """Killed, the trainer cannot close its pool: an idle worker sees that the pipe is shut, one that hangs has an alarm."""
+    code = (f"import sys, time; sys.path[:0] = {sys.path!r}; from nanorl.tasks import get_task; from nanorl.tasks.pool import RewardPool; t = get_task({task.recipe[0]!r});"
+            "p = RewardPool(t.recipe, 0.7, 1); p.judge([(t.problem(0), 'x')]); print(p.workers[0].process.pid, flush=True);"
+            "p.timeout = 0.1; {}; time.sleep(60)")
+    for busy in ("0", "p.workers[0].send((t.problem(0), 'hang'), 0.1)"):
+        trainer = subprocess.Popen([sys.executable, "-c", code.replace("{}", busy)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        lines = [trainer.stdout.readline() for _ in range(2)]  # the worker's own print comes first or second
+        worker = int(next(line for line in lines if line.strip().isdigit()))
+        time.sleep(0.2)
+        trainer.kill()
+        trainer.wait()
+        for _ in range(100):
+            if not alive(worker):
+                break
+            time.sleep(0.1)
+        assert not alive(worker), busy
+
+
+def alive(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_scores_of_a_task_with_a_deadline(task):
+    problem = task.problem(1)
+    rewards, raised, late = rollout.score(task, problem, ["ab", "hang", "raise", "abc"], [True, True, True, False])
+    assert [r.total for r in rewards] == [4.0, 0.0, 0.0, 0.0] and (raised, late) == (1, 1)
+    task.pool.close()
+
+
+def test_a_mixture_takes_the_longest_deadline_of_its_tasks(task):
+    assert get_task(f"{task.recipe[0]}=1,counting=1").timeout == task.timeout and get_task("counting=1,binary=1").timeout == 0
+
+
+def test_a_task_without_a_deadline_is_asked_here():
+    class Here:
+        def reward(self, problem, text):
+            return Reward(float(os.getpid()))
+    assert rollout.judge(Here(), [(Problem([], ""), "")])[0].total == os.getpid()

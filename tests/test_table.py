@@ -1,0 +1,29 @@
+"""Runs of several seeds as a table."""
+import json
+import subprocess
+import sys
+
+from nanorl.tools import table
+
+
+def run(folder, name, rewards, before, after):
+    (folder / name / "rl").mkdir(parents=True)
+    rows = [{"step": 0, "val/accuracy": before, "val/length": 5.0}]
+    rows += [{"step": i + 1, "reward": 9.0, "reward/correct": r, "frac_reward_zero_std": 0.5, "time/step": 2.0} for i, r in enumerate(rewards)]
+    rows[-1].update({"val/accuracy": after, "val/length": 7.0})
+    (folder / name / "rl" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_means_over_seeds_with_each_seed_beside_them(tmp_path):
+    run(tmp_path / "kl", "beta=0.1-0", [0.0, 0.5] + [1.0] * 6, 0.25, 0.75)
+    run(tmp_path / "kl", "beta=0.1-1", [0.0] * 8, 0.25, 0.5)
+    run(tmp_path / "base", "defaults-0", [1.0], 0.0, 1.0)
+    lines = table.table(table.read([str(tmp_path / "base"), str(tmp_path / "kl")]))
+    assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert lines[2].startswith("| defaults | 1 | 0.0% (0.0) | 100.0% (100.0) | 100.0%")
+    assert lines[3].startswith("| beta=0.1 | 8 | 25.0% (25.0, 25.0) | 62.5% (75.0, 50.0) | 40.6% (81.2, 0.0) | 50.0% (100.0, 0.0) | 50.0% (50.0, 50.0) | 7 | 16 |")
+
+
+def test_a_folder_that_is_not_there_gets_one_line(tmp_path):
+    ended = subprocess.run([sys.executable, "-m", "nanorl.tools.table", str(tmp_path / "no")], capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith("usage:") and "Traceback" not in ended.stderr

@@ -1,0 +1,312 @@
+"""What goes wrong on real machines: ranks that die, disks that fill, gradients that explode, uneven work, several nodes."""
+import gzip
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import ROOT
+from nanorl.runtime import checkpoint
+from test_pipeline import RL, assert_same_run, call, out, records, rows  # noqa: F401 (out is a fixture)
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", **more}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def torchrun(*arguments, ranks=2, options=(), **keywords):
+    """Start train_rl.py on several ranks; returns the agent's process."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}", *options, "--", "train_rl.py",
+                             *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(**keywords))
+
+
+def finish(process, code=0, seconds=240):
+    """Wait, and return what was said."""
+    said = process.communicate(timeout=seconds)[0]
+    assert process.returncode == code, said
+    return said
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    assert condition(), process.poll()
+
+
+def assert_rows_agree(one, two):
+    assert [r["step"] for r in one] == [r["step"] for r in two]
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"padding"}:  # each rank packs its own rows
+            assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-11), name
+
+
+def completions(run):
+    """(prompt, completion) pairs of the last step, sorted: with dynamic sampling their order differs over ranks."""
+    path = sorted((run / "rollouts").iterdir())[-1]
+    return sorted((r["prompt"], r["completion"]) for r in records(path))
+
+
+EVERYTHING = ["--kl_coef=0.05", "--updates_per_rollout=2", "--resample=2", "--overlong=mask", "--advantage=loo", "--loss_norm=constant", "--lr_schedule=cosine",
+              "--warmup=2", "--reward_weights=correct=1"]
+
+
+@pytest.mark.parametrize("ranks, options", [pytest.param(4, [], marks=pytest.mark.slow), (2, EVERYTHING)])
+def test_ranks_give_the_rows_of_one(out, ranks, options):  # noqa: F811
+    """The gradient, and with it every number of the run, does not depend on the number of ranks: in fp64, with everything on too."""
+    model = f"--model={out / 'a' / 'sft'}"
+    name = f"ranks{ranks}"
+    process = torchrun(*RL, *options, f"--run={name}", model, "--steps=4", ranks=ranks)
+    assert call("train_rl.py", *RL, *options, f"--run={name}one", model, "--steps=4") is None
+    finish(process)
+    assert_rows_agree(rows(out / f"{name}one" / "rl"), rows(out / name / "rl"))
+    assert completions(out / f"{name}one" / "rl") == completions(out / name / "rl")
+
+
+def test_two_nodes_on_loopback_give_the_one_process_result(out):  # noqa: F811
+    model, port = f"--model={out / 'a' / 'sft'}", free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+    nodes = [subprocess.Popen([*command, f"--node_rank={rank}", "--", "train_rl.py", *RL, "--run=nodes", model, "--steps=3"], cwd=ROOT, env=environment(),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    assert call("train_rl.py", *RL, "--run=onenode", model, "--steps=3") is None
+    for node in nodes:
+        finish(node)
+    assert_rows_agree(rows(out / "onenode" / "rl"), rows(out / "nodes" / "rl"))
+
+
+def test_uneven_ranks_do_not_wait_for_each_other(out):  # noqa: F811
+    """One problem a step and one to evaluate on two ranks: the other has no rows, no gradient and nothing to say, and takes part in everything."""
+    options = ["--prompts_per_step=1", "--eval_problems=1", "--probe_prompts=1", "--steps=3", f"--model={out / 'a' / 'sft'}"]
+    process = torchrun(*RL, *options, "--run=uneven")
+    assert call("train_rl.py", *RL, *options, "--run=unevenone") is None
+    finish(process)
+    assert_rows_agree(rows(out / "unevenone" / "rl"), rows(out / "uneven" / "rl"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_and_max_restarts_resumes_it(out):  # noqa: F811
+    """kill -9 to one worker: the agent starts both again, and they go on from the last checkpoint to the result of an undisturbed run. The
+    second death is one too many, and the command ends."""
+    run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=12"]
+    finish(torchrun(*run, "--run=undisturbed"))
+    process = torchrun(*run, "--run=restarted", options=["--max-restarts=1"])
+    directory = out / "restarted" / "rl"
+    wait_for(lambda: checkpoint.latest(directory), process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    finish(process)
+    assert_same_run(out / "undisturbed" / "rl", directory, "step_000012")
+
+    process = torchrun(*run, "--run=dead", "--steps=100000")
+    wait_for(lambda: checkpoint.latest(out / "dead" / "rl"), process)
+    begun = time.time()
+    os.kill(workers(process)[1], signal.SIGKILL)
+    finish(process, code=1, seconds=60)
+    assert time.time() - begun < 60
+
+
+def workers(agent):
+    """Process numbers of torchrun's children, by rank."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    return sorted(map(int, found))
+
+
+def test_without_an_agent_too_a_dead_rank_ends_the_others_with_one_line(out):  # noqa: F811
+    """As under a scheduler that starts each rank itself."""
+    port = str(free_port())
+    ranks = [subprocess.Popen([sys.executable, "train_rl.py", *RL, "--run=alone", f"--model={out / 'a' / 'sft'}", "--steps=100000"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True, env=environment(**{"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                                                                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})) for rank in range(2)]
+    try:
+        wait_for(lambda: checkpoint.latest(out / "alone" / "rl"), ranks[0])
+        ranks[1].kill()
+        said = ranks[0].communicate(timeout=60)[1]
+        assert ranks[0].returncode == 1 and "rank 0 has lost another rank" in said and "Traceback" not in said
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+# ---- gradients that are not finite ----------------------------------------------------------------------------
+
+EXPLODES = """
+from nanorl.tasks import Problem, Reward
+from toy_task import Toy
+
+class Explodes(Toy):
+    '''Rewards so large, on some problems, that the gradient is not finite: 1e308 is a number, and twice it is none.'''
+    def reward(self, problem, completion):
+        plain = super().reward(problem, completion)
+        return Reward(plain.total * (1e308 if int(problem.prompt[0]["content"].split()[-1]) in self.bad else 1.0), plain.parts)
+
+class Once(Explodes):
+    bad = {0, 1, 2, 3}
+
+class Always(Explodes):
+    bad = set(range(5000))
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_update_that_is_not_finite_is_skipped_by_all_and_after_some_the_run_stops(out, tmp_path, ranks, monkeypatch):  # noqa: F811
+    (tmp_path / "explodes.py").write_text(EXPLODES)
+    monkeypatch.setenv("PYTHONPATH", os.path.join(ROOT, "tests"))
+    run = lambda name, *more: [*RL, f"--run={name}{ranks}", f"--model={out / 'a' / 'sft'}", "--save_every=0", *more]
+    start = lambda *arguments: (torchrun(*arguments, ranks=ranks, PYTHONPATH=os.path.join(ROOT, "tests")))
+    finish(start(*run("once", f"--task={tmp_path / 'explodes.py'}:Once", "--steps=13")))
+    seen = rows(out / f"once{ranks}" / "rl")[1:]
+    bad = [r["step"] for r in seen if r["grad_norm"] is None]
+    assert 0 < len(bad) < 13 and [r["updated"] for r in seen] == [float(r["step"] not in bad) for r in seen]
+    assert all((r["bad_steps"] > 0) == (r["step"] in bad) for r in seen)
+
+    said = finish(start(*run("always", f"--task={tmp_path / 'explodes.py'}:Always", "--steps=50", "--max_bad_steps=3")), code=1)
+    assert "3 updates in a row were skipped" in said and len(rows(out / f"always{ranks}" / "rl")) == 4
+    weights = checkpoint.latest(out / f"always{ranks}" / "rl")
+    assert weights.endswith("step_000003") and checkpoint.load_state(weights)["bad"] == 3
+    from safetensors.torch import load_file
+    before, after = (load_file(os.path.join(path, "model.safetensors")) for path in (checkpoint.latest(out / "a" / "sft"), weights))
+    assert all(torch.equal(before[name].double(), after[name]) for name in before)  # nothing had moved
+
+
+# ---- files ----------------------------------------------------------------------------------------------------
+
+def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays(out, monkeypatch, capfd):  # noqa: F811
+    """No file may grow beyond 600 bytes, which the rollouts of a step do; before that a checkpoint was saved."""
+    run = [*RL, "--run=fullrollouts", f"--model={out / 'a' / 'sft'}"]
+    assert call("train_rl.py", *run, "--steps=2") is None
+    limited = "import resource, runpy, sys; sys.argv = sys.argv[1:]; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); runpy.run_path(sys.argv[0], run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", limited, "train_rl.py", *run], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment())
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "goes on from its last checkpoint" in ended.stderr, ended.stderr
+    assert checkpoint.latest(out / "fullrollouts" / "rl").endswith("step_000002")
+    assert not [name for name in os.listdir(out / "fullrollouts" / "rl" / "rollouts") if name.startswith("step_000003.jsonl.gz") and not name.endswith(".tmp")]
+    assert call("train_rl.py", *run, "--resume=must") is None
+    assert call("train_rl.py", *RL, "--run=notfull", f"--model={out / 'a' / 'sft'}") is None
+    assert_same_run(out / "fullrollouts" / "rl", out / "notfull" / "rl", "step_000006")
+
+
+def test_a_run_with_everything_on_resumes_to_the_same_end(out):  # noqa: F811
+    """KL against the starting weights, two updates, resampled groups, a schedule: all that they need is in the checkpoint. A finished run goes on when it is given
+    more steps."""
+    run = [*RL, *EVERYTHING[:-3], "--lr_schedule=constant", f"--model={out / 'a' / 'sft'}"]
+    assert call("train_rl.py", *run, "--run=unbroken") is None
+    assert call("train_rl.py", *run, "--run=broken", "--steps=4") is None
+    assert call("train_rl.py", *run, "--run=broken", "--resume=must") is None
+    assert_same_run(out / "unbroken" / "rl", out / "broken" / "rl", "step_000006")
+    seen = rows(out / "unbroken" / "rl")[1:]
+    assert seen[0]["kl"] == pytest.approx(0, abs=1e-12) and seen[-1]["kl"] > 1e-4  # it starts at the reference and leaves it
+    assert all(r["updated"] for r in seen) and seen[-1]["ratio/std"] > 1e-4
+
+
+def test_the_weights_that_a_kl_term_measures_from_are_kept_and_known_again(out):  # noqa: F811
+    first = out / "a" / "sft" / "step_000030"
+    run = [*RL, "--kl_coef=0.1", "--run=kept", f"--model={first}"]
+    assert call("train_rl.py", *run, "--steps=2") is None
+    assert str(out / "kept" / "rl") in (first / checkpoint.USED).read_text().splitlines()
+    os.rename(first, out / "moved")
+    message = call("train_rl.py", *run, "--steps=3")
+    os.rename(out / "moved", first)
+    assert "step_000030" in message and "KL" in message and "\n" not in message
+    assert call("train_rl.py", *run, "--steps=3") is None
+
+
+def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):  # noqa: F811
+    """With two samples a group is often dead. What left is on disk too, and counts in the reward; the learner sees as many live groups as there were."""
+    run = [*RL, "--samples_per_prompt=2", "--prompts_per_step=6", "--steps=3", f"--model={out / 'a' / 'sft'}"]
+    assert call("train_rl.py", *run, "--run=plain") is None
+    assert call("train_rl.py", *run, "--run=once", "--resample=1") is None
+    assert call("train_rl.py", *run, "--run=often", "--resample=50") is None
+    count = lambda name, step: len({r["group"] for r in records(out / name / "rl" / "rollouts" / f"step_{step:06d}.jsonl.gz")})
+    plain, once, often = (rows(out / name / "rl")[1:] for name in ("plain", "once", "often"))
+    assert [r["resampled"] for r in plain] == [0, 0, 0]
+    dead = round(6 * plain[0]["frac_reward_zero_std"])
+    assert dead > 0 and once[0]["resampled"] == dead and count("once", 1) == 6 + dead
+    for name, some in (("once", once), ("often", often)):
+        for r in some:
+            assert count(name, r["step"]) == 6 + r["resampled"]
+    for r in often:  # all that were dead have left: none is among the six that are learnt from
+        groups = {}
+        for record in records(out / "often" / "rl" / "rollouts" / f"step_{r['step']:06d}.jsonl.gz"):
+            groups.setdefault(record["group"], []).append(record)
+        live = [g for g in groups.values() if len({x["reward"] for x in g}) > 1]
+        assert len(live) == 6 and all(x["advantage"] != 0 for g in live for x in g)
+        assert r["frac_reward_zero_std"] == pytest.approx(1 - 6 / len(groups))
+    prompts = [r["prompt"] for path in sorted((out / "often" / "rl" / "rollouts").iterdir()) for r in records(path)]
+    assert all(prompts.count(p) <= 2 * (1 + len(prompts) // 100) for p in set(prompts))  # each problem once a pass
+
+
+def test_masked_overlong_completions_do_not_move_the_weights(out):  # noqa: F811
+    """All are cut off after one token: masked, nothing is left to learn from."""
+    assert call("train_rl.py", *RL, "--run=overlong", "--max_new_tokens=1", "--overlong=mask", "--steps=1", "--task=0-20", f"--model={out / 'a' / 'base'}") is None
+    row = rows(out / "overlong" / "rl")[1]
+    assert row["completions/clipped_ratio"] > 0.9 and row["updated"] == 0.0
+
+
+# ---- the self-check -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [
+    [], ["--loss_norm=sequence", "--advantage=zscore", "--temperature=0.7"], ["--loss_norm=constant", "--advantage=loo", "--overlong=mask"],
+    ["--kl_coef=0.5", "--kl_estimator=k2", "--updates_per_rollout=2"], ["--kl_coef=0.5", "--kl_estimator=k1-in-reward"],
+    ["--kl_coef=0.5", "--updates_per_rollout=2", "--clip_low=0.1"]])
+def test_selfcheck_agrees_in_fp64(out, options, capsys):  # noqa: F811
+    """On a run that has moved away from its reference, so that the KL terms are there to be checked."""
+    name = f"check{abs(hash(str(options)))}"
+    run = [*RL, *options, f"--run={name}", f"--model={out / 'a' / 'sft'}"]
+    assert call("train_rl.py", *run, "--steps=2") is None
+    before = rows(out / name / "rl")
+    capsys.readouterr()
+    assert call("train_rl.py", *run, "--selfcheck") is None
+    said = capsys.readouterr().out
+    assert "within the bounds" in said and "4 problems, 16 completions" in said
+    assert float(re.search(r"norm ([\d.]+e[+-]\d+)", said)[1]) > 0
+    assert rows(out / name / "rl") == before  # it leaves everything as it was
+
+
+@pytest.mark.parametrize("broken, words", [
+    ("nanorl.grpo.reinforce = lambda l, a: -a * l", "gradient"), ("nanorl.grpo.denominator = lambda *a: 7", "gradient"),
+    ("nanorl.gpt.CausalAttention.__call__ = lambda s, layer, q, k, v: v.repeat_interleave(q.size(2) // v.size(2), 2)", "log-probs"),
+    ("nanorl.grpo.advantages = lambda r, kind: r", "advantages")])
+def test_selfcheck_sees_what_is_broken(out, broken, words, capsys):  # noqa: F811
+    code = f"import runpy, sys, nanorl.grpo, nanorl.gpt; {broken}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code, "train_rl.py", *RL, "--run=brokencheck", f"--model={out / 'a' / 'sft'}", "--selfcheck"], cwd=ROOT,
+                           capture_output=True, text=True, env=environment(), timeout=120)
+    assert ended.returncode == 1 and "OUT OF BOUNDS" in ended.stdout, ended.stdout + ended.stderr
+
+
+# ---- reading --------------------------------------------------------------------------------------------------
+
+def test_rollouts_are_shown_readably(out, capsys):  # noqa: F811
+    assert call("train_rl.py", *RL, "--run=read", f"--model={out / 'a' / 'sft'}", "--steps=2") is None
+    written = records(out / "read" / "rl" / "rollouts" / "step_000002.jsonl.gz")
+    capsys.readouterr()
+    assert call("eval.py", f"--show={out / 'read'}", "--step=2", "--prompt=1") is None
+    said = capsys.readouterr().out
+    assert "step 2, 4 prompts, 16 completions" in said and "prompt 1, answer even" in said and "prompt 0" not in said
+    for record in written:
+        if record["group"] == 1:
+            assert f"reward {record['reward']:g} (correct {record['parts']['correct']:g})" in said
+    assert "\x1b" not in said and "\x00" not in said
+    assert call("eval.py", f"--show={out / 'read' / 'rl'}") is None
+    assert capsys.readouterr().out.count("prompt ") >= 4
+    for options, words in ((["--step=9"], "steps 1 to 2"), (["--prompt=4"], "prompts 0 to 3")):
+        assert words in call("eval.py", f"--show={out / 'read'}", *options)
+    assert "no rollouts" in call("eval.py", f"--show={out / 'a'}")
+
+
+def test_rollouts_on_disk_hold_all_that_was_seen(out):  # noqa: F811
+    assert call("train_rl.py", *RL, "--run=disk", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    with gzip.open(out / "disk" / "rl" / "rollouts" / "step_000001.jsonl.gz", "rt") as f:
+        some = [json.loads(line) for line in f]
+    assert {"step", "time", "group", "sample", "prompt", "answer", "completion", "reward", "parts", "advantage", "tokens", "finish"} == set(some[0])
+    assert all(r["step"] == 1 and abs(r["time"] - time.time()) < 600 for r in some)
