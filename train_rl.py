@@ -195,7 +195,7 @@ def main():
              dtype=str(compute_dtype), device=str(place), params=policy.config.n_params()[0])
     dist.say(f"rl    from {point or start}: {policy.config.n_params()[0]:,} parameters, {compute_dtype} on {dist.world_size()} x {place.type}\n"
              f"      {task}: {problems or len(stages[-1][1]):,} training problems{' in its last stage' if len(stages) > 1 else ''}\n"
-             f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, {objective()}; {steps} steps")
+             f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, {update_in_words()}; {steps} steps")
     if not point and not selfcheck:
         val = held_out()
         dist.say(f"      held-out before: {percent(val)}, {val['val/length']:.1f} tokens")
@@ -206,7 +206,7 @@ def main():
     if dry_run:
         return
     if log.active:
-        checkpoint.mark_used(start, directory)
+        checkpoint.mark_used(origin["path"], directory)
 
     # ---- the loop
     dist.catch_signals()
@@ -231,7 +231,7 @@ def main():
             learned.append([learn(batch, denominator) for batch in batches])  # forward, loss, backward
             dist.sum_gradients(params)  # one all-reduce
             if selfcheck:
-                return report_selfcheck(policy, reference, dist.gather(rollouts), dist.gather(advantages.tolist()), settings)
+                return selfchecks.report(policy, reference, rollouts, advantages, settings)
             part_norms = group_norms(policy)
             norms.append(update(optimizers, params, scale, max_grad_norm))  # clip, AdamW
         engine.refresh()  # the next samples come from the new weights
@@ -311,22 +311,12 @@ def check_problems(stages):
             raise ValueError(f"--problems={problems}: the first {problems} problems of {task} are only {different} different ones")
 
 
-def objective():
-    """The objective in a few words, where it is not the default."""
+def update_in_words():
+    """What a step does with its samples, where it is not the default."""
     words = ["one update" if updates_per_rollout == 1 else f"{updates_per_rollout} updates with the ratio in [{1 - clip_low:g}, {1 + clip_high:g}]"]
     words += [f"KL {kl_coef:g} ({kl_estimator})"] if kl_coef else []
     words += [f"dead groups replaced up to {resample} times"] if resample else []
     return ", ".join(words + (["cut-off completions left out"] if overlong == "mask" else []))
-
-
-def report_selfcheck(policy, reference, rollouts, advantages, settings):
-    """On the first rank, of all ranks' rollouts and the summed gradient; exit status 1 when something is out of bounds."""
-    if dist.is_main():
-        lines, good = selfchecks.compare(policy, reference, rollouts, advantages, settings)
-        print(*lines, sep="\n", flush=True)
-    dist.barrier()
-    if dist.is_main() and not good:
-        raise SystemExit(1)
 
 
 def over_ranks(learned):

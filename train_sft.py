@@ -104,6 +104,8 @@ def main():
     log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     log.card(stage="sft", settings=settings, start=start, steps=total_steps, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place))
+    if log.active and not point:
+        checkpoint.mark_used(start, directory)
     dist.say(f"sft   from {start}; {n_examples:,} {'conversations' if data else 'demonstrations'} of {mean_length:.0f} tokens, {total_steps} steps of "
              f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes"
              + (f"; {len(held_out):,} held out" if data else "") + (f"\n      {note}" if note else ""))

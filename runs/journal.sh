@@ -42,8 +42,8 @@ for experiment in "$@"; do
         lr) for lr in 5e-5 8e-4; do rl lr lr=$lr $seed --task=sum3 --lr=$lr; done ;;
         reward) for kind in signed graded; do rl reward $kind $seed --task=sum3 --task_args=rewards=$kind; done ;;
         updates) for k in 2 4; do rl updates K=$k $seed --task=sum3 --updates_per_rollout=$k; done ;;
-        direct) start direct $seed 150 300 --task=2-digit --task_args=demonstrations=direct  # no column work to find: only adding in the head, or by heart
-            for n in 100 500 0; do rl direct n=$n $seed --task=2-digit --problems=$n --steps=100 --eval_every=50 --max_new_tokens=8; done ;;
+        direct) start direct $seed 150 140 --task=2-digit --task_args=demonstrations=direct  # no column work to find: only adding in the head, or by heart
+            for n in 100 500 0; do rl direct n=$n $seed --task=2-digit --problems=$n --lr=1e-4 --steps=100 --eval_every=50 --max_new_tokens=8; done ;;
         curriculum) start three $seed 150 300 --task='0-20=25,2-digit=25,sum3=50'
             rl curriculum none $seed --task=sum3
             rl curriculum easy-first $seed --task='0-20 until 8; 2-digit until 16; sum3' ;;

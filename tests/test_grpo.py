@@ -241,7 +241,7 @@ def variants(model, reference):
 
 
 def test_the_table_of_biases_in_the_docs_is_what_enumeration_gives(truth, reference):
-    """docs/algorithm.md, item 11: the angle to the exact gradient, and the length beside it."""
+    """docs/algorithm.md, item 34: the angle to the exact gradient, and the length beside it."""
     table = {}
     with open(os.path.join(ROOT, "docs", "algorithm.md"), encoding="utf-8") as f:
         for line in f:

@@ -98,7 +98,7 @@ USED = "used_by.txt"  # in a checkpoint: the runs that started from it
 def mark_used(path, directory):
     """A run in `directory` starts from the checkpoint at `path`, which is from now on not removed. Of a model that is no checkpoint of
     ours nothing is written."""
-    if os.path.exists(os.path.join(path, "DONE")):
+    if os.path.exists(os.path.join(path, "DONE")) and os.access(path, os.W_OK):  # what cannot be written cannot be removed either
         with open(os.path.join(path, USED), "a+", encoding="utf-8") as f:
             f.seek(0)
             if directory not in f.read().splitlines():

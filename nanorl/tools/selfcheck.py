@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from nanorl.runtime import dist
+
 
 # ---- naive: 60 lines that may be compared with the papers ---------------------------------------------------
 
@@ -113,3 +115,14 @@ def compare(model, reference, rollouts, advantages, s):
             f"  advantages           largest difference {wrong:.1e} (bound 1e-09); {sum(not any(group) for group in groups)} groups without signal",
             f"  gradient             difference / norm {off:.1e} (bound {bound_g:g}), cosine {cosine:.9f}, norm {float(e.norm()):.3e}; most of it in {worst}",
             "  " + verdict], ok
+
+
+def report(model, reference, rollouts, advantages, s):
+    """On the first rank, compare all ranks' rollouts and advantages (P, G) and the summed gradient; exit status 1 when something is out of bounds."""
+    rollouts, advantages, good = dist.gather(rollouts), dist.gather(advantages.tolist()), True
+    if dist.is_main():
+        lines, good = compare(model, reference, rollouts, advantages, s)
+        print(*lines, sep="\n", flush=True)
+    dist.barrier()
+    if not good:
+        raise SystemExit(1)
