@@ -221,6 +221,38 @@ def test_the_weights_that_a_kl_term_measures_from_are_kept_and_known_again(out):
     assert call("train_rl.py", *run, "--steps=3") is None
 
 
+def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pulled_too(out, monkeypatch):  # noqa: F811
+    """A base model that solves nothing: no advantage is other than 0, and only the KL term, on a policy that has left its reference, gives a gradient."""
+    import nanorl.hf
+    loaded, load = [], nanorl.hf.load_model
+    monkeypatch.setattr(nanorl.hf, "load_model", lambda *a: loaded.append(a[0]) or load(*a))
+    assert call("train_rl.py", *RL, "--run=noreference", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    assert len(loaded) == 1
+    run = ["--run=pull", f"--model={out / 'a' / 'sft'}", "--kl_coef=0.1", "--problems=4"]
+    assert call("train_rl.py", *RL, *run, "--steps=2") is None
+    assert len(loaded) == 3  # the policy, and what it started from
+
+    state = checkpoint.load_state(checkpoint.latest(out / "pull" / "rl"))
+    path = os.path.join(checkpoint.latest(out / "pull" / "rl"), "trainer.pt")
+    state["settings"]["task"] = "chain4"
+    torch.save(state, path)  # from here on nothing can be solved
+    assert call("train_rl.py", *RL, *run, "--steps=3", "--task=chain4") is None
+    row = rows(out / "pull" / "rl")[-1]
+    assert row["frac_reward_zero_std"] == 1 and row["advantage/max"] == 0 and row["kl"] > 0 and row["updated"] == 1 and row["grad_norm"] > 0
+
+
+def test_a_save_because_the_reward_rose_says_so(out, capsys):  # noqa: F811
+    assert call("train_rl.py", *RL, "--run=rose", f"--model={out / 'a' / 'sft'}", "--save_every=0", "--save_reward_above=0.3", "--steps=6") is None
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
+    rewards = {r["step"]: r["reward"] for r in rows(out / "rose" / "rl")[1:]}
+    best, expected = 0.3, []
+    for step, reward in rewards.items():
+        if reward > best:
+            expected.append(step)
+        best = max(best, reward)
+    assert expected and [f"{step:06d} (a new best reward, {rewards[step]:.3f})" for step in expected if step < 6] == [line.split("step_")[1] for line in said[:-1]]
+
+
 def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):  # noqa: F811
     """With two samples a group is often dead. What left is on disk too, and counts in the reward; the learner sees as many live groups as there were."""
     run = [*RL, "--samples_per_prompt=2", "--prompts_per_step=6", "--steps=3", f"--model={out / 'a' / 'sft'}"]

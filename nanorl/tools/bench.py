@@ -2,6 +2,7 @@
 
     base     train_base.py's step against a plain eager fp32 loop of as many parameters
     rollout  all samples of all prompts decoded together against one prompt at a time, 8 rows wide
+    flips    tokens that differ when the same samples are drawn in other company: --model=<a trained one> --task=
     rates    the machine's fp32 and bf16 matrix rates and its copy bandwidth
 
 Ends with one JSON line. Compare ratios: these are of the same minute, absolute figures are of the machine's mood."""
@@ -31,6 +32,8 @@ batch_tokens = 2048  # tokens of a step
 seconds = 5.0  # measured per repetition
 repeats = 5  # repetitions, taken in turn
 dtype = "auto"  # activations of nanorl's step: auto, fp32, bf16
+model = ""  # flips: a model directory, or a stage's
+task = "sum3"  # flips: its task
 
 
 def rates():
@@ -152,8 +155,32 @@ def rollout():
                 ratio=round(median([a / b for a, b in pairs]), 2))
 
 
+def flips():
+    """In each precision, how many of the completions fork, and after how many tokens, when the rows are decoded in fewer places than there are rows,
+    from how many they are with all together; and the log-probs of equal tokens beside each other."""
+    from nanorl.hf import load_model
+    from nanorl.rollout import prompt_key
+    from nanorl.runtime.checkpoint import resolve
+    from nanorl.tasks import get_task
+    from nanorl.tokenizer import Tokenizer
+    policy, tokenizer, source = load_model(resolve(model), torch.float64), Tokenizer.from_pretrained(resolve(model)), get_task(task, split="val")
+    some = [tokenizer.render_prompt(source.problem(i).prompt) for i in range(prompts)]
+    keys = [prompt_key(0, "flips", i) for i in range(prompts)]
+    found = {}
+    for name, kind in (("fp64", torch.float64), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        net = policy if kind == torch.float64 else load_model(resolve(model), torch.float32)
+        net.compute_dtype = kind
+        draw = lambda rows: sum(Engine(net, rows).generate(some, samples, new_tokens, stop_ids=tokenizer.stop_ids, keys=keys), [])
+        pairs = list(zip(draw(0), draw(3 * samples)))
+        same = [next((i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y), len(a.ids)) for a, b in pairs]  # tokens before the fork
+        forks = sum(n < len(a.ids) for n, (a, _) in zip(same, pairs))
+        found[name] = dict(completions=len(pairs), forks=forks, tokens=sum(same), per_token=forks / sum(same),
+                           logprob_max=max(abs(x - y) for n, (a, b) in zip(same, pairs) for x, y in zip(a.logprobs[:n], b.logprobs)))
+    return found
+
+
 def main():
-    commands = {"base": base, "rollout": rollout, "rates": dict}
+    commands = {"base": base, "rollout": rollout, "flips": flips, "rates": dict}
     if len(sys.argv) < 2 or sys.argv[1] not in (*commands, "--help"):
         raise SystemExit(f"usage: python -m nanorl.tools.bench {{{','.join(commands)}}} [--name=value]")
     settings = configure(globals(), sys.argv[1:] if sys.argv[1] == "--help" else sys.argv[2:])
