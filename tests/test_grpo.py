@@ -257,19 +257,20 @@ def test_the_table_of_biases_in_the_docs_is_what_enumeration_gives(truth, refere
 
 
 def test_the_clip_takes_the_gradient_where_it_should_and_nowhere_else():
-    old = torch.zeros(6, dtype=torch.float64)
-    ratio = torch.tensor([1.0, 1.3, 0.7, 1.3, 0.7, 1.25], dtype=torch.float64)
-    a = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, 2.0], dtype=torch.float64)
+    old = torch.zeros(7, dtype=torch.float64)
+    ratio = torch.tensor([1.0, 1.3, 0.7, 1.3, 0.7, 1.25, 0.75], dtype=torch.float64)
+    a = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, 2.0, -2.0], dtype=torch.float64)
     lp = ratio.log().requires_grad_()
     value = grpo.clipped(lp, old, a, 0.2, 0.28)
-    assert value.tolist() == pytest.approx([2.0, 2.56, 1.4, -2.6, -1.6, 2.5])
+    assert value.tolist() == pytest.approx([2.0, 2.56, 1.4, -2.6, -1.6, 2.5, -1.6])
     value.sum().backward()
-    assert lp.grad.tolist() == pytest.approx([2.0, 0.0, 1.4, -2.6, 0.0, 2.5])
+    assert lp.grad.tolist() == pytest.approx([2.0, 0.0, 1.4, -2.6, 0.0, 2.5, 0.0])
     sums = grpo.token_sums(lp, old, old, a, None, 0.2, 0.28)
     m = grpo.token_metrics(sums, sums)
-    assert (m["clip_ratio/low_mean"], m["clip_ratio/high_mean"], m["clip_ratio/region_mean"]) == pytest.approx((1 / 6, 1 / 6, 2 / 6))
+    assert (m["clip_ratio/low_mean"], m["clip_ratio/high_mean"], m["clip_ratio/region_mean"]) == pytest.approx((2 / 7, 1 / 7, 3 / 7))
     assert m["ratio/mean"] == pytest.approx(float(ratio.mean())) and m["ratio/std"] == pytest.approx(float(((ratio - 1) ** 2).mean().sqrt()))
     assert m["logp_diff/mean"] == pytest.approx(float(ratio.log().abs().mean())) and m["logp_diff/max"] == pytest.approx(-math.log(0.7))
+    assert m["logp_diff/kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()))
 
 
 def test_on_policy_the_clipped_surrogate_has_reinforces_gradient(truth):

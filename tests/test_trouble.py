@@ -221,6 +221,22 @@ def test_the_weights_that_a_kl_term_measures_from_are_kept_and_known_again(out):
     assert call("train_rl.py", *run, "--steps=3") is None
 
 
+def test_later_updates_use_the_clipped_ratio(out):  # noqa: F811
+    """With nothing clipped a step's second update moves on; with all clipped that would go further the same way it moves less. The first does not care."""
+    run = [*RL, "--updates_per_rollout=2", "--steps=1", "--lr=3e-3", f"--model={out / 'a' / 'sft'}"]
+    found = {}
+    for name, clip in (("free", ["--clip_low=1", "--clip_high=1e9"]), ("tight", ["--clip_low=0", "--clip_high=0"])):
+        assert call("train_rl.py", *run, *clip, f"--run={name}") is None
+        found[name] = rows(out / name / "rl")[1]
+    assert found["free"]["clip_ratio/region_mean"] == 0 and found["tight"]["clip_ratio/region_mean"] > 0.3
+    assert found["tight"]["grad_norm"] < found["free"]["grad_norm"]  # of the second update
+    one = [*RL, "--steps=1", "--lr=3e-3", f"--model={out / 'a' / 'sft'}"]
+    for name, clip in (("one", []), ("oneclipped", ["--clip_low=0", "--clip_high=0"])):
+        assert call("train_rl.py", *one, *clip, f"--run={name}") is None
+    names = ("grad_norm", "entropy", "ratio/mean", "flops_total")
+    assert [rows(out / "one" / "rl")[1][n] for n in names] == [rows(out / "oneclipped" / "rl")[1][n] for n in names]
+
+
 def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pulled_too(out, monkeypatch):  # noqa: F811
     """A base model that solves nothing: no advantage is other than 0, and only the KL term, on a policy that has left its reference, gives a gradient."""
     import nanorl.hf
