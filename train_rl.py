@@ -21,7 +21,7 @@ from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, up
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, Watch, duration, size, size_of
-from nanorl.tasks import get_stages, parse_settings, parse_weights
+from nanorl.tasks import Reward, get_stages, parse_settings, parse_weights
 from nanorl.tokenizer import Tokenizer
 from nanorl.tools import selfcheck as selfchecks
 
@@ -59,11 +59,11 @@ clip_high = 0.2  # ... and 1 + clip_high (DAPO: 0.28); both without effect on-po
 steps = 40  # one step is one batch of rollouts and its update
 lr = 0.0  # AdamW; 0: 0.04 / width (measured at depths 1 to 4 only; published models want some 1e-6)
 warmup = 0  # steps of linear warm-up
-lr_schedule = "constant"  # after the warm-up: constant, or to 0 at the last step: linear, cosine
+lr_schedule = "constant"  # after the warm-up: constant, or down to 0 at the end: linear, cosine
 weight_decay = 0.0  # on the blocks' matrices
 max_grad_norm = 1.0  # 0: no clipping
 device_tokens = 16384  # padded tokens of one forward on one device: lower it when memory runs out
-max_bad_steps = 5  # stop after this many updates in a row were skipped for a gradient that is not finite
+max_bad_steps = 5  # stop after so many steps in a row with an update skipped, for a gradient that is not finite
 # ---- log
 probe_prompts = 32  # problems tried before the first step, for the forecast
 eval_every = 10  # steps between held-out evaluations; 0: only before and after
@@ -75,6 +75,8 @@ save_reward_above = 1.0  # also save at a new best reward above this
 def main():
     settings = configure(globals(), refused={name: "training samples from the full distribution, the one that the loss models" for name in ("top_k", "top_p")})
     place = dist.setup(device)
+    if selfcheck:
+        torch.set_float32_matmul_precision("highest")
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
     directory = checkpoint.stage_directory(settings["run"], stage)
@@ -141,7 +143,7 @@ def main():
 
     def replace_dead(step, source, rollouts, drawn):
         """Dynamic sampling (DAPO): groups without signal give their place to the next problems, at most `resample` times. Returns this
-        rank's part of the P groups to learn from, and the groups that left."""
+        rank's part of the P groups to learn from, the groups that left, and how many problems have now been drawn."""
         left = []
         for _ in range(resample):
             dead = grpo.no_signal(rollout.reward_table(rollouts, G)).tolist()
@@ -151,7 +153,7 @@ def main():
             left += [r for r, d in zip(rollouts, dead) if d]
             rollouts = [r for r, d in zip(rollouts, dead) if not d] + sample(step, *problems_of(step, drawn, count))
             drawn += count
-        return rollouts, left
+        return rollouts, left, drawn
 
     def with_reference(batch):
         """A micro-batch with the reference's log-probs (N,) of its tokens; k1 goes into the advantages, before any update."""
@@ -211,12 +213,11 @@ def main():
     # ---- the loop
     dist.catch_signals()
     started = time.time()
-    for step in range(state["step"], steps):
+    for step in range(state["step"], max(steps, state["step"] + selfcheck)):
         t0, work = time.time(), 0.0
         source, pairs = problems_of(step, drawn, P)  # P problems for (seed, step)
         rollouts = sample(step, source, pairs)  # ids -> text -> rewards, of this rank's groups
-        rollouts, left = replace_dead(step, source, rollouts, drawn + P)  # nothing leaves unless --resample is set
-        drawn += P + int(dist.total(len(left)))
+        rollouts, left, drawn = replace_dead(step, source, rollouts, drawn + P)  # nothing leaves unless --resample is set
         t1 = time.time()
         advantages = grpo.advantages(rollout.reward_table(rollouts, G), advantage)  # (P, G)
         lengths = rollout.length_table(rollouts, G)  # (P, G) sampled tokens
@@ -225,7 +226,7 @@ def main():
         denominator = dist.total(grpo.denominator(lengths, loss_norm, counted))  # of all ranks, before the first backward
         # Groups without signal go along, with A = 0: a KL term pulls on them too, and entropy and logp_diff are of all that was sampled.
         batches = [with_reference(b) for b in rollout.micro_batches(rollouts, advantages, weights, device_tokens, place)]
-        scale = lr_scale(step, steps, warmup, float(lr_schedule != "constant"), lr_schedule)
+        scale = lr_scale(step, steps, warmup, 0.0 if lr_schedule == "constant" else 1 - warmup / steps, lr_schedule)
         learned, norms = [], []
         for _ in range(updates_per_rollout):
             learned.append([learn(batch, denominator) for batch in batches])  # forward, loss, backward
@@ -250,7 +251,7 @@ def main():
             "padding": 1 - first["inputs"] / first["padded"],
             "grad_norm": norms[-1], **{f"grad_norm/{part}": n for part, n in part_norms.items()}, "bad_steps": bad,
             "updated": sum(0 < n < math.inf for n in norms) / len(norms), "lr": rate * scale, "flops_total": flops,
-            "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": row["tokens"] / (step_time - rollout_time),
+            "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": first["tokens"] / (step_time - rollout_time),
             "time/rollout": rollout_time, "time/learner": step_time - rollout_time})
         last = step + 1 == steps
         if last or (eval_every and (step + 1) % eval_every == 0):
@@ -274,7 +275,7 @@ def main():
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
             dist.barrier()
         if bad >= max_bad_steps:
-            raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved in {directory}: "
+            raise ValueError(f"in {bad} steps in a row updates were skipped because the gradient was not finite; the state is saved in {directory}: "
                              f"go on from it with --model={checkpoint.latest(directory)} --run=<name> and a lower --lr, or --dtype=fp32")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
@@ -304,8 +305,15 @@ def check_settings(start):
 def check_problems(stages):
     """Refuse a step that asks for more different problems than there are, and a fixed set that is none."""
     for _, source in stages:
-        if problems > len(source) or prompts_per_step > (problems or len(source)):
-            raise ValueError(f"--prompts_per_step={prompts_per_step} --problems={problems}: task {task} has {len(source):,} training problems")
+        n, most = problems or len(source), prompts_per_step * (1 + resample)
+        if problems > len(source):
+            raise ValueError(f"--problems={problems}: task {task} has {len(source):,} training problems")
+        if most > n:
+            raise ValueError(f"--prompts_per_step={prompts_per_step}{f' --resample={resample}' if resample else ''}: a step may ask for {most:,} different "
+                             f"problems, and the run has {n:,}: lower it, or raise --problems")
+        for result in rollout.judge(source, [(source.problem(i), "") for i in range(min(n, 20))]) if reward_weights else []:
+            if isinstance(result, Reward):
+                rollout.weighted(result, parse_weights(reward_weights))  # raises for a part that the task does not give
         different = len({str(source.problem(i).prompt) for i in range(problems)})
         if different < problems:
             raise ValueError(f"--problems={problems}: the first {problems} problems of {task} are only {different} different ones")
@@ -343,7 +351,7 @@ def forecast(sample, learn, problems_of, tokenizer, directory, n_params, place):
     written = size_of(rollout.records(rollouts, ones.new_zeros(len(rollouts), G), tokenizer.decode, step=0, time=time.time())) / len(rollouts) * P * steps
     saved = 12 * n_params  # weights and AdamW's two moments, in fp32
     lines = evaluate.describe_forecast(rollouts, duration(seconds * steps), seconds)
-    lines.append(f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, of which at most four are kept")
+    lines.append(f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, of which at most four are kept, and those that others start from")
     if checkpoint.free_disk(directory) < written + 5 * saved:
         lines.append(f"WARNING: only {size(checkpoint.free_disk(directory))} are free where {directory} is")
     print(*("      " + text for text in lines), sep="\n", flush=True)
@@ -356,7 +364,8 @@ def rollout_row(rollouts, left, advantages, log, step, tokenizer):
     a = torch.tensor(advantages)
     sampled = rollouts + left
     log.rollouts(step, rollout.records(sampled, advantages + [[0.0] * a.size(1)] * len(left), tokenizer.decode, step=step, time=round(time.time(), 3)))
-    return {**rollout.metrics(sampled), "resampled": len(left), "advantage/mean": float(a.mean()), "advantage/std": float(a.std()),
+    dead = grpo.no_signal(rollout.reward_table(rollouts, a.size(1)))  # (P,)
+    return {**rollout.metrics(sampled), "resampled": len(left), "frac_learned_zero_std": float(dead.double().mean()), "advantage/mean": float(a.mean()), "advantage/std": float(a.std()),
             "advantage/max": float(a.abs().max())}
 
 

@@ -214,6 +214,9 @@ def describe_forecast(rollouts, total, seconds):
     lines = [f"probe: {solved} of {n} samples solved ({solved / n:.1%}), {m['completions/mean_length']:.1f} tokens, {m['completions/clipped_ratio']:.0%} cut off",
              f"forecast: {dead:.0%} of the groups without signal (all {G} rewards equal), {m['tokens_with_signal']:.0%} of the tokens in groups "
              f"that teach; about {seconds:.1f} s a step, {total} in all, without evaluations"]
+    failures = [f for group in rollouts for f in group.failures if f]
+    if failures:
+        lines.append(f"WARNING: the task's reward failed on {len(failures)} of {n} samples, such as: {failures[0].text}")
     if solved == 0:
         lines += ["WARNING: no sample was solved, so this task is too hard for this model: most steps will change nothing.",
                   "Train it further (SFT), take an easier task, or raise --samples_per_prompt."]

@@ -8,7 +8,7 @@ import torch
 
 from nanorl.grpo import no_signal
 from nanorl.tasks import Problem, Reward
-from nanorl.tasks.pool import RAISED, TIMEOUT, RewardPool
+from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool, describe
 
 
 @dataclass
@@ -19,8 +19,7 @@ class Rollout:
     completions: list  # (G) of engine.Completion: ids with the stop token, log-probs, finished
     texts: list  # (G) str, the stop token stripped
     rewards: list  # (G) of Reward
-    errors: int = 0  # rewards that raised
-    timeouts: int = 0  # rewards that took longer than the task allows
+    failures: list  # (G) of Failure, or None: where the reward raised, or took longer than the task allows
 
 
 def prompt_key(seed, step, index):
@@ -42,16 +41,16 @@ def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, t
 
 
 def judge(task, pairs):
-    """[(problem, text)] -> for each its Reward, or RAISED, or TIMEOUT: what the task's reward() did. A task with a `timeout` is asked
-    in worker processes, any other here."""
+    """[(problem, text)] -> for each what the task's reward() gave, a Reward, or the Failure if it raised or took too long. A task with a `timeout`
+    is asked in worker processes, any other here."""
     if getattr(task, "timeout", 0):
-        if not hasattr(task, "pool"):
-            task.pool = RewardPool(task.recipe, task.timeout)
-        results = task.pool.judge(pairs)
+        if not hasattr(task, "_reward_pool"):
+            task._reward_pool = RewardPool(task._recipe, task.timeout)
+        results = task._reward_pool.judge(pairs)
     else:
         results = [_ask(task, *pair) for pair in pairs]
     for result in results:
-        if result not in (RAISED, TIMEOUT) and (not isinstance(result, Reward) or not math.isfinite(result.total)):
+        if not isinstance(result, Failure) and (not isinstance(result, Reward) or not math.isfinite(result.total)):
             raise ValueError(f"the task's reward() gave {result!r}: it must give Reward(total, parts) with a finite total")
     return results
 
@@ -59,30 +58,24 @@ def judge(task, pairs):
 def _ask(task, problem, text):
     try:
         return task.reward(problem, text)
-    except Exception:
-        return RAISED
+    except Exception as error:
+        return Failure(RAISED, describe(error))
 
 
 def score(task, problem, texts, finished, judged=None, part_weights=None):
-    """Texts of a problem -> (rewards, how many raised, how many took too long). All of these earn at most 0, and at most what saying
-    nothing earns: a completion that was cut off, since the task is to solve the problem within the limit, and one on which the reward
-    raises or hangs, since one odd completion must not end a run. part_weights {part: weight}: the total is this sum of the parts."""
-    rewards = judge(task, [(problem, text) for text in texts]) if judged is None else judged
-    raised, late = rewards.count(RAISED), rewards.count(TIMEOUT)
-    weigh = lambda reward: weighted(reward, part_weights) if part_weights else reward
-    if raised or late or not all(finished):
-        silence, = judge(task, [(problem, "")])
-        nothing = min(0.0, weigh(silence).total) if isinstance(silence, Reward) else 0.0
-    result = []
-    for reward, whole in zip(rewards, finished):
-        if not isinstance(reward, Reward):
-            reward = Reward(nothing)
-        else:
-            reward = weigh(reward)
-            if not whole:
-                reward = Reward(min(nothing, reward.total), dict.fromkeys(reward.parts, 0.0))
-        result.append(reward)
-    return result, raised, late
+    """Texts of a problem -> (rewards, failures: a Failure or None each). All of these earn at most 0, and at most what saying nothing earns: a
+    completion that was cut off, since the task is to solve the problem within the limit, and one on which the reward raises or
+    hangs, since one odd completion must not end a run. part_weights {part: weight}: the total is this sum of the parts."""
+    weigh = lambda reward: weighted(reward, part_weights) if part_weights and isinstance(reward, Reward) else reward
+    judged = [weigh(x) for x in (judge(task, [(problem, text) for text in texts]) if judged is None else judged)]
+    failures = [x if isinstance(x, Failure) else None for x in judged]
+    if any(failures) or not all(finished):
+        silence = weigh(judge(task, [(problem, "")])[0])
+        known = [silence] if isinstance(silence, Reward) else [x for x in judged if isinstance(x, Reward)]  # or else the least of the others
+        nothing = min([0.0] + [x.total for x in known])
+    rewards = [Reward(nothing) if failure else x if whole else Reward(min(nothing, x.total), dict.fromkeys(x.parts, 0.0))
+               for x, failure, whole in zip(judged, failures, finished)]
+    return rewards, failures
 
 
 def weighted(reward, part_weights):
@@ -169,8 +162,8 @@ def metrics(rollouts):
         **part,
         **{f"reward_of/{task}": sum(means) / len(means) for task, means in sorted(by_task.items()) if task},
         **_given_format([reward.parts for r in rollouts for reward in r.rewards]),
-        "reward/errors": sum(r.errors for r in rollouts),
-        "reward/timeouts": sum(r.timeouts for r in rollouts),
+        "reward/errors": sum(f is not None and f.kind == RAISED for r in rollouts for f in r.failures),
+        "reward/timeouts": sum(f is not None and f.kind == TIMEOUT for r in rollouts for f in r.failures),
         "completions/mean_length": float(lengths.mean()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": sum(not c.finished for c in completions) / len(completions),
@@ -189,10 +182,10 @@ def _given_format(parts):
 
 def records(rollouts, advantages, decode, **every):
     """One JSON-ready record a completion, for the rollouts file: the prompt as the model saw it, what it wrote, and
-    what it got for it. every: what all records carry, such as step and time."""
+    what it got for it (and why, where the reward failed). every: what all records carry, such as step and time."""
     for number, (rollout, group) in enumerate(zip(rollouts, advantages)):
         prompt = decode(rollout.prompt_ids)
-        for sample, (text, c, reward, a) in enumerate(zip(rollout.texts, rollout.completions, rollout.rewards, group)):
+        for sample, (text, c, reward, failure, a) in enumerate(zip(rollout.texts, rollout.completions, rollout.rewards, rollout.failures, group)):
             yield dict(**every, group=number, sample=sample, prompt=prompt, answer=rollout.problem.answer, completion=text,
                        reward=reward.total, parts=reward.parts, advantage=float(a), tokens=len(c.ids),
-                       finish="stop" if c.finished else "length")
+                       finish="stop" if c.finished else "length", **({"error": failure.text} if failure else {}))

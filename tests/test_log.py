@@ -117,17 +117,18 @@ def test_size(n, text):
     assert size(n) == text
 
 
-QUIET = {"reward": 0.5, "reward/correct": 0.5, "frac_reward_zero_std": 0.1, "completions/clipped_ratio": 0.0, "entropy": 1.0, "logp_diff/mean": 1e-7}
+QUIET = {"reward": 0.5, "reward/correct": 0.5, "frac_learned_zero_std": 0.1, "completions/clipped_ratio": 0.0, "entropy": 1.0, "logp_diff/mean": 1e-7,
+         "reward/errors": 0, "reward/timeouts": 0}
 
 
 @pytest.mark.parametrize("change, words, others", [
-    ({"frac_reward_zero_std": 0.26}, "above 0.25", "above 0.5"), ({"frac_reward_zero_std": 0.51}, "above 0.5", "above 0.25"),
-    ({"frac_reward_zero_std": 0.51, "reward/correct": 0.9}, "harder task", "more SFT"), ({"frac_reward_zero_std": 0.51, "reward/correct": 0.1}, "more SFT", "harder task"),
-    ({"entropy": 0.09}, "--kl_coef", "groups"), ({"completions/clipped_ratio": 0.21}, "--max_new_tokens", "groups"), ({"logp_diff/mean": 5.1e-7}, "--dtype=fp32", "groups")])
+    ({"frac_learned_zero_std": 0.26}, "above 0.25", "above 0.5"), ({"frac_learned_zero_std": 0.51}, "above 0.5", "above 0.25"),
+    ({"frac_learned_zero_std": 0.51, "reward/correct": 0.9}, "harder task", "more SFT"), ({"frac_learned_zero_std": 0.51, "reward/correct": 0.1}, "more SFT", "harder task"),
+    ({"entropy": 0.09}, "--kl_coef", "groups"), ({"reward/errors": 3}, "failed on 3 completions", "groups"), ({"reward/timeouts": 2}, "too long on 2", "groups"), ({"completions/clipped_ratio": 0.21}, "--max_new_tokens", "groups"), ({"logp_diff/mean": 5.1e-7}, "--dtype=fp32", "groups")])
 def test_warnings_in_words_when_something_begins(change, words, others):
     watch = Watch()
     assert watch.look(QUIET) == []
-    for edge in ({"frac_reward_zero_std": 0.25}, {"entropy": 0.11}, {"completions/clipped_ratio": 0.2}, {"logp_diff/mean": 4.9e-7}):
+    for edge in ({"frac_learned_zero_std": 0.25}, {"entropy": 0.11}, {"completions/clipped_ratio": 0.2}, {"logp_diff/mean": 4.9e-7}):
         assert watch.look({**QUIET, **edge}) == []
     said, = watch.look({**QUIET, **change})
     assert words in said and others not in said and "\n" not in said

@@ -8,7 +8,7 @@ import pytest
 
 from nanorl import rollout
 from nanorl.tasks import Problem, Reward, get_task
-from nanorl.tasks.pool import RAISED, TIMEOUT, RewardPool
+from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool
 
 TASK = '''
 import os, subprocess, sys, time
@@ -56,7 +56,7 @@ def task(tmp_path_factory):
 
 @pytest.fixture
 def pool(task):
-    pool = RewardPool(task.recipe, task.timeout, workers=2)
+    pool = RewardPool(task._recipe, task.timeout, workers=2)
     yield pool
     pool.close()
 
@@ -68,7 +68,7 @@ def test_each_gets_its_own_answer_and_none_is_lost(task, pool):
     expected = {"hang": TIMEOUT, "hang in C": TIMEOUT, "raise": RAISED, "die": RAISED, "odd": RAISED, "exit": RAISED}
     for text, answer in zip(texts, answers):
         if text in expected:
-            assert answer == expected[text], text
+            assert isinstance(answer, Failure) and answer.kind == expected[text], text
         else:
             assert isinstance(answer, Reward) and answer.total == 2 * len(text)  # in order, with the task's settings
     assert all(answer.parts["pid"] != os.getpid() for answer in answers if isinstance(answer, Reward))
@@ -80,7 +80,7 @@ def test_workers_work_side_by_side_and_stay(task, pool):
     problem = task.problem(0)
     pool.judge([(problem, "start")] * 2)  # now both are there
     begun = time.time()
-    assert pool.judge([(problem, "sleep")] * 2) == [TIMEOUT] * 2
+    assert pool.judge([(problem, "sleep")] * 2) == [Failure(TIMEOUT, "no answer in 0.7 s")] * 2
     assert time.time() - begun < 1.9 * task.timeout
     pool.judge([(problem, "start")] * 4)
     before = {w.process.pid for w in pool.workers}
@@ -89,7 +89,7 @@ def test_workers_work_side_by_side_and_stay(task, pool):
 
 
 def test_a_child_of_the_reward_dies_with_its_worker(task, pool):
-    assert pool.judge([(task.problem(0), "child")]) == [TIMEOUT]
+    assert pool.judge([(task.problem(0), "child")])[0].kind == TIMEOUT
     for _ in range(50):
         left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
         if "sleep 61.234" not in left:
@@ -100,10 +100,10 @@ def test_a_child_of_the_reward_dies_with_its_worker(task, pool):
 
 def test_workers_end_with_the_trainer(task):
     """Killed, the trainer cannot close its pool: an idle worker sees that the pipe is shut, one that hangs has an alarm."""
-    code = (f"import sys, time; sys.path[:0] = {sys.path!r}; from nanorl.tasks import get_task; from nanorl.tasks.pool import RewardPool; t = get_task({task.recipe[0]!r});"
-            "p = RewardPool(t.recipe, 0.7, 1); p.judge([(t.problem(0), 'x')]); print(p.workers[0].process.pid, flush=True);"
+    code = (f"import sys, time; sys.path[:0] = {sys.path!r}; from nanorl.tasks import get_task; from nanorl.tasks.pool import RewardPool; t = get_task({task._recipe[0]!r});"
+            "p = RewardPool(t._recipe, 0.7, 1); p.judge([(t.problem(0), 'x')]); print(p.workers[0].process.pid, flush=True);"
             "p.timeout = 0.1; {}; time.sleep(60)")
-    for busy in ("0", "p.workers[0].send((t.problem(0), 'hang'), 0.1)"):
+    for busy in ("0", "p.workers[0].send((t.problem(0), 'hang', 0.1))"):
         trainer = subprocess.Popen([sys.executable, "-c", code.replace("{}", busy)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         lines = [trainer.stdout.readline() for _ in range(2)]  # the worker's own print comes first or second
         worker = int(next(line for line in lines if line.strip().isdigit()))
@@ -124,13 +124,53 @@ def alive(pid):
 
 def test_scores_of_a_task_with_a_deadline(task):
     problem = task.problem(1)
-    rewards, raised, late = rollout.score(task, problem, ["ab", "hang", "raise", "abc"], [True, True, True, False])
-    assert [r.total for r in rewards] == [4.0, 0.0, 0.0, 0.0] and (raised, late) == (1, 1)
-    task.pool.close()
+    rewards, failures = rollout.score(task, problem, ["ab", "hang", "raise", "abc"], [True, True, True, False])
+    assert [r.total for r in rewards] == [4.0, 0.0, 0.0, 0.0]
+    assert failures == [None, Failure(TIMEOUT, "no answer in 0.7 s"), Failure(RAISED, "RuntimeError: no"), None]
+    task._reward_pool.close()
+
+
+def test_workers_that_die_while_idle_are_replaced(task, pool):
+    problem = task.problem(0)
+    pool.judge([(problem, "x")] * 2)
+    for worker in pool.workers:
+        worker.process.kill()
+        worker.process.wait()
+    assert [r.total for r in pool.judge([(problem, "xy")] * 3)] == [4.0] * 3
+
+
+def test_an_interrupted_question_is_not_answered_later(task, pool, monkeypatch):
+    problem = task.problem(0)
+    pool.judge([(problem, "x")] * 2)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("nanorl.tasks.pool.wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pool.judge([(problem, "long text")] * 2)
+    monkeypatch.undo()
+    assert [r.total for r in pool.judge([(problem, "x")] * 2)] == [2.0] * 2
+
+
+def test_large_texts_and_problems_pass(task, pool):
+    problem = task.problem(0)
+    problem.meta["tests"] = "y" * 3_000_000
+    assert [r.total for r in pool.judge([(problem, "x" * 1_000_000)] * 3)] == [2e6] * 3
+
+
+@pytest.mark.parametrize("how, words", [("raise RuntimeError('no file')", "worker process died"), ("import time; time.sleep(60)", "no answer")])
+def test_a_task_that_workers_cannot_make_is_the_users_mistake(task, tmp_path, monkeypatch, how, words):
+    """It works here, and not there."""
+    monkeypatch.setattr("nanorl.tasks.pool.START", 3.0)
+    (tmp_path / "here.py").write_text(TASK.replace("self.scale = float(scale)", f"self.scale = 1.0\n        if 'pool' in __import__('sys').argv[0]: {how}"))
+    pool = RewardPool((f"{tmp_path / 'here.py'}:Nasty", "train", {}), 0.7, workers=1)
+    with pytest.raises(ValueError, match=words):
+        pool.judge([(task.problem(0), "x")])
+    assert pool.workers == []
 
 
 def test_a_mixture_takes_the_longest_deadline_of_its_tasks(task):
-    assert get_task(f"{task.recipe[0]}=1,counting=1").timeout == task.timeout and get_task("counting=1,binary=1").timeout == 0
+    assert get_task(f"{task._recipe[0]}=1,counting=1").timeout == task.timeout and get_task("counting=1,binary=1").timeout == 0
 
 
 def test_a_task_without_a_deadline_is_asked_here():

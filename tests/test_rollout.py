@@ -12,7 +12,7 @@ from nanorl.tasks.countdown import Countdown
 
 def made(prompt, completions, rewards, task=""):
     return rollout.Rollout(Problem([], "", task=task), prompt, [Completion(ids, [-0.1 * i for i in ids], done) for ids, done in completions],
-                           [str(ids) for ids, _ in completions], [Reward(r, {"correct": r}) for r in rewards])
+                           [str(ids) for ids, _ in completions], [Reward(r, {"correct": r}) for r in rewards], [None] * len(rewards))
 
 
 # Token 0 is sampled, ends a row, and is also the padding: only the record of what was sampled can tell them apart.
@@ -78,13 +78,15 @@ class Bad:
 
 
 def test_a_reward_that_raises_scores_what_silence_does_and_is_counted():
-    rewards, errors, _ = rollout.score(Bad(), None, ["a", "x", "b"], [True] * 3)
+    rewards, failures = rollout.score(Bad(), None, ["a", "x", "b"], [True] * 3)
+    errors = sum(f is not None for f in failures)
     assert [r.total for r in rewards] == [1.0, 0.0, 1.0] and errors == 1  # silence would have earned 1: never above 0
 
     class Signed(Bad):
         def reward(self, problem, text):
             return super().reward(problem, text) if text else Reward(-1.0)
-    rewards, errors, _ = rollout.score(Signed(), None, ["a", "x", "b"], [True] * 3)
+    rewards, failures = rollout.score(Signed(), None, ["a", "x", "b"], [True] * 3)
+    errors = sum(f is not None for f in failures)
     assert [r.total for r in rewards] == [1.0, -1.0, 1.0] and errors == 1  # to break the verifier must not pay
 
 
@@ -102,7 +104,7 @@ def test_a_completion_that_was_cut_off_earns_nothing():
         def reward(self, problem, text):
             return Reward(float(text), {"correct": float(text)})
     rewards, *_ = rollout.score(Task(), None, ["1", "1", "-1"], [True, False, False])
-    assert [r.total for r in rewards] == [1.0, 0.0, -1.0]
+    assert [r.total for r in rewards] == [1.0, -1.0, -1.0]  # float("") raises: then the least of the others is what silence would earn
     assert [r.parts["correct"] for r in rewards] == [1.0, 0.0, 0.0]
 
 
@@ -112,7 +114,8 @@ def test_what_was_cut_off_earns_what_silence_does_however_right_it_is(rewards, n
     task = get_task("0-20", rewards=rewards)
     problem = Problem([], "12", {"numbers": [7, 5], "signs": ["+"]})
     texts = ["#12", "#11", "#35", ""]
-    scored, errors, _ = rollout.score(task, problem, ["#12"] + texts, [True] + [False] * 4)
+    scored, failures = rollout.score(task, problem, ["#12"] + texts, [True] + [False] * 4)
+    errors = sum(f is not None for f in failures)
     assert [r.total for r in scored] == [1] + [nothing] * 4 and errors == 0
     assert all(r.parts == {"format": 0, "answered": 0, "correct": 0} for r in scored[1:])
 
@@ -132,12 +135,14 @@ def test_what_was_cut_off_earns_no_more_than_silence_and_than_zero(silence, othe
             if not text and silence is None:
                 raise RuntimeError("no")
             return Reward(otherwise if text else silence)
-    scored, errors, _ = rollout.score(Task(), None, ["a", "a"], [False, True])
+    scored, failures = rollout.score(Task(), None, ["a", "a"], [False, True])
+    errors = sum(f is not None for f in failures)
     assert [r.total for r in scored] == [expected, otherwise] and errors == 0  # the silence that raised was nobody's
 
 
 def test_a_reward_that_raises_on_what_was_cut_off_is_counted():
-    scored, errors, _ = rollout.score(Bad(), None, ["x", "a"], [False, False])
+    scored, failures = rollout.score(Bad(), None, ["x", "a"], [False, False])
+    errors = sum(f is not None for f in failures)
     assert [r.total for r in scored] == [0, 0] and errors == 1
 
 

@@ -3,6 +3,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from nanorl.tools import table
 
 
@@ -22,6 +24,15 @@ def test_means_over_seeds_with_each_seed_beside_them(tmp_path):
     assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") for line in lines)
     assert lines[2].startswith("| defaults | 1 | 0.0% (0.0) | 100.0% (100.0) | 100.0%")
     assert lines[3].startswith("| beta=0.1 | 8 | 25.0% (25.0, 25.0) | 62.5% (75.0, 50.0) | 40.6% (81.2, 0.0) | 50.0% (100.0, 0.0) | 50.0% (50.0, 50.0) | 7 | 16 |")
+
+
+def test_runs_that_have_not_made_a_step_are_left_out_and_names_must_differ(tmp_path):
+    run(tmp_path / "a", "n=1-0", [1.0], 0.0, 1.0)
+    (tmp_path / "a" / "n=2-0" / "rl").mkdir(parents=True)
+    (tmp_path / "a" / "n=2-0" / "rl" / "metrics.jsonl").write_text(json.dumps({"step": 0, "val/accuracy": 0.5}) + "\n")
+    assert len(table.table(table.read([str(tmp_path / "a")]))) == 3
+    with pytest.raises(SystemExit, match="n=1-0 is in two"):
+        table.read([str(tmp_path / "a")] * 2)
 
 
 def test_a_folder_that_is_not_there_gets_one_line(tmp_path):

@@ -172,7 +172,7 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_and_after_some_the_run_s
     assert all((r["bad_steps"] > 0) == (r["step"] in bad) for r in seen)
 
     said = finish(start(*run("always", f"--task={tmp_path / 'explodes.py'}:Always", "--steps=50", "--max_bad_steps=3")), code=1)
-    assert "3 updates in a row were skipped" in said and len(rows(out / f"always{ranks}" / "rl")) == 4
+    assert "in 3 steps in a row updates were skipped" in said and len(rows(out / f"always{ranks}" / "rl")) == 4
     weights = checkpoint.latest(out / f"always{ranks}" / "rl")
     assert weights.endswith("step_000003") and checkpoint.load_state(weights)["bad"] == 3
     from safetensors.torch import load_file
@@ -274,7 +274,7 @@ def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):  # noqa: F811
     run = [*RL, "--samples_per_prompt=2", "--prompts_per_step=6", "--steps=3", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--run=plain") is None
     assert call("train_rl.py", *run, "--run=once", "--resample=1") is None
-    assert call("train_rl.py", *run, "--run=often", "--resample=50") is None
+    assert call("train_rl.py", *run, "--run=often", "--resample=7") is None
     count = lambda name, step: len({r["group"] for r in records(out / name / "rl" / "rollouts" / f"step_{step:06d}.jsonl.gz")})
     plain, once, often = (rows(out / name / "rl")[1:] for name in ("plain", "once", "often"))
     assert [r["resampled"] for r in plain] == [0, 0, 0]
@@ -294,11 +294,31 @@ def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):  # noqa: F811
     assert all(prompts.count(p) <= 2 * (1 + len(prompts) // 100) for p in set(prompts))  # each problem once a pass
 
 
-def test_masked_overlong_completions_do_not_move_the_weights(out):  # noqa: F811
-    """All are cut off after one token: masked, nothing is left to learn from."""
-    assert call("train_rl.py", *RL, "--run=overlong", "--max_new_tokens=1", "--overlong=mask", "--steps=1", "--task=0-20", f"--model={out / 'a' / 'base'}") is None
-    row = rows(out / "overlong" / "rl")[1]
-    assert row["completions/clipped_ratio"] > 0.9 and row["updated"] == 0.0
+def test_schedule_weights_and_masks_reach_the_loop(out, capsys):  # noqa: F811
+    run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=4"]
+    assert call("train_rl.py", *run, "--run=wired", "--lr_schedule=linear", "--warmup=2", "--reward_weights=correct=3", "--overlong=mask") is None
+    assert call("train_rl.py", *run, "--run=unwired") is None
+    wired, plain = (rows(out / name / "rl")[1:] for name in ("wired", "unwired"))
+    assert [r["lr"] for r in wired] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]) and [r["lr"] for r in plain] == [1e-3] * 4
+    assert wired[0]["reward"] == pytest.approx(3 * wired[0]["reward/correct"], abs=1e-12) and wired[0]["reward/correct"] == plain[0]["reward/correct"]
+    capsys.readouterr()
+    assert call("train_rl.py", *run, "--run=masked", "--overlong=mask") is None
+    assert plain[0]["completions/clipped_ratio"] > 0 and rows(out / "masked" / "rl")[1]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
+    assert "WARNING, step 1: 31% of the completions were cut off" in capsys.readouterr().out
+    assert call("train_rl.py", *run, "--run=masked", "--overlong=mask", "--steps=6") is None
+    assert "were cut off" not in capsys.readouterr().out  # said once a run, also when it was resumed
+
+
+def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "bug.py").write_text("from toy_task import Toy\nclass Bug(Toy):\n    def reward(self, problem, text):\n        return super().reward(problem, text) if len(text) % 3 else 1 / 0\n")
+    run = [*RL, f"--task={tmp_path / 'bug.py'}:Bug", "--run=bug", f"--model={out / 'a' / 'sft'}", "--steps=1"]
+    assert call("train_rl.py", *run) is None
+    said = capsys.readouterr().out
+    assert "the task's reward failed on" in said and "ZeroDivisionError: division by zero" in said and "WARNING, step 1: the task's reward failed on" in said
+    assert call("eval.py", f"--show={out / 'bug'}") is None
+    assert "the reward failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
+    failed = [r for r in records(out / "bug" / "rl" / "rollouts" / "step_000001.jsonl.gz") if "error" in r]
+    assert len(failed) == rows(out / "bug" / "rl")[1]["reward/errors"] > 0 and all(r["reward"] <= 0 for r in failed)
 
 
 # ---- the self-check -------------------------------------------------------------------------------------------
@@ -314,9 +334,9 @@ def test_selfcheck_agrees_in_fp64(out, options, capsys):  # noqa: F811
     assert call("train_rl.py", *run, "--steps=2") is None
     before = rows(out / name / "rl")
     capsys.readouterr()
-    assert call("train_rl.py", *run, "--selfcheck") is None
+    assert call("train_rl.py", *run, "--steps=2", "--selfcheck") is None
     said = capsys.readouterr().out
-    assert "within the bounds" in said and "4 problems, 16 completions" in said
+    assert "within the bounds" in said and "4 problems, 16 completions" in said  # also of a run that has made all its steps
     assert float(re.search(r"norm ([\d.]+e[+-]\d+)", said)[1]) > 0
     assert rows(out / name / "rl") == before  # it leaves everything as it was
 

@@ -72,6 +72,8 @@ def save(directory, step, write_model, state, best_step=None):
         _sync(temporary)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors say it
         shutil.rmtree(temporary, ignore_errors=True)
+        if type(error) is RuntimeError and not re.search("PytorchStreamWriter|inline_container|write", str(error)):
+            raise
         kept = latest(directory)
         raise ValueError(f"step {step} could not be saved in {directory} ({str(error).splitlines()[0]}): free some space and start again; "
                          + (f"the run goes on from {kept}" if kept else "nothing was saved before it")) from error

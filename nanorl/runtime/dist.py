@@ -28,8 +28,10 @@ def setup(device="auto"):
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         timeout = timedelta(hours=1)
         store, number, world = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun keeps its store over --max-restarts, and ranks that start again would find the addresses of the dead ones in it.
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun keeps its store over --max-restarts, and ranks that start again would find the addresses of the dead in it. (The agents
+            # of several nodes count their restarts apart, so there the count is no common name.)
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=world, timeout=timeout)
     return device
 

@@ -86,15 +86,17 @@ class Watch:
         first = self.state["first"]
         for name in ("entropy", "logp_diff/mean"):
             first.setdefault(name, row[name])
-        dead, cut, entropy, gap = (row[name] for name in ("frac_reward_zero_std", "completions/clipped_ratio", "entropy", "logp_diff/mean"))
+        dead, cut, entropy, gap = (row[name] for name in ("frac_learned_zero_std", "completions/clipped_ratio", "entropy", "logp_diff/mean"))
         solved = row.get("reward/correct", row["reward"]) > 0.5
         cure = ("most problems are solved by all their samples: stop here, or take a harder task" if solved else
                 "most problems are solved by none of their samples: more SFT, an easier task, or more --samples_per_prompt")
         found = {
-            "dead 0.5": dead > 0.5 and f"{dead:.0%} of the groups teach nothing (frac_reward_zero_std above 0.5), training has all but stopped; {cure}",
-            "dead 0.25": 0.25 < dead <= 0.5 and f"{dead:.0%} of the groups teach nothing (frac_reward_zero_std above 0.25); {cure}",
+            "dead 0.5": dead > 0.5 and f"{dead:.0%} of the groups that are learnt from teach nothing (above 0.5), training has all but stopped; {cure}",
+            "dead 0.25": 0.25 < dead <= 0.5 and f"{dead:.0%} of the groups that are learnt from teach nothing (above 0.25); {cure}",
             "entropy": entropy < 0.1 * first["entropy"] and f"entropy {entropy:.4f} is below a tenth of the first step's {first['entropy']:.4f}: a problem's samples "
                        "hardly differ any more; a lower --lr, a higher --temperature or a --kl_coef keeps them apart",
+            "errors": row["reward/errors"] + row["reward/timeouts"] > 0 and f"the task's reward failed on {row['reward/errors']} completions and took too long on "
+                      f"{row['reward/timeouts']}: `python eval.py --show=` this run shows which, and why",
             "cut": cut > 0.2 and f"{cut:.0%} of the completions were cut off, and earn nothing: raise --max_new_tokens, or teach the model to stop (SFT)",
             "gap": gap > max(5 * first["logp_diff/mean"], 1e-9) and f"sampler and learner differ by {gap:.1e} a token, more than 5 times the first step's "
                    f"{first['logp_diff/mean']:.1e}: samples are no longer quite from the policy that learns; --dtype=fp32, or a lower --lr"}

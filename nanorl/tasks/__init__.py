@@ -13,6 +13,7 @@
 """
 import difflib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -36,7 +37,7 @@ def get_task(name, split="train", **settings):
     """A task by name, a user's own by path.py:Class, or a mixture, 'sum3=50,counting=50'. In a mixture a setting goes to
     every task, or to one when it is written name.setting. Raises ValueError for what is not there or does not fit."""
     task = _mixture(name, split, settings) if "," in name or re.search(r"=\d+$", name) else _single(name, split, settings)
-    task.recipe = (name, split, settings)  # from which a worker process makes the same task
+    task._recipe = (name, split, settings)  # from which a worker process makes the same task
     return task
 
 
@@ -114,7 +115,9 @@ def parse_weights(text):
         try:
             weights[name] = float(value)
         except ValueError:
-            raise ValueError(f"reward_weights: {name}={value}: the weight must be a number") from None
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]):
+            raise ValueError(f"reward_weights: {name}={value}: the weight must be a finite number")
     return weights
 
 

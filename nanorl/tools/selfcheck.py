@@ -50,19 +50,17 @@ def group_advantages(r, kind):
     return [{"mean": x - mean, "loo": x - (sum(r) - x) / (G - 1), "zscore": (x - mean) / (std + 1e-4)}[kind] for x in r]
 
 
-def row_loss(l, old, ref, a, length, s):
-    """One completion's part of the loss, times the denominator: log-probs l, the sampler's old, the reference's ref, (T,) each."""
-    loss = 0.0
-    for t in range(length):
-        d = l[t] - ref[t]
-        at = a - s["kl_coef"] * sum(old[u] - ref[u] for u in range(t, length)) if s["kl_estimator"] == "k1-in-reward" else a
-        rho, low, high = (l[t] - old[t]).exp(), 1 - s["clip_low"], 1 + s["clip_high"]
-        gain, weight = at * l[t], 1.0
-        if s["updates_per_rollout"] > 1:
-            gain, weight = torch.minimum(rho * at, rho.clamp(low, high) * at), rho.detach()
-        penalty = {"k1-in-reward": 0.0, "k2": d ** 2 / 2, "k3": (-d).exp() - 1 + d}[s["kl_estimator"]]
-        loss = loss - (gain - s["kl_coef"] * weight * penalty)
-    return loss * {"token": 1.0, "sequence": 1 / length, "constant": 1 / s["max_new_tokens"]}[s["loss_norm"]]
+def row_loss(l, old, ref, a, s):
+    """One completion's part of the loss, times the denominator: its log-probs l, the sampler's old, the reference's ref, (T,) each."""
+    d, rho = l - ref, (l - old).exp()
+    if s["kl_estimator"] == "k1-in-reward":
+        a = a - s["kl_coef"] * (old - ref).flip(0).cumsum(0).flip(0)  # of this token and all later ones
+    gain, weight = a * l, 1.0
+    if s["updates_per_rollout"] > 1:
+        gain, weight = torch.minimum(rho * a, rho.clamp(1 - s["clip_low"], 1 + s["clip_high"]) * a), rho.detach()
+    penalty = {"k1-in-reward": 0 * d, "k2": d ** 2 / 2, "k3": (-d).exp() - 1 + d}[s["kl_estimator"]]
+    loss = -(gain - s["kl_coef"] * weight * penalty).sum()
+    return loss * {"token": 1.0, "sequence": 1 / len(l), "constant": 1 / s["max_new_tokens"]}[s["loss_norm"]]
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------
@@ -84,7 +82,7 @@ def naive(model, reference, rollouts, s):
             ref = row_logprobs(w_ref, model.config, ids, s["temperature"])[len(prompt) - 1:] if w_ref else l.detach()
         found.append(l.detach())
         if is_in:
-            (row_loss(l, torch.tensor(c.logprobs, dtype=torch.float64, device=ids.device), ref, a, len(c.ids), s) / N).backward()
+            (row_loss(l, torch.tensor(c.logprobs, dtype=torch.float64, device=ids.device), ref, a, s) / N).backward()
     return {name: p.grad for name, p in w.items()}, found, groups
 
 

@@ -39,7 +39,7 @@ def lines(directory, step=0, prompt=-1):
             r = some[0]
             parts = ", ".join(f"{name} {value:g}" for name, value in r["parts"].items())
             result.append(f"  {len(some)} x reward {r['reward']:g} ({parts}), advantage {r['advantage']:+.3f}, {r['tokens']} tokens"
-                          + (", cut off" if r["finish"] == "length" else ""))
+                          + (", cut off" if r["finish"] == "length" else "") + (f"; the reward failed: {r['error']}" if "error" in r else ""))
             result += indented(r["completion"], "      ")
     return result
 

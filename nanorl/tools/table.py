@@ -1,7 +1,8 @@
 """Folders of RL runs, <what>-<seed>/rl each, as one Markdown table: `python -m nanorl.tools.table out/journal/baseline out/journal/kl`.
 
-A row is what was varied; numbers are means over its seeds, with each seed's in brackets. `all steps` is the mean training reward over
-the whole run, which tells how fast it learnt; `last 5` that of its last five steps; greedy is on held-out problems."""
+A row is what was varied; numbers are means over its seeds, with each seed's in brackets. `solved, all steps` is the share of the training samples that
+were right over the whole run, which tells how fast it learnt; `last 5` that of its last five steps; greedy is on held-out problems. Runs that have not
+made a step yet are left out."""
 import json
 import os
 import re
@@ -16,7 +17,11 @@ def read(directories):
             path, match = os.path.join(directory, name, "rl", "metrics.jsonl"), re.fullmatch(r"(.+)-(\d+)", name)
             if match and os.path.exists(path):
                 with open(path, encoding="utf-8") as f:
-                    runs.setdefault(match[1], {})[int(match[2])] = [json.loads(line) for line in f]
+                    rows = [json.loads(line) for line in f]
+                if int(match[2]) in runs.get(match[1], {}):
+                    sys.exit(f"{name} is in two of the folders: a table has one row of each name")
+                if any("reward" in row for row in rows):
+                    runs.setdefault(match[1], {})[int(match[2])] = rows
     return runs
 
 
