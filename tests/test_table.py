@@ -26,6 +26,19 @@ def test_means_over_seeds_with_each_seed_beside_them(tmp_path):
     assert lines[3].startswith("| beta=0.1 | 8 | 25.0% (25.0, 25.0) | 62.5% (75.0, 50.0) | 40.6% (81.2, 0.0) | 50.0% (100.0, 0.0) | 50.0% (50.0, 50.0) | 7 | 16 |")
 
 
+def test_differences_are_paired_by_seed_with_an_interval(tmp_path):
+    stats = pytest.importorskip("scipy.stats")
+    for seed, (a, b) in enumerate([(0.5, 0.6), (0.7, 0.75), (0.2, 0.35)]):
+        run(tmp_path / "x", f"none-{seed}", [a], 0.0, a)
+        run(tmp_path / "x", f"some-{seed}", [b], 0.0, b)
+    run(tmp_path / "x", "some-7", [0.0], 0.0, 0.0)  # a seed that the other has not
+    line, = table.differences(table.read([str(tmp_path / "x")]))
+    low, high = stats.t.interval(0.95, 2, 10.0, stats.sem([10.0, 5.0, 15.0]))
+    assert f"greedy after +10.0 [{low:+.1f}, {high:+.1f}]" in line and line.endswith("3 seeds")
+    for df, t in table.T.items():
+        assert t == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
+
+
 def test_runs_that_have_not_made_a_step_are_left_out_and_names_must_differ(tmp_path):
     run(tmp_path / "a", "n=1-0", [1.0], 0.0, 1.0)
     (tmp_path / "a" / "n=2-0" / "rl").mkdir(parents=True)

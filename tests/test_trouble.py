@@ -74,6 +74,8 @@ def test_ranks_give_the_rows_of_one(out, ranks, options):  # noqa: F811
     finish(process)
     assert_rows_agree(rows(out / f"{name}one" / "rl"), rows(out / name / "rl"))
     assert completions(out / f"{name}one" / "rl") == completions(out / name / "rl")
+    said = finish(torchrun(*RL, *options, f"--run={name}", model, "--steps=4", "--selfcheck", ranks=ranks))
+    assert "within the bounds" in said and "(bound 1e-10)" in said  # the summed gradient itself, against one row at a time
 
 
 def test_two_nodes_on_loopback_give_the_one_process_result(out):  # noqa: F811

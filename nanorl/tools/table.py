@@ -2,7 +2,8 @@
 
 A row is what was varied; numbers are means over its seeds, with each seed's in brackets. `solved, all steps` is the share of the training samples that
 were right over the whole run, which tells how fast it learnt; `last 5` that of its last five steps; greedy is on held-out problems. Runs that have not
-made a step yet are left out."""
+made a step yet are left out. Under the table, each row's difference from the first, paired by seed: mean and 95% interval (Student's t over seeds), which says
+what so few seeds can show."""
 import json
 import os
 import re
@@ -50,7 +51,32 @@ def table(runs):
     return lines
 
 
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5% points by degrees of freedom
+
+
+def differences(runs):
+    """{what: {seed: rows}} -> lines: each row's difference from the first over the seeds that both have."""
+    (first, base), *others = runs.items()
+    lines = []
+    for what, seeds in others:
+        both = sorted(seeds.keys() & base.keys())
+        cells = []
+        for name in ("greedy after", "solved, all steps"):
+            d = [100 * (numbers(seeds[seed])[name] - numbers(base[seed])[name]) for seed in both]
+            mean = sum(d) / len(d) if d else 0.0
+            if len(d) < 2:
+                cells.append(f"{name} {mean:+.1f} (one seed: no interval)" if d else f"{name}: no seed in common")
+                continue
+            half = T.get(len(d) - 1, 1.96) * (sum((x - mean) ** 2 for x in d) / (len(d) - 1) / len(d)) ** 0.5
+            cells.append(f"{name} {mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]")
+        lines.append(f"{what} - {first}, points: {'; '.join(cells)}; {len(both)} seeds")
+    return lines
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not all(map(os.path.isdir, sys.argv[1:])):
         sys.exit("usage: python -m nanorl.tools.table <folders of runs>, such as out/journal/kl")
-    print(*table(read(sys.argv[1:])), sep="\n")
+    runs = read(sys.argv[1:])
+    if not runs:
+        sys.exit(f"no runs in {', '.join(sys.argv[1:])}")
+    print(*table(runs), "", *differences(runs), sep="\n")
