@@ -149,7 +149,7 @@ def test_an_interrupted_question_is_not_answered_later(task, pool, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pool.judge([(problem, "long text")] * 2)
     monkeypatch.undo()
-    assert [r.total for r in pool.judge([(problem, "x")] * 2)] == [2.0] * 2
+    assert pool.judge([(problem, "x")])[0].total == 2.0
 
 
 def test_large_texts_and_problems_pass(task, pool):
