@@ -87,9 +87,9 @@ class Watch:
         for name in ("entropy", "logp_diff/mean"):
             first.setdefault(name, row[name])
         dead, cut, entropy, gap = (row[name] for name in ("frac_learned_zero_std", "completions/clipped_ratio", "entropy", "logp_diff/mean"))
-        solved = row.get("reward/correct", row["reward"]) > 0.5
-        cure = ("most problems are solved by all their samples: stop here, or take a harder task" if solved else
-                "most problems are solved by none of their samples: more SFT, an easier task, or more --samples_per_prompt")
+        right = row.get("reward/correct", row["reward"])
+        cure = (f"most samples are right ({right:.0%}): stop here, or take a harder task" if right > 0.5 else
+                f"most samples are wrong ({right:.0%} right): more SFT, an easier task, or more --samples_per_prompt")
         found = {
             "dead 0.5": dead > 0.5 and f"{dead:.0%} of the groups that are learnt from teach nothing (above 0.5), training has all but stopped; {cure}",
             "dead 0.25": 0.25 < dead <= 0.5 and f"{dead:.0%} of the groups that are learnt from teach nothing (above 0.25); {cure}",
