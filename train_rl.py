@@ -23,7 +23,7 @@ from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, Watch, duration, size, size_of
 from nanorl.tasks import Reward, get_stages, parse_settings, parse_weights
 from nanorl.tokenizer import Tokenizer
-from nanorl.tools import selfcheck as selfchecks
+from nanorl.tools import bench, selfcheck as selfchecks
 
 # ---- run
 run = ""  # folder under out/; empty: d<depth>
@@ -115,7 +115,9 @@ def main():
     log.cut(state["step"] if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
         engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
-    work = 0.0  # FLOPs of this rank in this step
+    flop_rate, copy_rate = machine_rates(place, compute_dtype)
+    nothing = dict(rollout=0.0, learner=0.0, bytes=0.0)
+    work = dict(nothing)  # of this rank in this step: FLOPs of either half, and bytes that decoding had to read
 
     @lru_cache(maxsize=2)  # a mixture's can have millions of places
     def order(epoch, n):
@@ -133,12 +135,12 @@ def main():
 
     def sample(step, source, pairs):
         """(number, problem) pairs -> Rollouts of G scored completions each, for this rank's share of the problems."""
-        nonlocal work
         mine = pairs[dist.share(len(pairs))]
         keys = [rollout.prompt_key(seed, step, number) for number, _ in mine]
         rollouts = rollout.generate(engine, tokenizer, source, [p for _, p in mine], keys, G, max_new_tokens, temperature, part_weights=part_weights)
         stats = engine.stats
-        work += policy.config.flops(stats["prompt_tokens"] + stats["row_steps"], stats["attended"], len(mine) + stats["row_steps"])
+        work["rollout"] += policy.config.flops(stats["prompt_tokens"] + stats["row_steps"], stats["attended"], len(mine) + stats["row_steps"])
+        work["bytes"] += engine.bytes_decoded()
         return rollouts
 
     def replace_dead(step, source, rollouts, drawn):
@@ -157,18 +159,16 @@ def main():
 
     def with_reference(batch):
         """A micro-batch with the reference's log-probs (N,) of its tokens; k1 goes into the advantages, before any update."""
-        nonlocal work
         if reference is None:
             return batch
         with torch.no_grad():
             logprobs, _ = reference.logprobs(reference.hidden(batch.ids)[batch.predicts], batch.targets, temperature)  # (N,)
-        work += policy.config.flops(batch.inputs, batch.attended, len(logprobs))
+        work["learner"] += policy.config.flops(batch.inputs, batch.attended, len(logprobs))
         lowered = kl_coef * grpo.kl_to_go(batch.logprobs, logprobs, batch.predicts) if kl_estimator == "k1-in-reward" else 0.0
         return batch._replace(reference=logprobs.double(), advantages=batch.advantages - lowered)
 
     def learn(batch, denominator):
         """One micro-batch: forward, loss, backward. Returns sums over its tokens, for the log."""
-        nonlocal work
         h = policy.hidden(batch.ids)[batch.predicts]  # (N, C): the head runs only where a token was sampled
         logprobs, entropy = policy.logprobs(h, batch.targets, temperature, with_entropy=True)  # (N,), (N,)
         old = batch.logprobs if updates_per_rollout > 1 else None  # (N,) the sampler's; None: on-policy, the ratio is 1
@@ -179,7 +179,7 @@ def main():
         if reference is not None and kl_estimator != "k1-in-reward":
             objective = objective - kl_coef * grpo.kl(logprobs, batch.reference, kl_estimator, old)
         grpo.policy_loss(objective, batch.weights, denominator).backward()
-        work += 3 * policy.config.flops(batch.inputs, batch.attended, len(logprobs))
+        work["learner"] += 3 * policy.config.flops(batch.inputs, batch.attended, len(logprobs))
         return {**grpo.token_sums(logprobs, batch.logprobs, entropy, batch.advantages, batch.reference, clip_low, clip_high),
                 "inputs": batch.inputs, "padded": batch.ids.numel()}
 
@@ -193,7 +193,7 @@ def main():
         return dist.broadcast({f"val/{k}": v for k, v in evaluate.summary(results).items()} if dist.is_main() else None)
 
     # ---- before the first step: what this run will do, and whether it can learn anything
-    log.card(stage="rl", settings=settings, start=origin, device_rows=engine.max_rows, world_size=dist.world_size(),
+    log.card(stage="rl", settings=settings, start=origin, device_rows=engine.max_rows, flop_rate=flop_rate, copy_rate=copy_rate, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place), params=policy.config.n_params()[0])
     dist.say(f"rl    from {point or start}: {policy.config.n_params()[0]:,} parameters, {compute_dtype} on {dist.world_size()} x {place.type}\n"
              f"      {task}: {problems or len(stages[-1][1]):,} training problems{' in its last stage' if len(stages) > 1 else ''}\n"
@@ -214,7 +214,8 @@ def main():
     dist.catch_signals()
     started = time.time()
     for step in range(state["step"], max(steps, state["step"] + selfcheck)):
-        t0, work = time.time(), 0.0
+        t0 = time.time()
+        work.update(nothing)
         source, pairs = problems_of(step, drawn, P)  # P problems for (seed, step)
         rollouts = sample(step, source, pairs)  # ids -> text -> rewards, of this rank's groups
         rollouts, left, drawn = replace_dead(step, source, rollouts, drawn + P)  # nothing leaves unless --resample is set
@@ -242,7 +243,8 @@ def main():
         # ---- the log
         row = rollout_row(dist.gather(rollouts), dist.gather(left), dist.gather(advantages.tolist()), log, step + 1, tokenizer)
         row = dist.broadcast(row)
-        flops += dist.total(work)
+        done = dist.totals(work)
+        flops += done["rollout"] + done["learner"]
         bad = 0 if all(map(math.isfinite, norms)) else bad + 1
         rollout_time, step_time = dist.total(t1 - t0, "max"), dist.total(t2 - t0, "max")  # of the slowest rank
         first = over_ranks(learned[0])
@@ -252,6 +254,7 @@ def main():
             "grad_norm": norms[-1], **{f"grad_norm/{part}": n for part, n in part_norms.items()}, "bad_steps": bad,
             "updated": sum(0 < n < math.inf for n in norms) / len(norms), "lr": rate * scale, "flops_total": flops,
             "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": first["tokens"] / (step_time - rollout_time),
+            "mbu": done["bytes"] / rollout_time / dist.world_size() / copy_rate, "mfu": done["learner"] / (step_time - rollout_time) / dist.world_size() / flop_rate,
             "time/rollout": rollout_time, "time/learner": step_time - rollout_time})
         last = step + 1 == steps
         if last or (eval_every and (step + 1) % eval_every == 0):
@@ -325,6 +328,12 @@ def update_in_words():
     words += [f"KL {kl_coef:g} ({kl_estimator})"] if kl_coef else []
     words += [f"dead groups replaced up to {resample} times"] if resample else []
     return ", ".join(words + (["cut-off completions left out"] if overlong == "mask" else []))
+
+
+def machine_rates(place, kind):
+    """This device's matrix rate in the activations' precision, FLOP/s, and its copy rate, bytes/s, measured now: what mfu and mbu are shares of."""
+    large = place.type == "cuda"
+    return bench.matrix_rate(kind, place, 8192 if large else 1024, tries=3), bench.copy_rate(place, 2 ** 28 if large else 2 ** 23, tries=3)
 
 
 def over_ranks(learned):

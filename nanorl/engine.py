@@ -207,7 +207,8 @@ class _Batch:
 
 class Engine:
     """`max_rows`: most rows decoded at once, 0 for no limit. `stats` of the last call: `row_steps` (rows times
-    decode steps executed), `steps`, `prompt_tokens` prefilled, `new_tokens` kept, `attended` (query, key) pairs."""
+    decode steps executed), `steps`, `prompt_tokens` prefilled, `new_tokens` kept, `attended` (query, key) pairs,
+    `cached` keys read by decode steps, a prompt's once for all its rows."""
 
     def __init__(self, model, max_rows=0):
         self.learner, self.max_rows, self.stats = model, max_rows, {}
@@ -221,6 +222,13 @@ class Engine:
         if self.model is not self.learner:
             for mine, theirs in zip(self.model.parameters(), self.learner.parameters()):
                 mine.copy_(theirs)
+
+    def bytes_decoded(self):
+        """Bytes that the last call's decode steps had to read: every weight once a step, a prompt's cache once a step for all its rows, and each
+        row's own. What memory bandwidth bounds, however many rows there are."""
+        c, size = self.learner.config, self.learner.compute_dtype.itemsize
+        cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * self.stats["cached"]
+        return size * (self.stats["steps"] * c.n_params()[1] + cached)
 
     def bytes_per_row(self, new_tokens):
         """Memory that one more row takes while it is decoded: its suffix cache, as much again for its prompt (which
@@ -257,7 +265,7 @@ class Engine:
         for the context, or fewer places than samples."""
         P, G, N = len(prompts), samples_per_prompt, max_new_tokens
         self._check(prompts, G, N)
-        self.stats = dict(row_steps=0, steps=0, prompt_tokens=0, new_tokens=0, attended=0)
+        self.stats = dict(row_steps=0, steps=0, prompt_tokens=0, new_tokens=0, attended=0, cached=0)
         if P == 0:
             return []
         device = next(self.model.parameters()).device
@@ -300,6 +308,7 @@ class Engine:
                 self.stats["steps"] += 1
                 self.stats["row_steps"] += batch.n
                 self.stats["attended"] += int(batch.age.sum() + batch.prompt_lens[batch.prompt].sum())
+                self.stats["cached"] += int(batch.age.sum() + batch.prompt_lens.sum())
                 take(slice(0, batch.n), logits)
             gone = batch.age >= N  # (n,) bool
             if self.stats["steps"] % look_every == 0:

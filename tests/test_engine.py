@@ -180,3 +180,15 @@ def test_mistakes_are_named():
         with pytest.raises(ValueError, match=word):
             Engine(model, 8).generate(**arguments)
     assert Engine(model).generate([]) == []
+
+
+def test_the_bytes_that_decoding_reads_by_hand():
+    """Two prompts of 3 and 5 tokens, two rows each, three tokens: two decode steps, in which every weight is read, each prompt's cache once, and 1 then 2
+    keys of each row's own."""
+    model = toy_model(dtype=torch.float64)
+    engine = Engine(model)
+    engine.generate([[1, 2, 3], [1, 2, 3, 4, 5]], 2, 3)
+    c = model.config
+    per_token = 2 * c.n_layer * c.n_kv_head * c.head_dim
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    assert engine.bytes_decoded() == 8 * (2 * weights + per_token * (2 * (3 + 5) + 4 * (1 + 2)))

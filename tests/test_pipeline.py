@@ -20,7 +20,7 @@ SMALL = ["--depth=1", "--task=0-20", "--device=cpu"]
 TOY = "--task=" + os.path.join(ROOT, "tests", "toy_task.py") + ":Toy"
 RL = SMALL + [TOY, "--prompts_per_step=4", "--samples_per_prompt=4", "--max_new_tokens=12", "--eval_problems=10", "--probe_prompts=4", "--steps=6",
               "--device_rows=8", "--eval_every=2", "--save_every=1", "--lr=1e-3", "--dtype=fp64"]
-MEASURED = ("time", "tok_per_s/", "time/", "memory/")  # fields of the clock and the machine
+MEASURED = ("time", "tok_per_s/", "time/", "memory/", "mfu", "mbu")  # fields of the clock and the machine
 
 
 def call(script, *arguments):

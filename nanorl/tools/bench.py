@@ -36,23 +36,39 @@ model = ""  # flips: a model directory, or a stage's
 task = "sum3"  # flips: its task
 
 
+def best(work, tries):
+    """Shortest of some runs of work(), in seconds, after one to warm up."""
+    times = []
+    for _ in range(tries + 1):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
+def matrix_rate(kind, device="cpu", n=2048, tries=5):
+    """FLOP/s of n x n products in a precision."""
+    a = torch.randn(n, n, device=device).to(kind)
+
+    def work():
+        a @ a
+        dist.synchronize(a.device)
+    return 2 * n ** 3 / best(work, tries)
+
+
+def copy_rate(device="cpu", n=2 ** 26, tries=5):
+    """Bytes read and written a second by copying n fp32 numbers."""
+    source, target = torch.zeros(n, device=device), torch.zeros(n, device=device)
+
+    def work():
+        target.copy_(source)
+        dist.synchronize(source.device)
+    return 8 * n / best(work, tries)
+
+
 def rates():
-    """GFLOP/s of fp32 and bf16 2048^3 products and GB/s of copying 256 MB (bytes read and written), best of 5."""
-    def best(f, work):
-        f()
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            f()
-            times.append(time.perf_counter() - begun)
-        return work / min(times) / 1e9
-    result = {}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        a = torch.randn(2048, 2048).to(kind)
-        result[f"{name}_gflops"] = round(best(lambda: a @ a, 2 * 2048 ** 3))
-    source, target = torch.zeros(2 ** 26), torch.zeros(2 ** 26)
-    result["copy_gb_s"] = round(best(lambda: target.copy_(source), 2 * 2 ** 28), 1)
-    return result
+    """GFLOP/s of fp32 and bf16 2048^3 products and GB/s of copying 256 MB, best of 5."""
+    return dict(fp32_gflops=round(matrix_rate(torch.float32) / 1e9), bf16_gflops=round(matrix_rate(torch.bfloat16) / 1e9), copy_gb_s=round(copy_rate() / 1e9, 1))
 
 
 class PlainGPT(nn.Module):
