@@ -114,9 +114,8 @@ import json, os, runpy, sys
 from nanorl import tasks
 from test_eval import QUICK, missing
 tasks.TASKS = QUICK | ({"binary": missing} if os.environ["RANK"] == "1" else {})
-for port, arguments in enumerate(json.loads(sys.argv[1]), 29641):
-    os.environ["MASTER_PORT"], sys.argv = str(port), ["eval.py", *arguments]
-    runpy.run_path("eval.py", run_name="__main__")
+sys.argv = ["eval.py", *json.loads(sys.argv[1])]
+runpy.run_path("eval.py", run_name="__main__")
 """
 
 
@@ -126,11 +125,12 @@ def test_two_ranks_give_the_results_of_one(models, monkeypatch):
     runs = [[*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"], [*few, "--task=all", f"--model={models[1]}"]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])}
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps(runs)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    said = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
-    assert said[1][0] == ""  # the first rank speaks
+    for port, arguments in enumerate(runs, 29641):
+        ranks = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps(arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                  env={**environment, "RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port)}) for r in range(2)]
+        said = [process.communicate(timeout=120) for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], said
+        assert said[1][0] == ""  # the first rank speaks
     names = [f"compare.{TOY_FILE}.val.json", "all.val.json"]
     two = [written(models[1], name) for name in names]
     assert list(two[1]["skipped"]) == ["binary"] and "0-20" in two[1]["tasks"]

@@ -65,7 +65,22 @@ def run(main):
         sys.exit(f"error: {line}")
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            _leave(sys.exc_info()[1])
+
+
+def _leave(end):
+    """End one of several ranks. Where main() has returned or said how to end, the process ends here and now: torch's threads are sometimes still there
+    when the interpreter takes its library down, and a run that had saved everything then died with SIGABRT (once in some thirty)."""
+    if end is not None and not isinstance(end, SystemExit):
+        dist.destroy_process_group()  # a defect, whose traceback is wanted
+        return
+    code = getattr(end, "code", 0)
+    if end is None:
+        barrier()  # nobody leaves while another still waits for it
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(1 if isinstance(code, str) else code or 0)
 
 
 def _one_line(error):
