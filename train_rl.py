@@ -8,6 +8,7 @@ problem; one update. Follow main() from "the loop" on: each step of the algorith
 is no ratio to clip; a KL term, several updates per rollout and DAPO's resampling are one constant away."""
 import math
 import time
+from collections import Counter
 from functools import lru_cache
 
 import numpy as np
@@ -115,9 +116,8 @@ def main():
     log.cut(state["step"] if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
         engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
-    flop_rate, copy_rate = machine_rates(place, compute_dtype)
-    nothing = dict(rollout=0.0, learner=0.0, bytes=0.0)
-    work = dict(nothing)  # of this rank in this step: FLOPs of either half, and bytes that decoding had to read
+    flop_rate, copy_rate = bench.device_rates(place, compute_dtype)  # what mfu and mbu are shares of
+    work = Counter()  # of this rank in this step: FLOPs of either half, and bytes that decoding had to read
 
     @lru_cache(maxsize=2)  # a mixture's can have millions of places
     def order(epoch, n):
@@ -215,7 +215,7 @@ def main():
     started = time.time()
     for step in range(state["step"], max(steps, state["step"] + selfcheck)):
         t0 = time.time()
-        work.update(nothing)
+        work.clear()
         source, pairs = problems_of(step, drawn, P)  # P problems for (seed, step)
         rollouts = sample(step, source, pairs)  # ids -> text -> rewards, of this rank's groups
         rollouts, left, drawn = replace_dead(step, source, rollouts, drawn + P)  # nothing leaves unless --resample is set
@@ -243,7 +243,7 @@ def main():
         # ---- the log
         row = rollout_row(dist.gather(rollouts), dist.gather(left), dist.gather(advantages.tolist()), log, step + 1, tokenizer)
         row = dist.broadcast(row)
-        done = dist.totals(work)
+        done = dist.totals({name: work[name] for name in ("rollout", "learner", "bytes")})
         flops += done["rollout"] + done["learner"]
         bad = 0 if all(map(math.isfinite, norms)) else bad + 1
         rollout_time, step_time = dist.total(t1 - t0, "max"), dist.total(t2 - t0, "max")  # of the slowest rank
@@ -328,12 +328,6 @@ def update_in_words():
     words += [f"KL {kl_coef:g} ({kl_estimator})"] if kl_coef else []
     words += [f"dead groups replaced up to {resample} times"] if resample else []
     return ", ".join(words + (["cut-off completions left out"] if overlong == "mask" else []))
-
-
-def machine_rates(place, kind):
-    """This device's matrix rate in the activations' precision, FLOP/s, and its copy rate, bytes/s, measured now: what mfu and mbu are shares of."""
-    large = place.type == "cuda"
-    return bench.matrix_rate(kind, place, 8192 if large else 1024, tries=3), bench.copy_rate(place, 2 ** 28 if large else 2 ** 23, tries=3)
 
 
 def over_ranks(learned):

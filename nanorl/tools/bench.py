@@ -66,6 +66,12 @@ def copy_rate(device="cpu", n=2 ** 26, tries=5):
     return 8 * n / best(work, tries)
 
 
+def device_rates(device, kind):
+    """A quick look at this device now: its matrix rate in a precision, FLOP/s, and its copy rate, bytes/s."""
+    large = device.type == "cuda"
+    return matrix_rate(kind, device, 8192 if large else 1024, tries=3), copy_rate(device, 2 ** 28 if large else 2 ** 23, tries=3)
+
+
 def rates():
     """GFLOP/s of fp32 and bf16 2048^3 products and GB/s of copying 256 MB, best of 5."""
     return dict(fp32_gflops=round(matrix_rate(torch.float32) / 1e9), bf16_gflops=round(matrix_rate(torch.bfloat16) / 1e9), copy_gb_s=round(copy_rate() / 1e9, 1))
