@@ -1,4 +1,5 @@
 """Ranks, device and precision. Every collective is a no-op on one rank, so no caller branches on the world size."""
+import contextlib
 import errno
 import os
 import re
@@ -75,8 +76,9 @@ def _leave(end):
         dist.destroy_process_group()  # a defect, whose traceback is wanted
         return
     code = getattr(end, "code", 0)
-    if end is None:
-        barrier()  # nobody leaves while another still waits for it
+    with contextlib.suppress(RuntimeError):  # a rank that is gone already is not waited for
+        if end is None:
+            barrier()  # nobody leaves while another still waits for it
     if isinstance(code, str):
         print(code, file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
