@@ -91,7 +91,7 @@ class Watch:
         cure = (f"most samples are right ({right:.0%}): stop here, or take a harder task" if right > 0.5 else
                 f"most samples are wrong ({right:.0%} right): more SFT, an easier task, or more --samples_per_prompt")
         found = {
-            "dead 0.5": dead > 0.5 and f"{dead:.0%} of the groups that are learnt from teach nothing (above 0.5), training has all but stopped; {cure}",
+            "dead 0.5": dead > 0.5 and f"{dead:.0%} of the groups that are learnt from teach nothing (above 0.5), so little is learnt any more; {cure}",
             "dead 0.25": 0.25 < dead <= 0.5 and f"{dead:.0%} of the groups that are learnt from teach nothing (above 0.25); {cure}",
             "entropy": entropy < 0.1 * first["entropy"] and f"entropy {entropy:.4f} is below a tenth of the first step's {first['entropy']:.4f}: a problem's samples "
                        "hardly differ any more; a lower --lr, a higher --temperature or a --kl_coef keeps them apart",
