@@ -98,7 +98,7 @@ def main():
     part_weights = parse_weights(reward_weights)
     engine = Engine(policy, device_rows)
     P, G = prompts_per_step, samples_per_prompt
-    check_problems(stages)
+    check_problems(stages, part_weights)
     if point:
         state = checkpoint.load_state(point)
         load_states(optimizers, state["optimizers"])
@@ -247,13 +247,13 @@ def main():
         flops += done["rollout"] + done["learner"]
         bad = 0 if all(map(math.isfinite, norms)) else bad + 1
         rollout_time, step_time = dist.total(t1 - t0, "max"), dist.total(t2 - t0, "max")  # of the slowest rank
-        first = over_ranks(learned[0])
-        row.update(grpo.token_metrics(first, over_ranks(learned[-1])))
+        sums = [over_ranks(one) for one in learned]  # of each update
+        row.update(grpo.token_metrics(sums[0], sums[-1]))
         row.update({
-            "padding": 1 - first["inputs"] / first["padded"],
+            "padding": 1 - sums[0]["inputs"] / sums[0]["padded"],
             "grad_norm": norms[-1], **{f"grad_norm/{part}": n for part, n in part_norms.items()}, "bad_steps": bad,
             "updated": sum(0 < n < math.inf for n in norms) / len(norms), "lr": rate * scale, "flops_total": flops,
-            "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": first["tokens"] / (step_time - rollout_time),
+            "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": sums[0]["tokens"] / (step_time - rollout_time),
             "mbu": done["bytes"] / rollout_time / dist.world_size() / copy_rate, "mfu": done["learner"] / (step_time - rollout_time) / dist.world_size() / flop_rate,
             "time/rollout": rollout_time, "time/learner": step_time - rollout_time})
         last = step + 1 == steps
@@ -305,7 +305,7 @@ def check_settings(start):
     grpo.token_weights(torch.ones(1, 1), loss_norm)  # and so does this
 
 
-def check_problems(stages):
+def check_problems(stages, part_weights):
     """Refuse a step that asks for more different problems than there are, and a fixed set that is none."""
     for _, source in stages:
         n, most = problems or len(source), prompts_per_step * (1 + resample)
@@ -314,9 +314,9 @@ def check_problems(stages):
         if most > n:
             raise ValueError(f"--prompts_per_step={prompts_per_step}{f' --resample={resample}' if resample else ''}: a step may ask for {most:,} different "
                              f"problems, and the run has {n:,}: lower it, or raise --problems")
-        for result in rollout.judge(source, [(source.problem(i), "") for i in range(min(n, 20))]) if reward_weights else []:
+        for result in rollout.judge(source, [(source.problem(i), "") for i in range(min(n, 20))]) if part_weights else []:
             if isinstance(result, Reward):
-                rollout.weighted(result, parse_weights(reward_weights))  # raises for a part that the task does not give
+                rollout.weighted(result, part_weights)  # raises for a part that the task does not give
         different = len({str(source.problem(i).prompt) for i in range(problems)})
         if different < problems:
             raise ValueError(f"--problems={problems}: the first {problems} problems of {task} are only {different} different ones")
@@ -344,7 +344,7 @@ def forecast(sample, learn, problems_of, tokenizer, directory, n_params, place):
     mine = sample("probe", source, pairs)
     sampling = time.time() - begun
     begun = time.time()
-    ones = torch.ones(len(mine), G, dtype=torch.float64)
+    ones = torch.ones(len(mine), G, dtype=torch.float64)  # (P, G) as advantages and weights
     for batch in rollout.micro_batches(mine, ones, ones, device_tokens, place):
         learn(batch)
     seconds = dist.total((sampling + (time.time() - begun) * updates_per_rollout) / len(pairs) * P, "max")
@@ -364,12 +364,12 @@ def rollout_row(rollouts, left, advantages, log, step, tokenizer):
     """On the first rank: write all that the step sampled to disk and compute its metrics; `left` are groups that others replaced."""
     if not dist.is_main():
         return None
-    a = torch.tensor(advantages)
+    a = torch.tensor(advantages)  # (P, G)
     sampled = rollouts + left
     log.rollouts(step, rollout.records(sampled, advantages + [[0.0] * a.size(1)] * len(left), tokenizer.decode, step=step, time=round(time.time(), 3)))
     dead = grpo.no_signal(rollout.reward_table(rollouts, a.size(1)))  # (P,)
-    return {**rollout.metrics(sampled), "resampled": len(left), "frac_learned_zero_std": float(dead.double().mean()), "advantage/mean": float(a.mean()), "advantage/std": float(a.std()),
-            "advantage/max": float(a.abs().max())}
+    return {**rollout.metrics(sampled), "resampled": len(left), "frac_learned_zero_std": float(dead.double().mean()),
+            "advantage/mean": float(a.mean()), "advantage/std": float(a.std()), "advantage/max": float(a.abs().max())}
 
 
 def percent(row):

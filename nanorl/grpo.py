@@ -133,8 +133,10 @@ def token_sums(logprobs, old_logprobs, entropy, advantages, reference, clip_low,
     k = torch.zeros(()) if reference is None else kl(logprobs, reference)
     # Where the clip takes the gradient away: a bad token is already rarer than 1 - clip_low, or a good one more frequent than 1 + clip_high.
     low, high = (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
-    values = (len(gap), entropy.double().sum(), gap.abs().sum(), (gap.expm1() - gap).sum(), k.sum(), gap.expm1().sum(), gap.expm1().square().sum(), low.sum(), high.sum())
-    return {**dict(zip(TOKEN_SUMS, map(float, values))), "gap_max": float(gap.abs().max())}
+    k = k.to(gap)
+    values = (gap.new_tensor(len(gap)), entropy.double().sum(), gap.abs().sum(), (gap.expm1() - gap).sum(), k.sum(), gap.expm1().sum(), gap.expm1().square().sum(), low.sum(), high.sum())
+    *sums, largest = torch.stack([*(value.double() for value in values), gap.abs().max()]).tolist()  # one look at the device
+    return {**dict(zip(TOKEN_SUMS, sums)), "gap_max": largest}
 
 
 def token_metrics(first, last):

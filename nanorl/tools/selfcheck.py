@@ -26,7 +26,7 @@ def row_logprobs(w, c, ids, temperature):
     x = w["model.embed_tokens.weight"][ids]  # (T, C)
     for at in (f"model.layers.{i}." for i in range(c.n_layer)):
         h = norm(x, at + "input_layernorm.weight")
-        q, k, v = ((h @ w[at + f"self_attn.{n}_proj.weight"].T + w.get(at + f"self_attn.{n}_proj.bias", 0)).view(T, -1, D) for n in "qkv")
+        q, k, v = ((h @ w[at + f"self_attn.{n}_proj.weight"].T + w.get(at + f"self_attn.{n}_proj.bias", 0)).view(T, -1, D) for n in "qkv")  # (T, H or K, D)
         if c.qk_norm:
             q, k = norm(q, at + "self_attn.q_norm.weight"), norm(k, at + "self_attn.k_norm.weight")
         q, k, heads = turn(q), turn(k), []
@@ -77,7 +77,7 @@ def naive(model, reference, rollouts, s):
     found = []
     for (prompt, c), a, is_in in tqdm(list(zip(rows, sum(groups, []), in_loss)), desc="naive", disable=None, leave=False):
         ids = torch.tensor(prompt + c.ids, device=model.cos.device)
-        l = row_logprobs(w, model.config, ids, s["temperature"])[len(prompt) - 1:]
+        l = row_logprobs(w, model.config, ids, s["temperature"])[len(prompt) - 1:]  # one a sampled token, as ref
         with torch.no_grad():
             ref = row_logprobs(w_ref, model.config, ids, s["temperature"])[len(prompt) - 1:] if w_ref else l.detach()
         found.append(l.detach())
