@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nanorl import evaluate, grpo, rollout
 from nanorl.engine import Engine
+from nanorl.gpt import pick
 from nanorl.hf import load_model, save_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
@@ -63,7 +64,7 @@ warmup = 0  # steps of linear warm-up
 lr_schedule = "constant"  # after the warm-up: constant, or down to 0 at the end: linear, cosine
 weight_decay = 0.0  # on the blocks' matrices
 max_grad_norm = 1.0  # 0: no clipping
-device_tokens = 16384  # padded tokens of one forward on one device: lower it when memory runs out
+device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
 max_bad_steps = 5  # stop after so many steps in a row with an update skipped, for a gradient that is not finite
 # ---- log
 probe_prompts = 32  # problems tried before the first step, for the forecast
@@ -138,8 +139,7 @@ def main():
         mine = pairs[dist.share(len(pairs))]
         keys = [rollout.prompt_key(seed, step, number) for number, _ in mine]
         rollouts = rollout.generate(engine, tokenizer, source, [p for _, p in mine], keys, G, max_new_tokens, temperature, part_weights=part_weights)
-        stats = engine.stats
-        work["rollout"] += policy.config.flops(stats["prompt_tokens"] + stats["row_steps"], stats["attended"], len(mine) + stats["row_steps"])
+        work["rollout"] += engine.flops()
         work["bytes"] += engine.bytes_decoded()
         return rollouts
 
@@ -162,15 +162,16 @@ def main():
         if reference is None:
             return batch
         with torch.no_grad():
-            logprobs, _ = reference.logprobs(reference.hidden(batch.ids)[batch.predicts], batch.targets, temperature)  # (N,)
-        work["learner"] += policy.config.flops(batch.inputs, batch.attended, len(logprobs))
-        lowered = kl_coef * grpo.kl_to_go(batch.logprobs, logprobs, batch.predicts) if kl_estimator == "k1-in-reward" else 0.0
+            h = reference.hidden(batch.ids, batch.positions, batch.attend)  # (1, tokens, C)
+            logprobs, _ = reference.logprobs(pick(h[0], batch.predictors), batch.targets, temperature)  # (N,)
+        work["learner"] += policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
+        lowered = kl_coef * grpo.kl_to_go(batch.logprobs, logprobs, batch.counts) if kl_estimator == "k1-in-reward" else 0.0
         return batch._replace(reference=logprobs.double(), advantages=batch.advantages - lowered)
 
     def learn(batch, denominator):
         """One micro-batch: forward, loss, backward. Returns sums over its tokens, for the log."""
-        h = policy.hidden(batch.ids)[batch.predicts]  # (N, C): the head runs only where a token was sampled
-        logprobs, entropy = policy.logprobs(h, batch.targets, temperature, with_entropy=True)  # (N,), (N,)
+        h = policy.hidden(batch.ids, batch.positions, batch.attend)  # (1, tokens, C): each prompt's tokens are there once
+        logprobs, entropy = policy.logprobs(pick(h[0], batch.predictors), batch.targets, temperature, with_entropy=True)  # (N,), (N,)
         old = batch.logprobs if updates_per_rollout > 1 else None  # (N,) the sampler's; None: on-policy, the ratio is 1
         if old is None:
             objective = grpo.reinforce(logprobs, batch.advantages)  # (N,)
@@ -179,9 +180,9 @@ def main():
         if reference is not None and kl_estimator != "k1-in-reward":
             objective = objective - kl_coef * grpo.kl(logprobs, batch.reference, kl_estimator, old)
         grpo.policy_loss(objective, batch.weights, denominator).backward()
-        work["learner"] += 3 * policy.config.flops(batch.inputs, batch.attended, len(logprobs))
+        work["learner"] += 3 * policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         return {**grpo.token_sums(logprobs, batch.logprobs, entropy, batch.advantages, batch.reference, clip_low, clip_high),
-                "inputs": batch.inputs, "padded": batch.ids.numel()}
+                "inputs": batch.ids.numel(), "padded": batch.attend.padded}
 
     def held_out():
         """Greedy accuracy on the first `eval_problems` problems of the val split, the same ones every time."""

@@ -8,7 +8,7 @@ its place is given to a waiting one, and what the samples of a prompt have in co
     suffix cache   (L, rows,    K, T_new,    D)   written by `decode`, a column per step
 
 A step's attention has a prompt part (one matrix product per prompt and kv head over all its live samples) and a
-suffix part (per row); `merge` joins the two into exactly one softmax.
+suffix part (per row); `merge` joins the two into exactly one softmax. On a GPU a step is one replay of a CUDA graph.
 
 What decides a token. Sampling is inverse-CDF from a uniform that is a pure function of (prompt key, sample,
 position). So a sample does not depend on who shared its batch, on row order, refill or world size: exactly so
@@ -20,10 +20,14 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from nanorl.gpt import CausalAttention, scaled, token_logprobs
+from nanorl.gpt import CausalAttention, scaled
 
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
 Completion = namedtuple("Completion", "ids logprobs finished")
+
+COLUMNS = 32  # by which the suffix caches grow
+LOGITS = 2 ** 22  # that exist at once: the head's product is best over many rows ...
+SAMPLED = 2 ** 20  # ... and sampling on a CPU over as many logits as stay in its cache
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------
@@ -48,16 +52,40 @@ def uniforms(keys, positions):
     return ((_mix(keys + (positions + 1) * _GOLDEN) >> 11) & (2 ** 53 - 1)).double() * 2.0 ** -53
 
 
+def _pick(masses, point):
+    """masses (B, n) in fp64, none negative; point (B, 1), a share of the total, -> the first index (B, 1) whose cumulative mass passes point x total, never one
+    without mass; and where in its own mass the point fell, as a share, (B, 1)."""
+    cdf = masses.cumsum(-1)
+    total = cdf[:, -1:]
+    point = torch.minimum(point.clamp(min=0) * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cdf, point, right=True)
+    mass = masses.gather(1, index)
+    return index, (point - (cdf.gather(1, index) - mass)) / mass
+
+
 def sample(logits, u, temperature):
     """logits (B, V), u (B,) in [0, 1) -> ids (B,): the first token whose cumulative probability passes u times
-    the total. A token of probability zero is never chosen. Temperature 0 is the most likely token."""
+    the total, and its log-prob (B,), as token_logprobs gives it. A token of probability zero is never chosen.
+    Temperature 0 is the most likely token, with its log-prob at temperature 1.
+
+    Found in two steps, the block of tokens and the token in it, because cumulative sums are slow and must be in fp64: in
+    fp32 their steps of 6e-8 swallow rare tokens (15% of 32,768 could never be drawn)."""
+    z = scaled(logits, temperature or 1.0)  # (B, V)
+    B, V = z.shape
+    top = z.amax(-1, keepdim=True)  # (B, 1)
+    block = 1 << (V.bit_length() + 1) // 2  # about the square root of V, a power of two
+    masses = z.new_empty(B, -(-V // block) * block)
+    torch.exp(z - top, out=masses[:, :V])
+    masses[:, V:] = 0
+    masses = masses.view(B, -1, block)  # (B, blocks, block)
+    of_blocks = masses.sum(-1).double()  # (B, blocks)
     if temperature == 0:
-        return logits.argmax(-1)
-    # In fp64, because in fp32 the sum's steps of 6e-8 swallow rare tokens: 15% of 32,768 could never be drawn.
-    cdf = scaled(logits, temperature).softmax(-1).cumsum(-1, dtype=torch.float64)  # (B, V)
-    total = cdf[:, -1]
-    point = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, point[:, None], right=True).squeeze(-1)
+        ids = z.argmax(-1, keepdim=True)  # (B, 1)
+    else:
+        chosen, inside = _pick(of_blocks, u[:, None])  # (B, 1)
+        ids = chosen * block + _pick(masses.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double(), inside)[0]
+    logprobs = z.gather(1, ids) - top - of_blocks.sum(-1, keepdim=True).log().to(z.dtype)
+    return ids[:, 0], logprobs[:, 0]
 
 
 # ---- attention over the two caches ------------------------------------------------------------------------
@@ -65,12 +93,12 @@ def sample(logits, u, temperature):
 def _attend(q, k, v, mask):
     """One part of a softmax. q (N, K, m, D), k and v (N, K, t, D), mask (N, 1, 1, t), added to the scores, or None
     -> (outputs (N, K, m, D), log of the sum of exponentials (N, K, m))."""
-    if q.device.type == "cpu":  # the kernel behind scaled_dot_product_attention, which also tells the log-sum-exp
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    scores = ((q @ k.transpose(-1, -2)) * q.size(-1) ** -0.5).to(torch.promote_types(q.dtype, torch.float32))  # (N, K, m, t)
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * q.size(-1) ** -0.5  # (N, K, m, t)
     scores = scores if mask is None else scores + mask
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp().to(v.dtype) @ v, lse
+    top = scores.amax(-1, keepdim=True)
+    scores = (scores - top).exp()
+    total = scores.sum(-1, keepdim=True)
+    return (scores / total).to(v.dtype) @ v, (top + total.log()).squeeze(-1)
 
 
 def merge(a, a_lse, b, b_lse):
@@ -87,27 +115,47 @@ def _fill_holes(stay):
     return np.flatnonzero(~stay[:n]), n + np.flatnonzero(stay[n:])
 
 
+def _bucket(n, most):
+    """The least of most/4, most/2, 3/4 most and most that holds n."""
+    return next(size for size in (-(-most * i // 4) for i in (1, 2, 3, 4)) if size >= n)
+
+
 class _Batch:
     """The rows being decoded and their caches. Rows 0 .. n-1 are live, prompts 0 .. n_prompts-1 are in use; a row
-    or prompt that leaves has its place taken by one from the end, so leaving costs one copy however many stay."""
+    or prompt that leaves has its place taken by one from the end, so leaving costs one copy however many stay.
 
-    def __init__(self, model, max_rows, max_prompts, prompt_len, new_tokens):
+    fixed_shapes: a step works on one of 16 shapes (4 numbers of rows x 4 lengths), whose further rows and columns change nothing, so that a
+    CUDA graph of each can be replayed; else on just what is live."""
+
+    def __init__(self, model, rows, prompts, prompt_len, samples, new_tokens, temperature, stop_ids, fixed_shapes):
         c = model.config
+        self.model, self.samples, self.temperature, self.fixed_shapes = model, samples, temperature, fixed_shapes
         self.device = device = next(model.parameters()).device
 
-        def cache(places, length):  # (L, places, K, length, D)
-            return torch.zeros(c.n_layer, places, c.n_kv_head, length, c.head_dim, dtype=model.compute_dtype, device=device)
-        self.prompt_k, self.prompt_v = cache(max_prompts, prompt_len), cache(max_prompts, prompt_len)
-        self.suffix_k, self.suffix_v = cache(max_rows, new_tokens), cache(max_rows, new_tokens)
+        def cache(places, length):  # of each layer (places, K, length, D)
+            return [torch.zeros(places, c.n_kv_head, length, c.head_dim, dtype=model.compute_dtype, device=device) for _ in range(c.n_layer)]
+        self.prompt_k, self.prompt_v = cache(prompts, prompt_len), cache(prompts, prompt_len)
+        columns = new_tokens if fixed_shapes else min(COLUMNS, new_tokens)
+        self.suffix_k, self.suffix_v = cache(rows, columns), cache(rows, columns)
+        # On the device, one entry a place: what a step reads and writes.
+        integers = lambda *shape: torch.zeros(*shape, dtype=torch.long, device=device)
+        self.ids = integers(rows, new_tokens)  # tokens sampled so far ...
+        self.logprobs = torch.zeros(rows, new_tokens, dtype=torch.promote_types(model.compute_dtype, torch.float32), device=device)
+        self.keys = integers(rows)  # of the row's random numbers
+        self.stopped = torch.zeros(rows, dtype=torch.bool, device=device)  # has sampled a stop token
+        self.ages, self.row_lens = integers(rows), integers(rows)  # tokens sampled so far, and in the prompt
+        self.cell, self.row_at = integers(rows), integers(prompts * samples)  # a row's place on the grid of the prompt part, and the row in each
+        self.lens = integers(prompts)
+        self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+        self.graphs, self.pool = {}, None
+        self.clear()
+
+    def clear(self):
         # On the host, one entry a live row; scheduling needs no look at the device.
         self.prompt = np.zeros(0, int)  # which prompt place the row reads
         self.age = np.zeros(0, int)  # tokens sampled so far; the newest is not in the cache yet
-        self.output = np.zeros(0, int)  # which row of the result it writes
+        self.output = np.zeros(0, int)  # which row of the result it is
         self.prompt_lens = np.zeros(0, int)  # one entry a prompt in use
-        # On the device, one entry a place.
-        self.last = torch.zeros(max_rows, dtype=torch.long, device=device)  # newest token
-        self.keys = torch.zeros(max_rows, dtype=torch.long, device=device)  # of the row's random numbers
-        self.stopped = torch.zeros(max_rows, dtype=torch.bool, device=device)  # has sampled a stop token
 
     @property
     def n(self):
@@ -116,6 +164,12 @@ class _Batch:
     @property
     def n_prompts(self):
         return len(self.prompt_lens)
+
+    @property
+    def places(self):
+        return len(self.keys), len(self.lens), self.prompt_k[0].size(2)  # rows, prompts, tokens of a prompt
+
+    # ---- who is decoded
 
     def add(self, prompts, output, keys):
         """New rows at the end: for each its prompt place, result row and key."""
@@ -127,13 +181,15 @@ class _Batch:
         self._layout()
 
     def remove(self, gone):
-        """Rows leave (bool, n), and prompts that nobody reads any more leave with them."""
+        """Rows leave (bool, n), and prompts that nobody reads any more leave with them. Returns of each that leaves its result row, ids and log-probs."""
+        places = torch.as_tensor(np.flatnonzero(gone), device=self.device)
+        left = list(zip(self.output[gone].tolist(), self.ids[places].tolist(), self.logprobs[places].tolist()))
         holes, movers = _fill_holes(~gone)
         if len(holes):
             t = self.age[movers].max()
-            for cache in (self.suffix_k, self.suffix_v):
-                cache[:, holes, :, :t] = cache[:, movers, :, :t]
-            for per_row in (self.last, self.keys, self.stopped, self.prompt, self.age, self.output):
+            for cache in (*self.suffix_k, *self.suffix_v):
+                cache[holes, :, :t] = cache[movers, :, :t]
+            for per_row in (self.ids, self.logprobs, self.keys, self.stopped, self.prompt, self.age, self.output):
                 per_row[holes] = per_row[movers]
         n = len(gone) - gone.sum()
         self.prompt, self.age, self.output = self.prompt[:n], self.age[:n], self.output[:n]
@@ -141,8 +197,8 @@ class _Batch:
         read = np.isin(np.arange(self.n_prompts), self.prompt)
         holes, movers = _fill_holes(read)
         if len(holes):
-            for cache in (self.prompt_k, self.prompt_v):
-                cache[:, holes] = cache[:, movers]
+            for cache in (*self.prompt_k, *self.prompt_v):
+                cache[holes] = cache[movers]
             self.prompt_lens[holes] = self.prompt_lens[movers]
             place = np.arange(len(read))
             place[movers] = holes
@@ -150,70 +206,113 @@ class _Batch:
         self.prompt_lens = self.prompt_lens[:read.sum()]
         if self.n:
             self._layout()
+        return left
 
     def _layout(self):
-        """Where each live row sits on the (prompts x most live samples) grid of the prompt part, and device copies
-        of what the next steps index with."""
+        """Put each live row on the (prompts x most live samples) grid of the prompt part, and tell the device. Places that are not live get values that
+        harm nothing: they read row 0 and are never older than the oldest live row."""
         order = np.argsort(self.prompt, kind="stable")
         count = np.bincount(self.prompt, minlength=self.n_prompts)
         column = np.empty(self.n, int)
         column[order] = np.arange(self.n) - (count.cumsum() - count)[self.prompt[order]]
-        self.width = int(count.max())
-        on_device = lambda values: torch.as_tensor(values, device=self.device)
-        self.cell = on_device(self.prompt * self.width + column)  # (n,)
-        self.row_lens = on_device(self.prompt_lens[self.prompt])  # (n,)
-        self.ages, self.outputs = on_device(self.age.copy()), on_device(self.output)  # (n,)
-        self.t_prompt = int(self.prompt_lens.max())
-        self.prompt_mask = self._mask(on_device(self.prompt_lens), self.t_prompt) if self.prompt_lens.min() < self.t_prompt else None
+        self.width = self.samples if self.fixed_shapes else int(count.max())
+        cell = self.prompt * self.width + column
+        row_at = np.zeros(len(self.row_at), int)
+        row_at[cell] = np.arange(self.n)
+        for buffer, values, other in ((self.cell, cell, 0), (self.row_at, row_at, 0), (self.lens, self.prompt_lens, 1),
+                                      (self.row_lens, self.prompt_lens[self.prompt], 0), (self.ages, self.age, 1)):
+            buffer.copy_(torch.from_numpy(np.pad(values, (0, len(buffer) - len(values)), constant_values=other)))
+
+    # ---- a token more for every row
+
+    def take(self, rows, h):
+        """Sample a token for the rows `rows` (a slice) from their activations h (n, C), and write it down with its log-prob."""
+        ages = self.ages[rows]  # (n,)
+        at_once, u, drawn = max(1, LOGITS // self.model.config.n_tokens), uniforms(self.keys[rows], ages), []
+        sampled = max(1, SAMPLED // self.model.config.n_tokens) if h.device.type == "cpu" else at_once
+        for h, u in zip(h.split(at_once), u.split(at_once)):
+            logits = self.model.head(h)  # (at_once, V)
+            drawn += [sample(*part, self.temperature) for part in zip(logits.split(sampled), u.split(sampled))]
+        ids, logprobs = (torch.cat(parts) for parts in zip(*drawn))  # (n,), (n,)
+        self.ids[rows].scatter_(1, ages[:, None], ids[:, None])
+        self.logprobs[rows].scatter_(1, ages[:, None], logprobs[:, None])
+        self.stopped[rows] |= (ids[:, None] == self.stops).any(-1)
+        self.ages[rows] += 1
+
+    def step(self):
+        """Feed every live row's newest token and sample the next."""
+        if self.fixed_shapes:
+            rows, prompts, t_prompt = self.places
+            shape = _bucket(self.n, rows), _bucket(self.age.max(), self.ids.size(1))
+            shape = *shape, min(shape[0], prompts), t_prompt, True, None
+        else:
+            t, t_prompt = min(-(-self.age.max() // COLUMNS) * COLUMNS, self.ids.size(1)), self.prompt_lens.max()
+            self._grow(t)
+            age = int(self.age[0]) if self.age.min() == self.age.max() else None
+            shape = self.n, t, self.n_prompts, t_prompt, self.prompt_lens.min() < t_prompt, age
+        if self.device.type != "cuda" or shape not in self.graphs:
+            self._step(*shape)
+            self.graphs[shape] = None  # a first time without a graph warms the kernels up
+        else:
+            if self.graphs[shape] is None:
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.graphs[shape] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[shape], pool=self.pool):
+                    self._step(*shape)
+            self.graphs[shape].replay()
+        self.age += 1
+
+    def _step(self, n, t, n_prompts, t_prompt, ragged_prompts, age):
+        """The step on the first n rows, t columns of their caches, n_prompts prompts and t_prompt columns of theirs, all on the device. age: of all
+        rows, where it is the same (until rows are refilled it is), which is quicker to write at."""
+        column = self.ages[:n] - 1  # (n,) where this token's key and value go
+        write = (torch.arange(n, device=self.device), slice(None), column) if age is None else (slice(n), slice(None), age - 1)
+        mask = self._mask(self.ages[:n if age is None else 1], t) if age != t else None  # (n or 1, 1, 1, t)
+        prompt_mask = self._mask(self.lens[:n_prompts], t_prompt) if ragged_prompts else None  # (prompts, 1, 1, t_prompt)
+        cell, row_at = self.cell[:n], self.row_at[:n_prompts * self.width]
+
+        def attend(layer, q, k, v):  # q (n, 1, H, D), k and v (n, 1, K, D)
+            suffix_k, suffix_v, prompt_k, prompt_v = (cache[layer] for cache in (self.suffix_k, self.suffix_v, self.prompt_k, self.prompt_v))
+            suffix_k[write], suffix_v[write] = k[:, 0], v[:, 0]
+            K, D = k.shape[2:]
+            q = q.view(n, K, -1, D)  # (n, K, H/K, D)
+            suffix = _attend(q, suffix_k[:n, :, :t], suffix_v[:n, :, :t], mask)
+
+            grid = q[row_at].view(n_prompts, self.width, *q.shape[1:]).transpose(1, 2)  # (prompts, K, width, H/K, D)
+            y, lse = _attend(grid.flatten(2, 3), prompt_k[:n_prompts, :, :t_prompt], prompt_v[:n_prompts, :, :t_prompt], prompt_mask)
+            y = y.view(grid.shape).transpose(1, 2).flatten(0, 1)[cell]  # (n, K, H/K, D)
+            lse = lse.view(grid.shape[:-1]).transpose(1, 2).flatten(0, 1)[cell]  # (n, K, H/K)
+            return merge(y, lse, *suffix).reshape(n, 1, -1, D)
+
+        newest = self.ids[:n].gather(1, column[:, None])  # (n, 1)
+        h = self.model.hidden(newest, (self.row_lens[:n] + column)[:, None], attend)  # (n, 1, C)
+        self.take(slice(0, n), h[:, 0])
+
+    def _grow(self, columns):
+        """Room for so many columns in the suffix caches. They are kept as short as the oldest row, because a product over whole, contiguous caches runs at
+        memory's speed and one over their first columns at half of it (docs/log.md); and rows that stop early never take the memory."""
+        for caches in (self.suffix_k, self.suffix_v):
+            for layer, cache in enumerate(caches):
+                if cache.size(2) < columns:
+                    caches[layer] = torch.nn.functional.pad(cache, (0, 0, 0, columns - cache.size(2)))
 
     def _mask(self, lens, t):
         """lens (N,) -> (N, 1, 1, t): 0 for the first lens[i] keys, -inf for the rest."""
         hidden = torch.arange(t, device=self.device) >= lens[:, None]  # (N, t)
-        return torch.zeros(hidden.shape, dtype=self.suffix_k.dtype, device=self.device).masked_fill(hidden, float("-inf"))[:, None, None]
-
-    def sampled(self, rows, ids, stops):
-        """The live rows `rows` (a slice) have sampled one more token each, ids (n,)."""
-        self.last[rows] = ids
-        self.stopped[rows] |= torch.isin(ids, stops)
-        self.ages[rows] += 1
-        self.age[rows] += 1
-
-    def step(self, model):
-        """Feed every live row's newest token. Returns logits (n, V)."""
-        n, n_prompts, t = self.n, self.n_prompts, int(self.age.max())
-        column = self.ages - 1  # (n,) where this token's key and value go
-        rows = torch.arange(n, device=self.device)
-        mask = self._mask(self.ages, t) if self.age.min() < t else None  # (n, 1, 1, t)
-
-        def attend(layer, q, k, v):  # q (n, 1, H, D), k and v (n, 1, K, D)
-            self.suffix_k[layer][rows, :, column] = k[:, 0]
-            self.suffix_v[layer][rows, :, column] = v[:, 0]
-            K, D = k.shape[2:]
-            q = q.view(n, K, -1, D)  # (n, K, H/K, D)
-            suffix = _attend(q, self.suffix_k[layer, :n, :, :t], self.suffix_v[layer, :n, :, :t], mask)
-
-            grid = q.new_zeros(n_prompts * self.width, *q.shape[1:])
-            grid[self.cell] = q
-            grid = grid.view(n_prompts, self.width, *q.shape[1:]).transpose(1, 2)  # (prompts, K, width, H/K, D)
-            y, lse = _attend(grid.flatten(2, 3), self.prompt_k[layer, :n_prompts, :, :self.t_prompt],
-                             self.prompt_v[layer, :n_prompts, :, :self.t_prompt], self.prompt_mask)
-            y = y.view(grid.shape).transpose(1, 2).flatten(0, 1)[self.cell]  # (n, K, H/K, D)
-            lse = lse.view(grid.shape[:-1]).transpose(1, 2).flatten(0, 1)[self.cell]  # (n, K, H/K)
-            return merge(y, lse, *suffix).reshape(n, 1, -1, D)
-
-        h = model.hidden(self.last[:n, None], (self.row_lens + column)[:, None], attend)  # (n, 1, C)
-        return model.head(h[:, 0])
+        return torch.zeros(hidden.shape, dtype=self.logprobs.dtype, device=self.device).masked_fill(hidden, float("-inf"))[:, None, None]
 
 
 class Engine:
-    """`max_rows`: most rows decoded at once, 0 for no limit. `stats` of the last call: `row_steps` (rows times
-    decode steps executed), `steps`, `prompt_tokens` prefilled, `new_tokens` kept, `attended` (query, key) pairs,
+    """`max_rows`: most rows decoded at once, 0 for no limit. `stats` of the last call: `live`, rows decoded in each step; `places` there were;
+    `row_steps`, their sum; `prompt_tokens` prefilled, `new_tokens` kept, `attended` (query, key) pairs,
     `cached` keys read by decode steps, a prompt's once for all its rows."""
 
     def __init__(self, model, max_rows=0):
         self.learner, self.max_rows, self.stats = model, max_rows, {}
         master = next(model.parameters()).dtype
         self.model = model if model.compute_dtype == master else copy.deepcopy(model).to(model.compute_dtype)
+        self.fixed_shapes = next(model.parameters()).device.type == "cuda"
+        self.batch = None  # on a GPU caches and graphs are kept from call to call; elsewhere the learner gets the memory
         self.refresh()
 
     @torch.no_grad()
@@ -228,31 +327,51 @@ class Engine:
         row's own. What memory bandwidth bounds, however many rows there are."""
         c, size = self.learner.config, self.learner.compute_dtype.itemsize
         cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * self.stats["cached"]
-        return size * (self.stats["steps"] * c.n_params()[1] + cached)
+        return size * (len(self.stats["live"]) * c.n_params()[1] + cached)
+
+    def flops(self):
+        """FLOPs that the last call had to do."""
+        s = self.stats
+        return self.learner.config.flops(s["prompt_tokens"] + s["row_steps"], s["attended"], s["rows"] + s["row_steps"])
 
     def bytes_per_row(self, new_tokens):
-        """Memory that one more row takes while it is decoded: its suffix cache, as much again for its prompt (which
-        rows of a group share), and some fp32 copies of its logits."""
+        """Memory that one more row takes while it is decoded: its suffix cache, and as much again for its prompt (which
+        rows of a group share)."""
         c = self.learner.config
-        token = 2 * c.n_layer * c.n_kv_head * c.head_dim * self.learner.compute_dtype.itemsize
-        return 2 * new_tokens * token + 5 * 4 * c.n_tokens
+        return 4 * new_tokens * c.n_layer * c.n_kv_head * c.head_dim * self.learner.compute_dtype.itemsize
+
+    def _places(self, prompts, G, *settings):
+        """A batch with room for these prompts' rows, or as many as max_rows allows."""
+        rows = min(len(prompts) * G, self.max_rows or len(prompts) * G)
+        # Stragglers keep their prompt's cache, so there are places for twice the prompts that fill the rows.
+        need = rows, min(len(prompts), rows // G * (1 if G == 1 else 2)), max(map(len, prompts))
+        if self.fixed_shapes:
+            need = *need[:2], -(-need[2] // 64) * 64
+            if self.batch and self.settings == (G, *settings) and all(a <= b for a, b in zip(need, self.batch.places)):
+                self.batch.clear()
+                return self.batch
+        self.batch = None  # its memory, before more is taken
+        batch = _Batch(self.model, *need, G, *settings, self.fixed_shapes)
+        if self.fixed_shapes:
+            self.batch, self.settings = batch, (G, *settings)
+        return batch
 
     def _prefill(self, batch, prompts):
-        """Prompts (lists of ids) into the next free places of the prompt cache -> logits after each, (p, V)."""
+        """Prompts (lists of ids) into the next free places of the prompt cache -> activations at the end of each, (p, C)."""
         first, lens = batch.n_prompts, [len(p) for p in prompts]
         ids = torch.tensor([p + [0] * (max(lens) - len(p)) for p in prompts], device=batch.device)  # (p, T)
         causal = CausalAttention()
 
         def attend(layer, q, k, v):
-            places = (layer, slice(first, first + len(prompts)), slice(None), slice(max(lens)))
-            batch.prompt_k[places], batch.prompt_v[places] = k.transpose(1, 2), v.transpose(1, 2)
+            places = (slice(first, first + len(prompts)), slice(None), slice(max(lens)))
+            batch.prompt_k[layer][places], batch.prompt_v[layer][places] = k.transpose(1, 2), v.transpose(1, 2)
             return causal(layer, q, k, v)
         h = self.model.hidden(ids, attend=attend)  # (p, T, C)
         batch.prompt_lens = np.append(batch.prompt_lens, lens)
         self.stats["prompt_tokens"] += sum(lens)
         self.stats["attended"] += sum(n * (n + 1) // 2 for n in lens)
         last = torch.tensor(lens, device=batch.device) - 1
-        return self.model.head(h[torch.arange(len(lens), device=batch.device), last])
+        return h[torch.arange(len(lens), device=batch.device), last]
 
     @torch.inference_mode()
     def generate(self, prompts, samples_per_prompt=1, max_new_tokens=256, temperature=1.0, stop_ids=(), keys=None,
@@ -265,28 +384,16 @@ class Engine:
         for the context, or fewer places than samples."""
         P, G, N = len(prompts), samples_per_prompt, max_new_tokens
         self._check(prompts, G, N)
-        self.stats = dict(row_steps=0, steps=0, prompt_tokens=0, new_tokens=0, attended=0, cached=0)
+        self.stats = stats = dict(live=[], places=0, rows=P * G, row_steps=0, prompt_tokens=0, new_tokens=0, attended=0, cached=0)
         if P == 0:
             return []
-        device = next(self.model.parameters()).device
-        keys = torch.tensor(list(range(P) if keys is None else keys), dtype=torch.long, device=device)  # (P,)
-        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        look_every = 1 if device.type == "cpu" else 8  # each look for stopped rows makes the host wait for the GPU
-        precision = torch.float64 if self.model.compute_dtype == torch.float64 else torch.float32
-        out_ids = torch.zeros(P * G, N, dtype=torch.long, device=device)  # (P*G, N), as out_logprobs
-        out_logprobs = torch.zeros(P * G, N, dtype=precision, device=device)
-        places = min(P * G, self.max_rows or P * G)
-        # Stragglers keep their prompt's cache, so there are places for twice the prompts that fill the rows.
-        prompt_places = min(P, places // G * (1 if G == 1 else 2))
-        batch = _Batch(self.model, places, prompt_places, max(map(len, prompts)), N)
-
-        def take(rows, logits):
-            """One more token for the live rows `rows` (a slice) from their logits (n, V), written down with its log-prob."""
-            ages, outputs = batch.ages[rows], batch.outputs[rows]
-            ids = sample(logits, uniforms(batch.keys[rows], ages), temperature)  # (n,)
-            out_ids[outputs, ages] = ids
-            out_logprobs[outputs, ages] = token_logprobs(logits, ids, temperature or 1.0)
-            batch.sampled(rows, ids, stops)
+        stop_ids = frozenset(stop_ids)
+        batch = self._places(prompts, G, N, temperature, stop_ids)
+        places, prompt_places, _ = batch.places
+        stats["places"] = places
+        keys = torch.tensor(list(range(P) if keys is None else keys), dtype=torch.long, device=batch.device)  # (P,)
+        look_every = 8 if self.fixed_shapes else 1  # on a GPU each look for stopped rows makes the host wait for the GPU
+        done = [None] * (P * G)
 
         started = 0  # prompts 0 .. started-1 have been given places
         while started < P or batch.n:
@@ -296,28 +403,34 @@ class Engine:
                 come = prompts[started:started + free]
                 come = come[:max(1, prefill_tokens // max(map(len, come)))]
                 old_rows, old_prompts = batch.n, batch.n_prompts
-                logits = self._prefill(batch, come)  # (p, V)
+                h = self._prefill(batch, come)  # (p, C)
                 output = np.arange(started * G, (started + len(come)) * G)
                 prompt, number = np.divmod(output, G)
-                batch.add(old_prompts + prompt - started, output,
-                          row_keys(keys[prompt], torch.as_tensor(number, device=device)))
-                take(slice(old_rows, batch.n), logits.repeat_interleave(G, dim=0))
+                batch.add(old_prompts + prompt - started, output, row_keys(keys[prompt], torch.as_tensor(number, device=batch.device)))
+                batch.take(slice(old_rows, batch.n), h.repeat_interleave(G, dim=0))
+                batch.age[old_rows:] += 1
                 started += len(come)
             else:
-                logits = batch.step(self.model)  # (n, V)
-                self.stats["steps"] += 1
-                self.stats["row_steps"] += batch.n
-                self.stats["attended"] += int(batch.age.sum() + batch.prompt_lens[batch.prompt].sum())
-                self.stats["cached"] += int(batch.age.sum() + batch.prompt_lens.sum())
-                take(slice(0, batch.n), logits)
+                batch.step()
+                stats["live"].append(batch.n)
+                stats["attended"] += int(batch.age.sum() - batch.n + batch.prompt_lens[batch.prompt].sum())
+                stats["cached"] += int(batch.age.sum() - batch.n + batch.prompt_lens.sum())
             gone = batch.age >= N  # (n,) bool
-            if self.stats["steps"] % look_every == 0:
+            if len(stats["live"]) % look_every == 0:
                 gone |= batch.stopped[:batch.n].cpu().numpy()
             if gone.any():
-                batch.remove(gone)
+                for row, *sampled in batch.remove(gone):
+                    done[row] = self._completion(*sampled, stop_ids)
                 if progress:
                     progress(int(gone.sum()))
-        return self._collect(out_ids.tolist(), out_logprobs.tolist(), P, G, set(stop_ids))
+        stats["row_steps"] = sum(stats["live"])
+        return [done[p * G:(p + 1) * G] for p in range(P)]
+
+    def _completion(self, ids, logprobs, stop_ids):
+        end = next((i + 1 for i, id in enumerate(ids) if id in stop_ids), None)  # the stop token is kept
+        n = end or len(ids)
+        self.stats["new_tokens"] += n
+        return Completion(ids[:n], logprobs[:n], end is not None)
 
     def _check(self, prompts, G, N):
         if G < 1 or N < 1:
@@ -330,12 +443,3 @@ class Engine:
             if len(p) + N > self.model.config.context:
                 raise ValueError(f"a prompt of {len(p)} tokens and max_new_tokens = {N} do not fit the model's context of "
                                  f"{self.model.config.context}: lower --max_new_tokens or shorten the prompt")
-
-    def _collect(self, ids, logprobs, P, G, stops):
-        result = []
-        for row_ids, row_logprobs in zip(ids, logprobs):
-            end = next((i + 1 for i, id in enumerate(row_ids) if id in stops), None)  # the stop token is kept
-            n = end or len(row_ids)
-            self.stats["new_tokens"] += n
-            result.append(Completion(row_ids[:n], row_logprobs[:n], end is not None))
-        return [result[p * G:(p + 1) * G] for p in range(P)]

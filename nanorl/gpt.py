@@ -109,38 +109,87 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
 
 
+class MaskedAttention:
+    """Attention where `allowed` (B, 1, T, S), bool, lets query t see key s; None: causal, T = S. One mask serves all layers."""
+
+    def __init__(self, allowed=None):
+        self.allowed, self.bias = allowed, None
+
+    def __call__(self, q, k, v):
+        """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.size(2) <= 512:
+            return self._by_matrix_products(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed, is_causal=self.allowed is None,
+                                              enable_gqa=q.size(1) != k.size(1))
+
+    def _by_matrix_products(self, q, k, v):
+        """The same, spelled out: on a CPU in bf16, on short rows, 1.6 to 4 times faster than the fused kernel
+        (docs/log.md)."""
+        (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+        if self.bias is None:  # (B*K, H/K*T, S): all queries of a key/value head in one product
+            allowed = torch.ones(T, S, dtype=torch.bool).tril() if self.allowed is None else self.allowed
+            bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
+            self.bias = bias.expand(B, H, T, S).reshape(B * K, H // K * T, S)
+        q, k, v = q.reshape(B * K, H // K * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
+        scores = torch.baddbmm(self.bias, q, k.transpose(1, 2), alpha=D ** -0.5)  # (B*K, H/K*T, S)
+        return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
+
+
 class CausalAttention:
     """Causal attention, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). Rows padded on the right need no mask:
     a token only looks to its left. With `document` (B, T), which numbers each token's document, attention stays
     inside the document."""
 
     def __init__(self, document=None):
-        self.document, self.allowed, self.bias = document, None, None
+        allowed = None
+        if document is not None:
+            causal = torch.ones(document.size(1), document.size(1), dtype=torch.bool, device=document.device).tril()
+            allowed = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # (B, 1, T, T)
+        self.masked = MaskedAttention(allowed)
 
     def __call__(self, layer, q, k, v):
-        T, H = q.shape[1:3]
-        if self.document is not None and self.allowed is None:  # once for all layers
-            causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-            self.allowed = ((self.document[:, :, None] == self.document[:, None, :]) & causal)[:, None]  # (B, 1, T, T)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 512 and H == k.size(1):
-            y = self._by_matrix_products(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed, is_causal=self.allowed is None,
-                                               enable_gqa=H != k.size(1))
-        return y.transpose(1, 2)
+        return self.masked(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
-    def _by_matrix_products(self, q, k, v):
-        """The same, spelled out: on a CPU in bf16, on short rows, 1.6 to 4 times faster than the fused kernel
-        (docs/log.md)."""
-        B, H, T, D = q.shape
-        if self.bias is None:  # (B*H, T, T)
-            allowed = torch.ones(T, T, dtype=torch.bool).tril() if self.allowed is None else self.allowed
-            bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
-            self.bias = bias.expand(B, H, T, T).reshape(B * H, T, T)
-        # scores (B*H, T, T)
-        scores = torch.baddbmm(self.bias, q.reshape(B * H, T, D), k.reshape(B * H, T, D).transpose(1, 2), alpha=D ** -0.5)
-        return torch.bmm(scores.softmax(-1), v.reshape(B * H, T, D)).view(B, H, T, D)
+
+def pick(x, at):
+    """Rows of x (N, ...) at the places `at`, an integer tensor of any shape -> (*at.shape, ...). As a look-up in a table, because of the ways to
+    write it this is the one whose backward pass is fast on a CPU and has a fixed order of summation."""
+    return F.embedding(at, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+
+class SharedPrefixAttention:
+    """Causal attention over rows packed into one, q (1, N, H, D), k and v (1, N, K, D), in which rows may share their beginning: the keys and values
+    of a prompt are computed once for all its samples, and gradients flow back into them from each.
+
+    rows: (start, length, prefix start, prefix length) of each, a prefix being earlier places of the packed row that it goes on from (length 0: none).
+    Rows of like length make a block, padded to its longest; `padded` counts the places, padding and all."""
+
+    def __init__(self, rows, device):
+        rows = sorted((row for row in rows if row[1]), key=lambda row: (row[3] > 0, row[1]), reverse=True)
+        blocks = []
+        for row in rows:
+            if not blocks or (row[3] > 0) != (blocks[-1][0][3] > 0) or row[1] < 0.8 * blocks[-1][0][1]:
+                blocks.append([])
+            blocks[-1].append(row)
+        n, self.padded, self.blocks = sum(row[1] for row in rows), 0, []
+        back = torch.zeros(n, dtype=torch.long)  # (N,) where each token's output lies among all blocks' outputs
+        for block in blocks:
+            start, length, prefix_start, prefix_length = torch.tensor(block).T[:, :, None]  # (b, 1) each
+            t, tp = torch.arange(int(length.max())), torch.arange(int(prefix_length.max()))
+            here, before = t < length, tp < prefix_length  # (b, T), (b, Tp): not padding
+            at = (start + t).where(here, start)  # (b, T)
+            keys_at = torch.cat([(prefix_start + tp).where(before, prefix_start), at], 1)  # (b, Tp + T)
+            allowed = torch.cat([before[:, None].expand(-1, len(t), -1), (t <= t[:, None]).expand(len(at), -1, -1)], 2)[:, None]  # (b, 1, T, Tp + T)
+            back[at[here]] = self.padded + torch.arange(at.numel()).view(at.shape)[here]
+            self.padded += at.numel()
+            self.blocks.append((at.to(device), keys_at.to(device), MaskedAttention(allowed.to(device))))
+        self.back = back.to(device)
+
+    def __call__(self, layer, q, k, v):
+        heads_first = lambda x, at: pick(x[0], at).transpose(1, 2)  # (b, heads, T, D)
+        y = [attend(heads_first(q, at), heads_first(k, keys_at), heads_first(v, keys_at)).transpose(1, 2).flatten(0, 1)
+             for at, keys_at, attend in self.blocks]  # (b * T, H, D) each
+        return pick(torch.cat(y), self.back)[None]  # (1, N, H, D)
 
 
 class Attention(nn.Module):
@@ -245,13 +294,12 @@ class GPT(nn.Module):
 
         The N x V logits never all exist: the head runs in chunks, and again in backward when there are several."""
         def of_chunk(h, ids):
-            logits = self.head(h)  # (n, V)
+            full = all_logprobs(self.head(h), temperature)  # (n, V)
             entropy = ids.new_zeros(0, dtype=torch.float32)
             if with_entropy:
                 with torch.no_grad():
-                    full = F.log_softmax(scaled(logits, temperature), dim=-1)
                     entropy = -(full.exp() * full).sum(-1)  # (n,)
-            return token_logprobs(logits, ids, temperature), entropy
+            return full.gather(-1, ids[:, None]).squeeze(-1), entropy
         size = max(1, chunk_elements // self.config.n_tokens)
         if len(ids) <= size:
             return of_chunk(h, ids)
@@ -261,11 +309,15 @@ class GPT(nn.Module):
 
 def scaled(logits, temperature):
     """Logits / temperature, in fp32 or better: what sampling and log-probs both start from."""
-    return (logits if logits.dtype == torch.float64 else logits.float()) / temperature
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    return z if temperature == 1 else z / temperature
+
+
+def all_logprobs(logits, temperature=1.0):
+    """The one definition of a log-prob: log softmax(logits / temperature), in fp32 or better. (..., V) -> (..., V)."""
+    return scaled(logits, temperature).log_softmax(-1)
 
 
 def token_logprobs(logits, ids, temperature=1.0):
-    """The one definition of a log-prob: log softmax(logits / temperature)[ids], in fp32 or better.
-    logits (..., V), ids (...) -> (...)."""
-    z = scaled(logits, temperature)
-    return z.gather(-1, ids[..., None]).squeeze(-1) - z.logsumexp(-1)
+    """The log-probs of the tokens ids (...) under logits (..., V) -> (...)."""
+    return all_logprobs(logits, temperature).gather(-1, ids[..., None]).squeeze(-1)

@@ -105,13 +105,13 @@ def kl(logprobs, reference, estimator="k3", old_logprobs=None):
     return k if old_logprobs is None else (logprobs - old_logprobs).detach().exp() * k
 
 
-def kl_to_go(logprobs, reference, predicts):
+def kl_to_go(logprobs, reference, counts):
     """k1 in the reward: what a token's advantage is lowered by, times kl_coef: the sum of d = log pi - log pi_ref over itself and
-    all later tokens of its row, (N,), with log pi of the policy that sampled. Its gradient is that of the whole sequence's
-    KL(pi || ref), exactly, in expectation. predicts (B, T) bool: where the N tokens lie."""
-    d = torch.zeros(predicts.shape, dtype=torch.float64, device=predicts.device)  # (B, T)
-    d[predicts] = (logprobs - reference).double()
-    return d.flip(1).cumsum(1).flip(1)[predicts]
+    all later tokens of its completion, (N,), with log pi of the policy that sampled. Its gradient is that of the whole sequence's
+    KL(pi || ref), exactly, in expectation. counts: how many of the N tokens each completion has."""
+    d = (logprobs - reference).double()
+    up_to = d.cumsum(0)  # (N,), over completions too: only differences within one are used
+    return up_to[counts.cumsum(0) - 1].repeat_interleave(counts) - up_to + d
 
 
 def policy_loss(objective, weights, denominator):

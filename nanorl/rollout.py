@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanorl.gpt import SharedPrefixAttention
 from nanorl.grpo import no_signal
 from nanorl.tasks import Problem, Reward
 from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool, describe
@@ -101,45 +102,59 @@ def finished_table(rollouts, samples):
     return torch.tensor([[c.finished for c in rollout.completions] for rollout in rollouts], dtype=torch.bool).reshape(len(rollouts), samples)
 
 
-# What the learner needs of some rows. N counts their sampled tokens; masks come from what was sampled, never from id values.
-Batch = namedtuple("Batch", "ids predicts targets advantages weights logprobs inputs attended reference", defaults=[None])
+# What the learner needs of some completions. S counts their sampled tokens; these are known from the record of what was sampled, never from id values.
+Batch = namedtuple("Batch", "ids positions attend predictors targets advantages weights logprobs counts pairs reference", defaults=[None])
 
 
 def micro_batches(rollouts, advantages, weights, token_budget, device):
-    """Rollouts with advantages (P, G) and token weights (P, G) -> list of Batch, each of at most `token_budget` padded
-    tokens (or one row), rows of like length together.
+    """Rollouts with advantages (P, G) and token weights (P, G) -> list of Batch, each of at most `token_budget` tokens (or one completion with its
+    prompt), problems of like length together.
 
-    Batch: ids (B, T) inputs padded on the right; predicts (B, T) bool, where the next token was sampled; and, one
-    entry per sampled token in row order, targets, advantages, weights, and the sampler's logprobs, all (N,).
-    inputs: tokens that are not padding; attended: (query, key) pairs of causal attention over them. reference: the
-    reference policy's log-probs (N,), which the script adds where there is a KL term."""
-    rows = [(rollout.prompt_ids, c, float(a), float(w)) for rollout, group_a, group_w in zip(rollouts, advantages, weights)
-            for c, a, w in zip(rollout.completions, group_a, group_w)]
-    rows.sort(key=lambda row: len(row[0]) + len(row[1].ids))
-    batches, group = [], []
-    for row in rows:
-        length = len(row[0]) + len(row[1].ids) - 1  # the last token is predicted, never an input
-        if group and length * (len(group) + 1) > token_budget:
-            batches.append(_batch(group, device))
-            group = []
-        group.append(row)
-    return batches + ([_batch(group, device)] if group else [])
+    Batch: the tokens packed into one row without padding, each prompt once and then its completions: ids and positions (1, N), and the attention that
+    keeps them apart. One entry per sampled token, in the order of completions: predictors, the place whose activations predict it, targets, advantages,
+    weights, and the sampler's logprobs, all (S,). counts: sampled tokens of each completion. pairs: (query, key) pairs of attention. reference: the
+    reference policy's log-probs (S,), which the script adds where there is a KL term."""
+    groups = [(rollout.prompt_ids, list(zip(rollout.completions, group_a, group_w)))
+              for rollout, group_a, group_w in zip(rollouts, advantages.tolist(), weights.tolist())]
+    groups.sort(key=lambda group: len(group[0]) + max(len(c.ids) for c, _, _ in group[1]))
+    batches, batch, tokens = [], [], 0
+    for prompt, samples in groups:
+        fresh = True  # the prompt is not yet in this micro-batch
+        for one in samples:
+            more = len(one[0].ids) - 1 + fresh * len(prompt)  # the last token is predicted, never an input
+            if batch and tokens + more > token_budget:
+                batches.append(_batch(batch, device))
+                batch, tokens, fresh = [], 0, True
+                more = len(one[0].ids) - 1 + len(prompt)
+            if fresh:
+                batch.append((prompt, []))
+            batch[-1][1].append(one)
+            tokens, fresh = tokens + more, False
+    return batches + ([_batch(batch, device)] if batch else [])
 
 
-def _batch(rows, device):
-    lengths = [len(prompt) + len(c.ids) - 1 for prompt, c, _, _ in rows]
-    ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)  # (B, T)
-    predicts = torch.zeros(ids.shape, dtype=torch.bool)  # (B, T)
-    for i, (prompt, c, _, _) in enumerate(rows):
-        ids[i, :lengths[i]] = torch.tensor((prompt + c.ids)[:-1])
-        predicts[i, len(prompt) - 1:lengths[i]] = True
-    counts = torch.tensor([len(c.ids) for _, c, _, _ in rows])  # (B,) sampled tokens a row
-    per_token = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(counts).to(device)
+def _batch(groups, device):
+    """[(prompt, [(completion, advantage, weight)])] -> Batch."""
+    ids, positions, rows, predictors = [], [], [], []
+    for prompt, samples in groups:
+        start = len(ids)
+        rows.append((start, len(prompt), start, 0))
+        ids += prompt
+        positions += range(len(prompt))
+        for completion, _, _ in samples:
+            first, n = len(ids), len(completion.ids) - 1
+            rows.append((first, n, start, len(prompt)))
+            ids += completion.ids[:-1]
+            positions += range(len(prompt), len(prompt) + n)
+            predictors += [start + len(prompt) - 1, *range(first, first + n)]  # the first token is predicted by the prompt's last
+    completions, advantages, weights = zip(*(one for _, samples in groups for one in samples))
+    counts = torch.tensor([len(c.ids) for c in completions])  # (completions,)
     flat = lambda lists: [x for values in lists for x in values]
-    return Batch(ids.to(device), predicts.to(device), torch.tensor(flat(c.ids for _, c, _, _ in rows), device=device),
-                 per_token([a for _, _, a, _ in rows]), per_token([w for _, _, _, w in rows]),
-                 torch.tensor(flat(c.logprobs for _, c, _, _ in rows), dtype=torch.float64, device=device),
-                 sum(lengths), sum(n * (n + 1) // 2 for n in lengths))
+    on_device = lambda values, kind=torch.long: torch.tensor(values, dtype=kind, device=device)
+    per_token = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(counts).to(device)
+    return Batch(on_device([ids]), on_device([positions]), SharedPrefixAttention(rows, device), on_device(predictors), on_device(flat(c.ids for c in completions)),
+                 per_token(advantages), per_token(weights), on_device(flat(c.logprobs for c in completions), torch.float64), counts.to(device),
+                 sum(n * before + n * (n + 1) // 2 for _, n, _, before in rows))
 
 
 # ---- what a step's rollouts look like ----------------------------------------------------------------------

@@ -123,8 +123,7 @@ def expected_gradient(model, G=2, advantage="loo", loss_norm="constant", overlon
         spread = lambda table: table[0].repeat_interleave(lengths[0])
         a, w = spread(a), spread(w)
         if estimator == "k1-in-reward":
-            predicts = torch.arange(LENGTH) < lengths[0][:, None]
-            a = a - kl_coef * grpo.kl_to_go(flat(old), flat(ref), predicts)
+            a = a - kl_coef * grpo.kl_to_go(flat(old), flat(ref), lengths[0])
         objective = grpo.reinforce(flat(lp), a) if clip is None else grpo.clipped(flat(lp), flat(old), a, *clip)
         if estimator in ("k2", "k3"):
             objective = objective - kl_coef * grpo.kl(flat(lp), flat(ref), estimator, None if sampler is None else flat(old))
@@ -284,8 +283,7 @@ def test_kl_by_hand():
     assert grpo.kl(lp, ref, "k3").tolist() == pytest.approx([math.exp(-0.5) - 0.5, math.exp(1) - 2])
     old = torch.tensor([-1.0, -3.0], dtype=torch.float64)
     assert grpo.kl(lp, ref, "k2", old).tolist() == pytest.approx([0.125, 0.5 * math.e])  # a token counts pi / pi_old
-    predicts = torch.tensor([[False, True, True, False], [False, False, False, True]])
-    assert grpo.kl_to_go(torch.tensor([-1.0, -2, -3]), torch.tensor([-2.0, -2.5, -1]), predicts).tolist() == pytest.approx([1.5, 0.5, -2.0])
+    assert grpo.kl_to_go(torch.tensor([-1.0, -2, -3]), torch.tensor([-2.0, -2.5, -1]), torch.tensor([2, 1])).tolist() == pytest.approx([1.5, 0.5, -2.0])
     with pytest.raises(ValueError, match="'k4'"):
         grpo.kl(lp, ref, "k4")
 

@@ -5,7 +5,7 @@ import torch
 from conftest import toy_model
 from nanorl import grpo, rollout
 from nanorl.engine import Completion, Engine
-from nanorl.gpt import token_logprobs
+from nanorl.gpt import pick, token_logprobs
 from nanorl.tasks import Problem, Reward, get_task
 from nanorl.tasks.countdown import Countdown
 
@@ -27,14 +27,14 @@ def test_targets_are_exactly_the_sampled_tokens(budget):
     assert lengths.tolist() == [[4, 1], [6, 2]]
     seen = []
     for batch in rollout.micro_batches(ROLLOUTS, a, grpo.token_weights(lengths, "sequence"), budget, "cpu"):
-        assert batch.ids.numel() <= max(budget, batch.ids.size(1))
-        counts = batch.predicts.sum(1)
-        for row, predicts, t, adv, w, lp in zip(batch.ids, batch.predicts, *(x.split(counts.tolist()) for x in (
-                batch.targets, batch.advantages, batch.weights, batch.logprobs))):
-            first = int(predicts.nonzero()[0])
-            whole = row[:first + 1].tolist() + t.tolist()  # the prompt, then what was sampled
-            assert row[first + 1:first + len(t)].tolist() == t.tolist()[:-1]  # each input predicts the next
-            seen.append((whole, t.tolist(), float(adv[0]), float(w[0]), lp.tolist()))
+        assert batch.ids.numel() <= budget or len(batch.counts) == 1
+        row, positions = batch.ids[0].tolist(), batch.positions[0].tolist()
+        for at, t, adv, w, lp in zip(*(x.split(batch.counts.tolist()) for x in (batch.predictors, batch.targets, batch.advantages, batch.weights, batch.logprobs))):
+            first = int(at[0])
+            prompt = row[first - positions[first]:first + 1]
+            assert [row[i] for i in at[1:]] == t.tolist()[:-1]  # each input predicts the next
+            assert [positions[i] for i in at] == list(range(len(prompt) - 1, len(prompt) - 1 + len(t)))
+            seen.append((prompt + t.tolist(), t.tolist(), float(adv[0]), float(w[0]), lp.tolist()))
             assert (adv == adv[0]).all()
     expected = [(r.prompt_ids + c.ids, c.ids, float(x), 1 / len(c.ids), c.logprobs) for r, g in zip(ROLLOUTS, a) for c, x in zip(r.completions, g)]
     assert sorted(seen) == sorted(expected)
@@ -47,7 +47,8 @@ def step_gradient(model, rollouts, budget, kind="token"):
     lengths = rollout.length_table(rollouts, 2)
     n = grpo.denominator(lengths, kind)
     for batch in rollout.micro_batches(rollouts, a, grpo.token_weights(lengths, kind, 8), budget, "cpu"):
-        logprobs, _ = model.logprobs(model.hidden(batch.ids)[batch.predicts], batch.targets, 0.9)
+        h = model.hidden(batch.ids, batch.positions, batch.attend)
+        logprobs, _ = model.logprobs(pick(h[0], batch.predictors), batch.targets, 0.9)
         grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, n).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
