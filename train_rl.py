@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from nanorl import evaluate, grpo, rollout
+from nanorl.attention import pick
 from nanorl.engine import Engine
-from nanorl.gpt import pick
 from nanorl.hf import load_model, save_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist

@@ -13,7 +13,7 @@ import torch
 
 from nanorl.corpus import read_conversations
 from nanorl.data import PackedRows, collate, pack
-from nanorl.gpt import CausalAttention
+from nanorl.attention import CausalAttention
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist

@@ -20,7 +20,8 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from nanorl.gpt import CausalAttention, scaled
+from nanorl.attention import CausalAttention
+from nanorl.gpt import scaled
 
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
 Completion = namedtuple("Completion", "ids logprobs finished")
@@ -293,8 +294,10 @@ class _Batch:
         memory's speed and one over their first columns at half of it (docs/log.md); and rows that stop early never take the memory."""
         for caches in (self.suffix_k, self.suffix_v):
             for layer, cache in enumerate(caches):
-                if cache.size(2) < columns:
-                    caches[layer] = torch.nn.functional.pad(cache, (0, 0, 0, columns - cache.size(2)))
+                t = cache.size(2)
+                if t < columns:
+                    caches[layer] = cache.new_empty(*cache.shape[:2], columns, cache.size(3))
+                    caches[layer][:, :, :t], caches[layer][:, :, t:] = cache, 0  # what is masked must be finite
 
     def _mask(self, lens, t):
         """lens (N,) -> (N, 1, 1, t): 0 for the first lens[i] keys, -inf for the rest."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from nanorl.attention import CausalAttention
 
 
 @dataclass
@@ -107,89 +108,6 @@ def rope_table(positions, head_dim, theta, dtype=torch.float32):
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + D/2]) of x (B, T, heads, D) by its position's angle."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, dims=-1), sin)
-
-
-class MaskedAttention:
-    """Attention where `allowed` (B, 1, T, S), bool, lets query t see key s; None: causal, T = S. One mask serves all layers."""
-
-    def __init__(self, allowed=None):
-        self.allowed, self.bias = allowed, None
-
-    def __call__(self, q, k, v):
-        """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.size(2) <= 512:
-            return self._by_matrix_products(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed, is_causal=self.allowed is None,
-                                              enable_gqa=q.size(1) != k.size(1))
-
-    def _by_matrix_products(self, q, k, v):
-        """The same, spelled out: on a CPU in bf16, on short rows, 1.6 to 4 times faster than the fused kernel
-        (docs/log.md)."""
-        (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-        if self.bias is None:  # (B*K, H/K*T, S): all queries of a key/value head in one product
-            allowed = torch.ones(T, S, dtype=torch.bool).tril() if self.allowed is None else self.allowed
-            bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
-            self.bias = bias.expand(B, H, T, S).reshape(B * K, H // K * T, S)
-        q, k, v = q.reshape(B * K, H // K * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
-        scores = torch.baddbmm(self.bias, q, k.transpose(1, 2), alpha=D ** -0.5)  # (B*K, H/K*T, S)
-        return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
-
-
-class CausalAttention:
-    """Causal attention, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). Rows padded on the right need no mask:
-    a token only looks to its left. With `document` (B, T), which numbers each token's document, attention stays
-    inside the document."""
-
-    def __init__(self, document=None):
-        allowed = None
-        if document is not None:
-            causal = torch.ones(document.size(1), document.size(1), dtype=torch.bool, device=document.device).tril()
-            allowed = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # (B, 1, T, T)
-        self.masked = MaskedAttention(allowed)
-
-    def __call__(self, layer, q, k, v):
-        return self.masked(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-
-def pick(x, at):
-    """Rows of x (N, ...) at the places `at`, an integer tensor of any shape -> (*at.shape, ...). As a look-up in a table, because of the ways to
-    write it this is the one whose backward pass is fast on a CPU and has a fixed order of summation."""
-    return F.embedding(at, x.flatten(1)).unflatten(-1, x.shape[1:])
-
-
-class SharedPrefixAttention:
-    """Causal attention over rows packed into one, q (1, N, H, D), k and v (1, N, K, D), in which rows may share their beginning: the keys and values
-    of a prompt are computed once for all its samples, and gradients flow back into them from each.
-
-    rows: (start, length, prefix start, prefix length) of each, a prefix being earlier places of the packed row that it goes on from (length 0: none).
-    Rows of like length make a block, padded to its longest; `padded` counts the places, padding and all."""
-
-    def __init__(self, rows, device):
-        rows = sorted((row for row in rows if row[1]), key=lambda row: (row[3] > 0, row[1]), reverse=True)
-        blocks = []
-        for row in rows:
-            if not blocks or (row[3] > 0) != (blocks[-1][0][3] > 0) or row[1] < 0.8 * blocks[-1][0][1]:
-                blocks.append([])
-            blocks[-1].append(row)
-        n, self.padded, self.blocks = sum(row[1] for row in rows), 0, []
-        back = torch.zeros(n, dtype=torch.long)  # (N,) where each token's output lies among all blocks' outputs
-        for block in blocks:
-            start, length, prefix_start, prefix_length = torch.tensor(block).T[:, :, None]  # (b, 1) each
-            t, tp = torch.arange(int(length.max())), torch.arange(int(prefix_length.max()))
-            here, before = t < length, tp < prefix_length  # (b, T), (b, Tp): not padding
-            at = (start + t).where(here, start)  # (b, T)
-            keys_at = torch.cat([(prefix_start + tp).where(before, prefix_start), at], 1)  # (b, Tp + T)
-            allowed = torch.cat([before[:, None].expand(-1, len(t), -1), (t <= t[:, None]).expand(len(at), -1, -1)], 2)[:, None]  # (b, 1, T, Tp + T)
-            back[at[here]] = self.padded + torch.arange(at.numel()).view(at.shape)[here]
-            self.padded += at.numel()
-            self.blocks.append((at.to(device), keys_at.to(device), MaskedAttention(allowed.to(device))))
-        self.back = back.to(device)
-
-    def __call__(self, layer, q, k, v):
-        heads_first = lambda x, at: pick(x[0], at).transpose(1, 2)  # (b, heads, T, D)
-        y = [attend(heads_first(q, at), heads_first(k, keys_at), heads_first(v, keys_at)).transpose(1, 2).flatten(0, 1)
-             for at, keys_at, attend in self.blocks]  # (b * T, H, D) each
-        return pick(torch.cat(y), self.back)[None]  # (1, N, H, D)
 
 
 class Attention(nn.Module):
@@ -288,23 +206,47 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V)."""
         return self.head(self.hidden(ids, positions, attend))
 
-    def logprobs(self, h, ids, temperature=1.0, with_entropy=False, chunk_elements=2 ** 24):
-        """Activations h (N, C) and the ids (N,) that followed -> their log-probs (N,) and, if asked for, the
-        distributions' entropies (N,) in nats, through which no gradient flows.
+    def logprobs(self, h, ids, temperature=1.0, with_entropy=False, chunk_elements=2 ** 22):
+        """Activations h (N, C) and the ids (N,) that followed -> their log-probs (N,), with gradient, and, if asked for, the
+        distributions' entropies (N,) in nats, without. The N x V logits never all exist: the head runs over as many rows at a time as have
+        `chunk_elements` logits, and again in backward."""
+        weight = self.lm_head.weight[:self.config.n_tokens]
+        return TokenLogprobs.apply(h, weight, ids, temperature, with_entropy, max(1, chunk_elements // self.config.n_tokens))
 
-        The N x V logits never all exist: the head runs in chunks, and again in backward when there are several."""
-        def of_chunk(h, ids):
-            full = all_logprobs(self.head(h), temperature)  # (n, V)
-            entropy = ids.new_zeros(0, dtype=torch.float32)
-            if with_entropy:
-                with torch.no_grad():
-                    entropy = -(full.exp() * full).sum(-1)  # (n,)
-            return full.gather(-1, ids[:, None]).squeeze(-1), entropy
-        size = max(1, chunk_elements // self.config.n_tokens)
-        if len(ids) <= size:
-            return of_chunk(h, ids)
-        parts = [checkpoint(of_chunk, hc, ic, use_reentrant=False) for hc, ic in zip(h.split(size), ids.split(size))]
-        return torch.cat([p for p, _ in parts]), torch.cat([e for _, e in parts])
+
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(h W^T / temperature)[ids], with its gradient spelled out: of z = h W^T it is (one at ids - softmax(z / temperature)) / temperature.
+    Autograd would keep the N x V softmax, or go over it three times as often (docs/log.md)."""
+
+    @staticmethod
+    def forward(ctx, h, weight, ids, temperature, with_entropy, rows):
+        logprobs, lse, entropy = (h.new_zeros(len(h), dtype=torch.promote_types(h.dtype, torch.float32)) for _ in range(3))  # (N,) each
+        w = weight.to(h.dtype)  # (V, C)
+        for i in range(0, len(h), rows):
+            some = slice(i, i + rows)
+            z = scaled(F.linear(h[some], w), temperature)  # (rows, V)
+            lse[some] = z.logsumexp(-1)
+            logprobs[some] = z.gather(-1, ids[some, None])[:, 0] - lse[some]
+            if with_entropy:  # - sum p log p = lse - sum p z
+                entropy[some] = lse[some] - torch.linalg.vecdot((z - lse[some, None]).exp_(), z)
+        ctx.save_for_backward(h, weight, ids, lse)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        h, weight, ids, lse = ctx.saved_tensors
+        w, grad = weight.to(h.dtype), grad / ctx.temperature
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
+        for i in range(0, len(h), ctx.rows):
+            some = slice(i, i + ctx.rows)
+            z = scaled(F.linear(h[some], w), ctx.temperature)  # (rows, V)
+            z = (z - lse[some, None]).exp_().mul_(-grad[some, None]).scatter_add_(1, ids[some, None], grad[some, None]).to(h.dtype)
+            grad_h[some] = z @ w
+            grad_weight += z.T @ h[some]
+        return grad_h, grad_weight, None, None, None, None
 
 
 def scaled(logits, temperature):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorl.gpt import SharedPrefixAttention
+from nanorl.attention import SharedPrefixAttention
 from nanorl.grpo import no_signal
 from nanorl.tasks import Problem, Reward
 from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool, describe

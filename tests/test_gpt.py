@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import toy_model
-from nanorl.gpt import GPT, CausalAttention, GPTConfig, token_logprobs
+from nanorl.attention import CausalAttention
+from nanorl.gpt import GPT, GPTConfig, token_logprobs
 
 
 def slow_logits(model, ids):

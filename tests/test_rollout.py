@@ -5,7 +5,8 @@ import torch
 from conftest import toy_model
 from nanorl import grpo, rollout
 from nanorl.engine import Completion, Engine
-from nanorl.gpt import pick, token_logprobs
+from nanorl.attention import pick
+from nanorl.gpt import token_logprobs
 from nanorl.tasks import Problem, Reward, get_task
 from nanorl.tasks.countdown import Countdown
 

@@ -20,8 +20,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanorl import grpo
+from nanorl.attention import pick
 from nanorl.engine import Engine
-from nanorl.gpt import GPT, GPTConfig, pick
+from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model
 from nanorl.optim import make_optimizers, update
 from nanorl.rollout import Rollout, length_table, micro_batches
