@@ -118,7 +118,7 @@ def main():
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
         engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
     flop_rate, copy_rate = bench.device_rates(place, compute_dtype)  # what mfu and mbu are shares of
-    work = Counter()  # of this rank in this step: FLOPs of either half, and bytes that decoding had to read
+    work = Counter()  # of this rank in this step: FLOPs of either half, bytes that decoding had to read, places and how many were in use
 
     @lru_cache(maxsize=2)  # a mixture's can have millions of places
     def order(epoch, n):
@@ -141,6 +141,8 @@ def main():
         rollouts = rollout.generate(engine, tokenizer, source, [p for _, p in mine], keys, G, max_new_tokens, temperature, part_weights=part_weights)
         work["rollout"] += engine.flops()
         work["bytes"] += engine.bytes_decoded()
+        work["row_steps"] += engine.stats["row_steps"]
+        work["place_steps"] += len(engine.stats["live"]) * engine.stats["places"]
         return rollouts
 
     def replace_dead(step, source, rollouts, drawn):
@@ -244,19 +246,19 @@ def main():
         # ---- the log
         row = rollout_row(dist.gather(rollouts), dist.gather(left), dist.gather(advantages.tolist()), log, step + 1, tokenizer)
         row = dist.broadcast(row)
-        done = dist.totals({name: work[name] for name in ("rollout", "learner", "bytes")})
+        done = dist.totals({name: work[name] for name in ("rollout", "learner", "bytes", "row_steps", "place_steps")})
         flops += done["rollout"] + done["learner"]
         bad = 0 if all(map(math.isfinite, norms)) else bad + 1
         rollout_time, step_time = dist.total(t1 - t0, "max"), dist.total(t2 - t0, "max")  # of the slowest rank
         sums = [over_ranks(one) for one in learned]  # of each update
         row.update(grpo.token_metrics(sums[0], sums[-1]))
         row.update({
-            "padding": 1 - sums[0]["inputs"] / sums[0]["padded"],
+            "occupancy": done["row_steps"] / max(done["place_steps"], 1), "padding": 1 - sums[0]["inputs"] / sums[0]["padded"],
             "grad_norm": norms[-1], **{f"grad_norm/{part}": n for part, n in part_norms.items()}, "bad_steps": bad,
             "updated": sum(0 < n < math.inf for n in norms) / len(norms), "lr": rate * scale, "flops_total": flops,
             "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": sums[0]["tokens"] / (step_time - rollout_time),
             "mbu": done["bytes"] / rollout_time / dist.world_size() / copy_rate, "mfu": done["learner"] / (step_time - rollout_time) / dist.world_size() / flop_rate,
-            "time/rollout": rollout_time, "time/learner": step_time - rollout_time})
+            "time/rollout": rollout_time, "time/learner": step_time - rollout_time, "time/outside": 1 - step_time / (time.time() - t0)})
         last = step + 1 == steps
         if last or (eval_every and (step + 1) % eval_every == 0):
             row.update(held_out())

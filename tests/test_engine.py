@@ -163,6 +163,47 @@ def test_the_edges_of_a_uniform_never_pick_an_impossible_token():
         assert int(sample(logits, torch.tensor([u], dtype=torch.float64), 1.0)[0]) in (1, 2)
 
 
+@pytest.mark.parametrize("vocab", [1, 2, 70, 512, 5000])
+def test_two_step_sampling_is_the_first_token_whose_cumulative_probability_passes(vocab):
+    """Against one cumulative sum; with impossible tokens, whole impossible blocks, and the ends of the interval."""
+    generator = torch.Generator().manual_seed(vocab)
+    n = 400
+    logits = torch.randn(n, vocab, dtype=torch.float64, generator=generator) * 4
+    logits[torch.rand(n, vocab, generator=generator) < 0.3] = float("-inf")
+    logits[:, : vocab // 3] = float("-inf")
+    logits[:, -1] = 0.0
+    u = torch.rand(n, dtype=torch.float64, generator=generator)
+    u[:4] = torch.tensor([0.0, 1 - 2.0 ** -53, 2.0 ** -60, 0.5])
+    ids, logprobs = sample(logits, u, 0.8)
+    p = (logits / 0.8).softmax(-1)
+    before = p.cumsum(-1).gather(1, ids[:, None])[:, 0]
+    mass = p.gather(1, ids[:, None])[:, 0]
+    assert (mass > 0).all()
+    assert (before - mass <= u + 1e-12).all() and (u < before + 1e-12).all()
+    assert (logprobs - token_logprobs(logits, ids, 0.8)).abs().max() < 1e-12
+
+
+def test_rare_tokens_can_be_drawn_in_fp32():
+    """Each of 32,768 tokens of like probability: cumulative sums in fp32 would never give some of them."""
+    vocab = 32768
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0)) * 0.1
+    cdf = logits.double().softmax(-1).cumsum(-1)[0]
+    middle = cdf - logits.double().softmax(-1)[0] / 2
+    wanted = torch.arange(0, vocab, 37)
+    ids, _ = sample(logits.expand(len(wanted), -1), middle[wanted], 1.0)
+    assert torch.equal(ids, wanted)
+
+
+def test_the_suffix_cache_grows_with_the_oldest_row_only():
+    engine = Engine(toy_model())
+    stops = frozenset(range(0, 70, 2))
+    batch = engine._places([[1, 2]], 4, 100, 1.0, stops)
+    engine._places = lambda *args: batch
+    engine.generate([[1, 2]], 4, 100, stop_ids=stops)
+    columns, oldest = batch.suffix_k[0].size(2), len(engine.stats["live"])
+    assert oldest <= columns < oldest + 32 < 100
+
+
 def test_merge_is_one_softmax():
     torch.manual_seed(0)
     scores, values = torch.randn(2, 9, dtype=torch.float64) * 5, torch.randn(9, 4, dtype=torch.float64)

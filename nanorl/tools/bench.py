@@ -89,7 +89,7 @@ def copy_rate(device="cpu", n=2 ** 26, tries=5):
 def device_rates(device, kind):
     """A quick look at this device now: its matrix rate in a precision, FLOP/s, and its copy rate, bytes/s."""
     large = device.type == "cuda"
-    return matrix_rate(kind, device, 8192 if large else 1024, tries=3), copy_rate(device, 2 ** 28 if large else 2 ** 23, tries=3)
+    return matrix_rate(kind, device, 8192 if large else 1024, tries=10), copy_rate(device, 2 ** 28 if large else 2 ** 23, tries=5)
 
 
 def rates():

@@ -1,0 +1,88 @@
+"""Rows packed together see what they would see alone."""
+import pytest
+import torch
+
+from conftest import toy_model
+from nanorl.attention import CausalAttention, SharedPrefixAttention, pick
+
+
+def test_packed_documents_do_not_see_each_other():
+    model = toy_model()
+    a, b = [5, 6, 7, 8], [9, 10, 11]
+    ids = torch.tensor([a + b + [0, 0]])
+    document = torch.tensor([[1] * 4 + [2] * 3 + [0] * 2])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+    packed = model(ids, positions, CausalAttention(document))
+    assert (packed[0, :4] - model(torch.tensor([a]))[0]).abs().max() < 1e-12
+    assert (packed[0, 4:7] - model(torch.tensor([b]))[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_spelled_out_attention_equals_the_fused_kernel(packed, kv_heads):
+    """On a CPU in bf16 short rows take another path: the same numbers up to bf16's rounding, and the same gradients."""
+    torch.manual_seed(0)
+    document = torch.tensor([[1] * 9 + [2] * 11, [1] * 20]) if packed else None
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        q, k, v = (torch.randn(2, 20, heads, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
+        y = CausalAttention(document)(0, q, k, v)
+        y.float().square().sum().backward()
+        results.append([t.float() for t in (y, q.grad, k.grad, v.grad)])
+    for exact, rounded in zip(*results):
+        assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+
+
+# Prompts and the lengths of what follows each: ragged, of one token, with a sample that adds nothing, many of like length.
+GROUPS = [(7, [5, 1, 0, 9, 5]), (1, [3]), (12, [0]), (4, [20, 19, 18, 2, 2, 2])]
+
+
+def packed_groups(groups):
+    """-> ids and positions (1, N), rows for SharedPrefixAttention, and each sample as a row of its own with the places of its tokens."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(0, 70, (n,), generator=generator).tolist()
+    ids, positions, rows, alone = [], [], [], []
+    for n, samples in groups:
+        start, prompt = len(ids), draw(n)
+        rows.append((start, n, start, 0))
+        ids, positions = ids + prompt, positions + list(range(n))
+        for m in samples:
+            first, sample = len(ids), draw(m)
+            rows.append((first, m, start, n))
+            ids, positions = ids + sample, positions + list(range(n, n + m))
+            alone.append((prompt + sample, [*range(start, start + n), *range(first, first + m)]))
+    return torch.tensor([ids]), torch.tensor([positions]), rows, alone
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("groups", [GROUPS, GROUPS[:1], GROUPS[1:2], GROUPS[2:3]])
+def test_prompts_computed_once_give_what_each_row_alone_gives(groups, kv_heads):
+    """Activations and, in the shared prompt too, gradients: fp64."""
+    model = toy_model(n_kv_head=kv_heads)
+    ids, positions, rows, alone = packed_groups(groups)
+    together = model.hidden(ids, positions, SharedPrefixAttention(rows, "cpu"))[0]  # (N, C)
+    towards = torch.randn(len(alone), 64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for (row, places), target in zip(alone, towards):
+        h = model.hidden(torch.tensor([row]))[0]
+        assert (h - together[places]).abs().max() < 1e-12
+    sum((together[places] * target[:len(places)]).sum() for (_, places), target in zip(alone, towards)).backward()
+    shared = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    sum((model.hidden(torch.tensor([row]))[0] * target[:len(row)]).sum() for (row, _), target in zip(alone, towards)).backward()
+    for a, b in zip(shared, (p.grad for p in model.parameters() if p.grad is not None)):
+        assert (a - b).abs().max() <= 1e-10
+
+
+def test_padding_is_a_small_part_also_of_a_skewed_mix():
+    """Only attention sees padding, and a long row does not widen the short ones' block."""
+    lengths = [4] * 60 + [5] * 30 + [60] * 2
+    attend = SharedPrefixAttention([(0, 10, 0, 0)] + [(10 + sum(lengths[:i]), n, 0, 10) for i, n in enumerate(lengths)], "cpu")
+    assert attend.padded <= 1.15 * (10 + sum(lengths))
+
+
+def test_pick_is_indexing():
+    x = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    at = torch.tensor([[0, 4, 4], [2, 0, 0]])
+    assert torch.equal(pick(x, at), x[at])
+    assert torch.autograd.gradcheck(lambda x: pick(x, at), x)
