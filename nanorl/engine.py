@@ -9,10 +9,6 @@ its place is given to a waiting one, and what the samples of a prompt have in co
 
 A step's attention has a prompt part (one matrix product per prompt and kv head over all its live samples) and a
 suffix part (per row); `merge` joins the two into exactly one softmax. On a GPU a step is one replay of a CUDA graph.
-
-What decides a token. Sampling is inverse-CDF from a uniform that is a pure function of (prompt key, sample,
-position). So a sample does not depend on who shared its batch, on row order, refill or world size: exactly so
-in fp64; in fp32 and bf16 the logits' last bits change with the batch's shape, and a token may flip.
 """
 import copy
 from collections import namedtuple
@@ -21,7 +17,7 @@ import numpy as np
 import torch
 
 from nanorl.attention import CausalAttention
-from nanorl.gpt import scaled
+from nanorl.sampling import row_keys, sample, uniforms
 
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
 Completion = namedtuple("Completion", "ids logprobs finished")
@@ -29,64 +25,6 @@ Completion = namedtuple("Completion", "ids logprobs finished")
 COLUMNS = 32  # by which the suffix caches grow
 LOGITS = 2 ** 22  # that exist at once: the head's product is best over many rows ...
 SAMPLED = 2 ** 20  # ... and sampling on a CPU over as many logits as stay in its cache
-
-
-# ---- sampling ---------------------------------------------------------------------------------------------
-
-def _mix(x):
-    """splitmix64's finaliser on int64 tensors: multiplication wraps, >> is made logical by a mask."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64: keeps 0 from being a fixed point
-
-
-def row_keys(prompt_keys, samples):
-    """(prompt key, sample number), int64 tensors of one shape -> one int64 a row."""
-    return _mix(_mix(prompt_keys + _GOLDEN) + samples * _GOLDEN)
-
-
-def uniforms(keys, positions):
-    """(row key, position) -> a float64 in [0, 1): 53 bits of a counter-based generator, no state."""
-    return ((_mix(keys + (positions + 1) * _GOLDEN) >> 11) & (2 ** 53 - 1)).double() * 2.0 ** -53
-
-
-def _pick(masses, point):
-    """masses (B, n) in fp64, none negative; point (B, 1), a share of the total, -> the first index (B, 1) whose cumulative mass passes point x total, never one
-    without mass; and where in its own mass the point fell, as a share, (B, 1)."""
-    cdf = masses.cumsum(-1)
-    total = cdf[:, -1:]
-    point = torch.minimum(point.clamp(min=0) * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cdf, point, right=True)
-    mass = masses.gather(1, index)
-    return index, (point - (cdf.gather(1, index) - mass)) / mass
-
-
-def sample(logits, u, temperature):
-    """logits (B, V), u (B,) in [0, 1) -> ids (B,): the first token whose cumulative probability passes u times
-    the total, and its log-prob (B,), as token_logprobs gives it. A token of probability zero is never chosen.
-    Temperature 0 is the most likely token, with its log-prob at temperature 1.
-
-    Found in two steps, the block of tokens and the token in it, because cumulative sums are slow and must be in fp64: in
-    fp32 their steps of 6e-8 swallow rare tokens (15% of 32,768 could never be drawn)."""
-    z = scaled(logits, temperature or 1.0)  # (B, V)
-    B, V = z.shape
-    top = z.amax(-1, keepdim=True)  # (B, 1)
-    block = 1 << (V.bit_length() + 1) // 2  # about the square root of V, a power of two
-    masses = z.new_empty(B, -(-V // block) * block)
-    torch.exp(z - top, out=masses[:, :V])
-    masses[:, V:] = 0
-    masses = masses.view(B, -1, block)  # (B, blocks, block)
-    of_blocks = masses.sum(-1).double()  # (B, blocks)
-    if temperature == 0:
-        ids = z.argmax(-1, keepdim=True)  # (B, 1)
-    else:
-        chosen, inside = _pick(of_blocks, u[:, None])  # (B, 1)
-        ids = chosen * block + _pick(masses.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double(), inside)[0]
-    logprobs = z.gather(1, ids) - top - of_blocks.sum(-1, keepdim=True).log().to(z.dtype)
-    return ids[:, 0], logprobs[:, 0]
 
 
 # ---- attention over the two caches ------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import toy_model
-from nanorl.engine import Engine, _fill_holes, merge, row_keys, sample, uniforms
+from nanorl.engine import Engine, _fill_holes, merge
 from nanorl.gpt import token_logprobs
+from nanorl.sampling import row_keys, sample, uniforms
 
 
 @torch.no_grad()
