@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from nanorl import evaluate, grpo, rollout
-from nanorl.attention import pick
+from nanorl.attention import SharedPrefixAttention, pick
 from nanorl.engine import Engine
 from nanorl.hf import load_model, save_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
@@ -116,7 +116,8 @@ def main():
         reference.compute_dtype = compute_dtype
     log.cut(state["step"] if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
-        engine.max_rows = max(G, int(dist.total(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
+        to_come = 12 * policy.config.n_params()[0]  # bytes: gradients and AdamW's moments
+        engine.max_rows = max(G, int(dist.total((dist.free_memory(place) - to_come) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
     flop_rate, copy_rate = bench.device_rates(place, compute_dtype)  # what mfu and mbu are shares of
     work = Counter()  # of this rank in this step: FLOPs of either half, bytes that decoding had to read, places and how many were in use
 
@@ -164,7 +165,7 @@ def main():
         if reference is None:
             return batch
         with torch.no_grad():
-            h = reference.hidden(batch.ids, batch.positions, batch.attend)  # (1, tokens, C)
+            h = reference.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, place))  # (1, tokens, C)
             logprobs, _ = reference.logprobs(pick(h[0], batch.predictors), batch.targets, temperature)  # (N,)
         work["learner"] += policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         lowered = kl_coef * grpo.kl_to_go(batch.logprobs, logprobs, batch.counts) if kl_estimator == "k1-in-reward" else 0.0
@@ -172,7 +173,8 @@ def main():
 
     def learn(batch, denominator):
         """One micro-batch: forward, loss, backward. Returns sums over its tokens, for the log."""
-        h = policy.hidden(batch.ids, batch.positions, batch.attend)  # (1, tokens, C): each prompt's tokens are there once
+        attend = SharedPrefixAttention(batch.rows, place)
+        h = policy.hidden(batch.ids, batch.positions, attend)  # (1, tokens, C): each prompt's tokens are there once
         logprobs, entropy = policy.logprobs(pick(h[0], batch.predictors), batch.targets, temperature, with_entropy=True)  # (N,), (N,)
         old = batch.logprobs if updates_per_rollout > 1 else None  # (N,) the sampler's; None: on-policy, the ratio is 1
         if old is None:
@@ -184,7 +186,7 @@ def main():
         grpo.policy_loss(objective, batch.weights, denominator).backward()
         work["learner"] += 3 * policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         return {**grpo.token_sums(logprobs, batch.logprobs, entropy, batch.advantages, batch.reference, clip_low, clip_high),
-                "inputs": batch.ids.numel(), "padded": batch.attend.padded}
+                "inputs": batch.ids.numel(), "padded": attend.padded}
 
     def held_out():
         """Greedy accuracy on the first `eval_problems` problems of the val split, the same ones every time."""

@@ -11,7 +11,7 @@ A step's attention has a prompt part (one matrix product per prompt and kv head 
 suffix part (per row); `merge` joins the two into exactly one softmax. On a GPU a step is one replay of a CUDA graph.
 """
 import copy
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ SAMPLED = 2 ** 20  # ... and sampling on a CPU over as many logits as stay in it
 
 def _attend(q, k, v, mask):
     """One part of a softmax. q (N, K, m, D), k and v (N, K, t, D), mask (N, 1, 1, t), added to the scores, or None
-    -> (outputs (N, K, m, D), log of the sum of exponentials (N, K, m))."""
+    -> (outputs (N, K, m, D), log of the sum of exponentials (N, K, m)). In bf16 the scores are rounded to it, as products of bf16 are."""
     scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * q.size(-1) ** -0.5  # (N, K, m, t)
     scores = scores if mask is None else scores + mask
     top = scores.amax(-1, keepdim=True)
@@ -121,14 +121,16 @@ class _Batch:
 
     def remove(self, gone):
         """Rows leave (bool, n), and prompts that nobody reads any more leave with them. Returns of each that leaves its result row, ids and log-probs."""
-        places = torch.as_tensor(np.flatnonzero(gone), device=self.device)
+        places, = self._on_device(np.flatnonzero(gone))
         left = list(zip(self.output[gone].tolist(), self.ids[places].tolist(), self.logprobs[places].tolist()))
         holes, movers = _fill_holes(~gone)
         if len(holes):
-            t = self.age[movers].max()
+            to, of, t = *self._on_device(holes, movers), self.age[movers].max()
             for cache in (*self.suffix_k, *self.suffix_v):
-                cache[holes, :, :t] = cache[movers, :, :t]
-            for per_row in (self.ids, self.logprobs, self.keys, self.stopped, self.prompt, self.age, self.output):
+                cache[to, :, :t] = cache[of, :, :t]
+            for per_row in (self.ids, self.logprobs, self.keys, self.stopped):
+                per_row[to] = per_row[of]
+            for per_row in (self.prompt, self.age, self.output):
                 per_row[holes] = per_row[movers]
         n = len(gone) - gone.sum()
         self.prompt, self.age, self.output = self.prompt[:n], self.age[:n], self.output[:n]
@@ -136,8 +138,9 @@ class _Batch:
         read = np.isin(np.arange(self.n_prompts), self.prompt)
         holes, movers = _fill_holes(read)
         if len(holes):
+            to, of = self._on_device(holes, movers)
             for cache in (*self.prompt_k, *self.prompt_v):
-                cache[holes] = cache[movers]
+                cache[to] = cache[of]
             self.prompt_lens[holes] = self.prompt_lens[movers]
             place = np.arange(len(read))
             place[movers] = holes
@@ -146,6 +149,9 @@ class _Batch:
         if self.n:
             self._layout()
         return left
+
+    def _on_device(self, *arrays):
+        return [torch.from_numpy(array).to(self.device) for array in arrays]
 
     def _layout(self):
         """Put each live row on the (prompts x most live samples) grid of the prompt part, and tell the device. Places that are not live get values that
@@ -194,10 +200,10 @@ class _Batch:
             self.graphs[shape] = None  # a first time without a graph warms the kernels up
         else:
             if self.graphs[shape] is None:
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                self.graphs[shape] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[shape], pool=self.pool):
+                self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
                     self._step(*shape)
+                self.graphs[shape] = graph
             self.graphs[shape].replay()
         self.age += 1
 
@@ -244,16 +250,16 @@ class _Batch:
 
 
 class Engine:
-    """`max_rows`: most rows decoded at once, 0 for no limit. `stats` of the last call: `live`, rows decoded in each step; `places` there were;
-    `row_steps`, their sum; `prompt_tokens` prefilled, `new_tokens` kept, `attended` (query, key) pairs,
-    `cached` keys read by decode steps, a prompt's once for all its rows."""
+    """`max_rows`: most rows decoded at once, 0 for no limit. `stats` of the last call: `live`, rows decoded in each step, and `places` there were; and
+    what its completions needed, however it was scheduled: `rows`, `prompt_tokens` prefilled, `new_tokens` kept, `row_steps` (tokens fed to decode steps),
+    `attended` (query, key) pairs, `cached` keys for decode steps to read, a prompt's once for all its rows."""
 
     def __init__(self, model, max_rows=0):
         self.learner, self.max_rows, self.stats = model, max_rows, {}
         master = next(model.parameters()).dtype
         self.model = model if model.compute_dtype == master else copy.deepcopy(model).to(model.compute_dtype)
         self.fixed_shapes = next(model.parameters()).device.type == "cuda"
-        self.batch = None  # on a GPU caches and graphs are kept from call to call; elsewhere the learner gets the memory
+        self.batch = None  # on a GPU caches and graphs are kept until a call with other settings, such as an evaluation; elsewhere the learner gets the memory
         self.refresh()
 
     @torch.no_grad()
@@ -265,7 +271,7 @@ class Engine:
 
     def bytes_decoded(self):
         """Bytes that the last call's decode steps had to read: every weight once a step, a prompt's cache once a step for all its rows, and each
-        row's own. What memory bandwidth bounds, however many rows there are."""
+        row's own as long as it ran. What memory bandwidth bounds, however many rows there are."""
         c, size = self.learner.config, self.learner.compute_dtype.itemsize
         cached = 2 * c.n_layer * c.n_kv_head * c.head_dim * self.stats["cached"]
         return size * (len(self.stats["live"]) * c.n_params()[1] + cached)
@@ -288,9 +294,11 @@ class Engine:
         need = rows, min(len(prompts), rows // G * (1 if G == 1 else 2)), max(map(len, prompts))
         if self.fixed_shapes:
             need = *need[:2], -(-need[2] // 64) * 64
-            if self.batch and self.settings == (G, *settings) and all(a <= b for a, b in zip(need, self.batch.places)):
-                self.batch.clear()
-                return self.batch
+            if self.batch and self.settings == (G, *settings):
+                if all(a <= b for a, b in zip(need, self.batch.places)):
+                    self.batch.clear()
+                    return self.batch
+                need = tuple(map(max, need, self.batch.places))
         self.batch = None  # its memory, before more is taken
         batch = _Batch(self.model, *need, G, *settings, self.fixed_shapes)
         if self.fixed_shapes:
@@ -309,8 +317,6 @@ class Engine:
             return causal(layer, q, k, v)
         h = self.model.hidden(ids, attend=attend)  # (p, T, C)
         batch.prompt_lens = np.append(batch.prompt_lens, lens)
-        self.stats["prompt_tokens"] += sum(lens)
-        self.stats["attended"] += sum(n * (n + 1) // 2 for n in lens)
         last = torch.tensor(lens, device=batch.device) - 1
         return h[torch.arange(len(lens), device=batch.device), last]
 
@@ -325,13 +331,13 @@ class Engine:
         for the context, or fewer places than samples."""
         P, G, N = len(prompts), samples_per_prompt, max_new_tokens
         self._check(prompts, G, N)
-        self.stats = stats = dict(live=[], places=0, rows=P * G, row_steps=0, prompt_tokens=0, new_tokens=0, attended=0, cached=0)
         if P == 0:
+            self.stats = dict(live=[], places=0, **_needed([], []))
             return []
         stop_ids = frozenset(stop_ids)
         batch = self._places(prompts, G, N, temperature, stop_ids)
         places, prompt_places, _ = batch.places
-        stats["places"] = places
+        live = []  # rows decoded in each step
         keys = torch.tensor(list(range(P) if keys is None else keys), dtype=torch.long, device=batch.device)  # (P,)
         look_every = 8 if self.fixed_shapes else 1  # on a GPU each look for stopped rows makes the host wait for the GPU
         done = [None] * (P * G)
@@ -353,25 +359,18 @@ class Engine:
                 started += len(come)
             else:
                 batch.step()
-                stats["live"].append(batch.n)
-                stats["attended"] += int(batch.age.sum() - batch.n + batch.prompt_lens[batch.prompt].sum())
-                stats["cached"] += int(batch.age.sum() - batch.n + batch.prompt_lens.sum())
+                live.append(batch.n)
             gone = batch.age >= N  # (n,) bool
-            if len(stats["live"]) % look_every == 0:
+            if len(live) % look_every == 0:
                 gone |= batch.stopped[:batch.n].cpu().numpy()
             if gone.any():
                 for row, *sampled in batch.remove(gone):
-                    done[row] = self._completion(*sampled, stop_ids)
+                    done[row] = _completion(*sampled, stop_ids)
                 if progress:
                     progress(int(gone.sum()))
-        stats["row_steps"] = sum(stats["live"])
-        return [done[p * G:(p + 1) * G] for p in range(P)]
-
-    def _completion(self, ids, logprobs, stop_ids):
-        end = next((i + 1 for i, id in enumerate(ids) if id in stop_ids), None)  # the stop token is kept
-        n = end or len(ids)
-        self.stats["new_tokens"] += n
-        return Completion(ids[:n], logprobs[:n], end is not None)
+        groups = [done[p * G:(p + 1) * G] for p in range(P)]
+        self.stats = dict(live=live, places=places, **_needed(prompts, groups))
+        return groups
 
     def _check(self, prompts, G, N):
         if G < 1 or N < 1:
@@ -384,3 +383,19 @@ class Engine:
             if len(p) + N > self.model.config.context:
                 raise ValueError(f"a prompt of {len(p)} tokens and max_new_tokens = {N} do not fit the model's context of "
                                  f"{self.model.config.context}: lower --max_new_tokens or shorten the prompt")
+
+
+def _completion(ids, logprobs, stop_ids):
+    end = next((i + 1 for i, id in enumerate(ids) if id in stop_ids), None)  # the stop token is kept
+    n = end or len(ids)
+    return Completion(ids[:n], logprobs[:n], end is not None)
+
+
+def _needed(prompts, groups):
+    """What it takes to sample these completions of these prompts (Engine.stats). A completion's last token is never fed."""
+    stats = Counter(rows=0, prompt_tokens=0, new_tokens=0, row_steps=0, attended=0, cached=0)
+    for p, fed in ((len(prompt), [len(c.ids) - 1 for c in group]) for prompt, group in zip(prompts, groups)):
+        own = sum(n * (n + 1) // 2 for n in fed)  # the n-th token attends to n of its row
+        stats.update(rows=len(fed), prompt_tokens=p, new_tokens=sum(fed) + len(fed), row_steps=sum(fed),
+                     attended=p * (p + 1) // 2 + p * sum(fed) + own, cached=p * max(fed) + own)
+    return stats

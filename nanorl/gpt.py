@@ -208,8 +208,8 @@ class GPT(nn.Module):
 
     def logprobs(self, h, ids, temperature=1.0, with_entropy=False, chunk_elements=2 ** 22):
         """Activations h (N, C) and the ids (N,) that followed -> their log-probs (N,), with gradient, and, if asked for, the
-        distributions' entropies (N,) in nats, without. The N x V logits never all exist: the head runs over as many rows at a time as have
-        `chunk_elements` logits, and again in backward."""
+        distributions' entropies (N,) in nats, without. The N x V logits never all exist (unless torch.compile keeps them): the head runs over as many rows at a
+        time as have `chunk_elements` logits, and again in backward."""
         weight = self.lm_head.weight[:self.config.n_tokens]
         return TokenLogprobs.apply(h, weight, ids, temperature, with_entropy, max(1, chunk_elements // self.config.n_tokens))
 

@@ -111,7 +111,7 @@ def kl_to_go(logprobs, reference, counts):
     KL(pi || ref), exactly, in expectation. counts: how many of the N tokens each completion has."""
     d = (logprobs - reference).double()
     up_to = d.cumsum(0)  # (N,), over completions too: only differences within one are used
-    return up_to[counts.cumsum(0) - 1].repeat_interleave(counts) - up_to + d
+    return up_to[counts.cumsum(0) - 1].repeat_interleave(counts, output_size=len(d)) - up_to + d
 
 
 def policy_loss(objective, weights, denominator):

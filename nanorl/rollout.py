@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorl.attention import SharedPrefixAttention
 from nanorl.grpo import no_signal
 from nanorl.tasks import Problem, Reward
 from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool, describe
@@ -103,15 +102,15 @@ def finished_table(rollouts, samples):
 
 
 # What the learner needs of some completions. S counts their sampled tokens; these are known from the record of what was sampled, never from id values.
-Batch = namedtuple("Batch", "ids positions attend predictors targets advantages weights logprobs counts pairs reference", defaults=[None])
+Batch = namedtuple("Batch", "ids positions rows predictors targets advantages weights logprobs counts pairs reference", defaults=[None])
 
 
 def micro_batches(rollouts, advantages, weights, token_budget, device):
     """Rollouts with advantages (P, G) and token weights (P, G) -> list of Batch, each of at most `token_budget` tokens (or one completion with its
     prompt), problems of like length together.
 
-    Batch: the tokens packed into one row without padding, each prompt once and then its completions: ids and positions (1, N), and the attention that
-    keeps them apart. One entry per sampled token, in the order of completions: predictors, the place whose activations predict it, targets, advantages,
+    Batch: the tokens packed into one row without padding, each prompt once and then its completions: ids and positions (1, N), and rows, what
+    attention.SharedPrefixAttention needs to keep them apart (it is made where it is used, since its masks are large). One entry per sampled token, in the order of completions: predictors, the place whose activations predict it, targets, advantages,
     weights, and the sampler's logprobs, all (S,). counts: sampled tokens of each completion. pairs: (query, key) pairs of attention. reference: the
     reference policy's log-probs (S,), which the script adds where there is a KL term."""
     groups = [(rollout.prompt_ids, list(zip(rollout.completions, group_a, group_w)))
@@ -152,7 +151,7 @@ def _batch(groups, device):
     flat = lambda lists: [x for values in lists for x in values]
     on_device = lambda values, kind=torch.long: torch.tensor(values, dtype=kind, device=device)
     per_token = lambda values: torch.tensor(values, dtype=torch.float64).repeat_interleave(counts).to(device)
-    return Batch(on_device([ids]), on_device([positions]), SharedPrefixAttention(rows, device), on_device(predictors), on_device(flat(c.ids for c in completions)),
+    return Batch(on_device([ids]), on_device([positions]), rows, on_device(predictors), on_device(flat(c.ids for c in completions)),
                  per_token(advantages), per_token(weights), on_device(flat(c.logprobs for c in completions), torch.float64), counts.to(device),
                  sum(n * before + n * (n + 1) // 2 for _, n, _, before in rows))
 

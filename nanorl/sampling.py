@@ -32,7 +32,7 @@ def _pick(masses, point):
     cdf = masses.cumsum(-1)
     total = cdf[:, -1:]
     point = torch.minimum(point.clamp(min=0) * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cdf, point, right=True)
+    index = torch.searchsorted(cdf, point, right=True).clamp(max=masses.size(1) - 1)  # beyond the end only where masses are NaN
     mass = masses.gather(1, index)
     return index, (point - (cdf.gather(1, index) - mass)) / mass
 
@@ -57,6 +57,7 @@ def sample(logits, u, temperature):
         ids = z.argmax(-1, keepdim=True)  # (B, 1)
     else:
         chosen, inside = _pick(of_blocks, u[:, None])  # (B, 1)
-        ids = chosen * block + _pick(masses.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double(), inside)[0]
+        within, _ = _pick(masses.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double(), inside)
+        ids = (chosen * block + within).clamp(max=V - 1)
     logprobs = z.gather(1, ids) - top - of_blocks.sum(-1, keepdim=True).log().to(z.dtype)
     return ids[:, 0], logprobs[:, 0]

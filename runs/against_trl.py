@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanorl import grpo  # noqa: E402
-from nanorl.attention import pick  # noqa: E402
+from nanorl.attention import SharedPrefixAttention, pick  # noqa: E402
 from nanorl.engine import Engine  # noqa: E402
 from nanorl.hf import load_model  # noqa: E402
 from nanorl.optim import make_optimizers, update  # noqa: E402
@@ -68,7 +68,7 @@ def main():
         lengths = length_table(rollouts, samples)
         flops = engine.flops()
         for batch in micro_batches(rollouts, grpo.advantages(rewards), grpo.token_weights(lengths), device_tokens, "cpu"):
-            h = net.hidden(batch.ids, batch.positions, batch.attend)
+            h = net.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, "cpu"))
             logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, with_entropy=True)
             grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, lengths.sum()).backward()
             flops += 3 * net.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))

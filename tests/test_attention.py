@@ -86,3 +86,27 @@ def test_pick_is_indexing():
     at = torch.tensor([[0, 4, 4], [2, 0, 0]])
     assert torch.equal(pick(x, at), x[at])
     assert torch.autograd.gradcheck(lambda x: pick(x, at), x)
+
+
+def test_many_gradients_to_one_row_are_summed_in_fp32():
+    x = torch.zeros(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    pick(x, torch.tensor([0] * 1000 + [1])).sum().backward()
+    assert x.grad[:, 0].tolist() == [1000.0, 1.0]  # in bf16 the sum would stop at 256
+
+
+def test_all_layers_share_one_mask():
+    """What autograd keeps of it does not grow with the layers."""
+    kept = []
+    for layers in (1, 4):
+        model, seen = toy_model(n_layer=layers, dtype=torch.float32), {}
+        attend = SharedPrefixAttention([(0, 40, 0, 0), (40, 60, 0, 40), (100, 60, 0, 40)], "cpu")
+        masks = {2 * 60 * 100, 2 * 60 * 104, 40 * 40}
+
+        def note(t):
+            if t.untyped_storage().nbytes() // t.element_size() in masks:
+                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model.hidden(torch.zeros(1, 160, dtype=torch.long), torch.arange(160)[None], attend)
+        kept.append(sum(seen.values()))
+    assert kept[0] == kept[1] > 0

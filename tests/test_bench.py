@@ -46,4 +46,4 @@ def test_each_command_gives_its_figures(command, monkeypatch, capsys):
     row = json.loads(last)
     assert row["command"] == command and row["settings"]["prompts"] == 2 and len(table) > 5
     assert all(row[name] > 0 for name in ("tok_s", "speedup_over_naive", "of_floor", "gflop_s", "gb_s", "floor_s"))
-    assert {"rollout": "occupancy_over_time", "learner": "padding_of_attention", "step": "outside"}[command] in row
+    assert {"rollout": "occupancy_over_time", "learner": "padding_of_attention", "step": "update_share"}[command] in row

@@ -72,6 +72,10 @@ def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkey
     engine = Engine(model, c["max_rows"])
     engine.fixed_shapes = fixed_shapes
     groups = engine.generate(prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"])
+    needed = {k: v for k, v in engine.stats.items() if k not in ("live", "places")}
+    lengths = [(len(p), [len(x.ids) for x in g]) for p, g in zip(prompts, groups)]
+    assert needed["row_steps"] == sum(n - 1 for _, g in lengths for n in g)  # what was needed, not what was done in the end
+    assert needed["cached"] == sum(p * (max(g) - 1) + sum(n * (n - 1) // 2 for n in g) for p, g in lengths)
     if fixed_shapes:  # the kept caches and whatever is left in them change nothing
         assert engine.generate(prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"]) == groups
     assert [len(g) for g in groups] == [c["G"]] * len(prompts)
@@ -114,7 +118,7 @@ def test_stopped_rows_cost_nothing_more():
         lengths = [len(c.ids) for g in groups for c in g]
         assert max(lengths) > 4 * np.median(lengths), "the mix is not skewed: the test would show nothing"
         assert engine.stats["new_tokens"] == sum(lengths)
-        assert engine.stats["row_steps"] <= 1.15 * sum(lengths)
+        assert sum(engine.stats["live"]) <= 1.15 * sum(lengths)
 
 
 def test_prompt_is_prefilled_once_whatever_the_number_of_samples():
@@ -182,6 +186,13 @@ def test_two_step_sampling_is_the_first_token_whose_cumulative_probability_passe
     assert (mass > 0).all()
     assert (before - mass <= u + 1e-12).all() and (u < before + 1e-12).all()
     assert (logprobs - token_logprobs(logits, ids, 0.8)).abs().max() < 1e-12
+
+
+def test_logits_that_are_not_numbers_give_a_token_and_a_log_prob_that_says_so():
+    logits = torch.zeros(2, 100)
+    logits[0, 7] = float("nan")
+    ids, logprobs = sample(logits, torch.tensor([0.3, 0.3], dtype=torch.float64), 1.0)
+    assert 0 <= int(ids[0]) < 100 and logprobs[0].isnan() and int(ids[1]) == 30
 
 
 def test_rare_tokens_can_be_drawn_in_fp32():

@@ -5,7 +5,7 @@ import torch
 from conftest import toy_model
 from nanorl import grpo, rollout
 from nanorl.engine import Completion, Engine
-from nanorl.attention import pick
+from nanorl.attention import SharedPrefixAttention, pick
 from nanorl.gpt import token_logprobs
 from nanorl.tasks import Problem, Reward, get_task
 from nanorl.tasks.countdown import Countdown
@@ -48,7 +48,7 @@ def step_gradient(model, rollouts, budget, kind="token"):
     lengths = rollout.length_table(rollouts, 2)
     n = grpo.denominator(lengths, kind)
     for batch in rollout.micro_batches(rollouts, a, grpo.token_weights(lengths, kind, 8), budget, "cpu"):
-        h = model.hidden(batch.ids, batch.positions, batch.attend)
+        h = model.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, "cpu"))
         logprobs, _ = model.logprobs(pick(h[0], batch.predictors), batch.targets, 0.9)
         grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, n).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])

@@ -7,8 +7,10 @@
     flips    tokens that differ when the same samples are drawn in other company: --model=<a trained one> --task=
     rates    the machine's fp32 and bf16 matrix rates and its copy bandwidth
 
-The floor of a shape is its FLOPs over the matrix rate plus its bytes over the copy rate, both measured between the repetitions; `of_floor` is
-floor / time, and speedup_over_naive is against nanorl/tools/naive.py, in turns with it. Ends with one JSON line. Compare ratios: these are of the same
+The floor of a shape is its FLOPs over the matrix rate plus its bytes over the copy rate, both measured between the repetitions (the sum: where a device
+overlaps the two, the larger of them is the true floor). Bytes are the weights and caches that decode steps read; the learner's are not counted. `of_floor` is
+floor / time. speedup_over_naive is against nanorl/tools/naive.py, one prompt and --naive_rows=8 of its samples at a time, in turns with it;
+speedup_over_naive_all_rows against the same with all rows at once. Ends with one JSON line. Compare ratios: these are of the same
 minute, absolute figures are of the machine's mood."""
 import ctypes
 import json
@@ -20,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanorl import grpo
-from nanorl.attention import pick
+from nanorl.attention import SharedPrefixAttention, pick
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model
@@ -89,7 +91,10 @@ def copy_rate(device="cpu", n=2 ** 26, tries=5):
 def device_rates(device, kind):
     """A quick look at this device now: its matrix rate in a precision, FLOP/s, and its copy rate, bytes/s."""
     large = device.type == "cuda"
-    return matrix_rate(kind, device, 8192 if large else 1024, tries=10), copy_rate(device, 2 ** 28 if large else 2 ** 23, tries=5)
+    found = matrix_rate(kind, device, 8192 if large else 1024, tries=10), copy_rate(device, 2 ** 28 if large else 2 ** 23, tries=5)
+    if large:
+        torch.cuda.reset_peak_memory_stats(device)  # these buffers are not the run's
+    return found
 
 
 def rates():
@@ -253,11 +258,13 @@ def rollout():
         return engine.stats["new_tokens"]
     figures = in_turns(work, lambda: naive.generate(engine.model, some[:1], naive_rows, new_tokens, stop_ids(net))[1], place, net.compute_dtype,
                        lambda: (engine.flops(), engine.bytes_decoded()))
-    live = engine.stats["live"]
+    live, places = engine.stats["live"], engine.stats["places"]
+    t_all, (_, kept_all) = timed(lambda: naive.generate(engine.model, some, samples, new_tokens, stop_ids(net)), place)
+    t_work, kept = timed(work, place)
     prefill = min(timed(lambda: engine.generate(some, samples, 1), place)[0] for _ in range(2))
-    return dict(figures, ms_per_decode_step=round(1000 * (figures["seconds"] - prefill) / max(len(live), 1), 2), prefill_ms=round(1000 * prefill, 1),
-                decode_steps=len(live), occupancy=round(sum(live) / max(len(live), 1) / engine.stats["places"], 3),
-                occupancy_over_time=[round(live[i * len(live) // 8] / engine.stats["places"], 2) for i in range(8)] if live else [],
+    return dict(figures, speedup_over_naive_all_rows=round(kept / t_work * t_all / kept_all, 2), ms_per_decode_step=round(1000 * (figures["seconds"] - prefill) / max(len(live), 1), 2), prefill_ms=round(1000 * prefill, 1),
+                decode_steps=len(live), occupancy=round(sum(live) / max(len(live), 1) / places, 3),
+                occupancy_over_time=[round(live[i * len(live) // 8] / places, 2) for i in range(8)] if live else [],
                 peak_gb=peak_over(work, place), naive_all_rows_peak_gb=peak_over(lambda: naive.generate(engine.model, some, samples, new_tokens), place))
 
 
@@ -274,18 +281,14 @@ def learn(net, rollouts, advantages, work):
     lengths = length_table(rollouts, samples)
     work["flops"] = work["padded"] = work["inputs"] = 0
     for batch in micro_batches(rollouts, advantages, grpo.token_weights(lengths), device_tokens, next(net.parameters()).device):
-        h = net.hidden(batch.ids, batch.positions, batch.attend)
+        attend = SharedPrefixAttention(batch.rows, batch.ids.device)
+        h = net.hidden(batch.ids, batch.positions, attend)
         logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, with_entropy=True)
         grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, lengths.sum()).backward()
         work["flops"] += 3 * net.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
-        work["padded"] += batch.attend.padded
+        work["padded"] += attend.padded
         work["inputs"] += batch.ids.numel()
     return int(lengths.sum())
-
-
-def a_few(rollouts, advantages):
-    """The first naive_rows completions, for the obvious way to learn from."""
-    return [r for r in rollouts][:1], [a[:naive_rows] for a in advantages.tolist()][:1]
 
 
 def clear(net):
@@ -348,7 +351,7 @@ def step():
     peak = peak_over(work, place)
     rows = max(1, device_tokens // (prompt_tokens + new_tokens))
     return dict(figures, rollout_s=round(rollout_s, 3), learner_s=round(learner_s, 3), update_s=round(update_s, 3),
-                outside=round(update_s / (rollout_s + learner_s + update_s), 4), peak_gb=peak,
+                update_share=round(update_s / (rollout_s + learner_s + update_s), 4), peak_gb=peak,
                 naive_same_rows_peak_gb=peak_over(lambda: naive_work(some, samples, rows), place))
 
 

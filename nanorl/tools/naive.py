@@ -37,13 +37,13 @@ def generate(model, prompts, samples, new_tokens, stop_ids=()):
     cache.length = len(prompts[0])
     stops, ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), []
     running, kept = torch.ones(len(h), dtype=torch.bool, device=device), torch.zeros(len(h), dtype=torch.long, device=device)
-    for _ in range(new_tokens):
+    for number in range(new_tokens):
         probabilities = scaled(model.head(h), 1.0).softmax(-1)
         ids.append(torch.multinomial(probabilities, 1))  # (rows, 1)
         probabilities.gather(1, ids[-1]).log()  # the log-prob
         kept += running
         running &= ~torch.isin(ids[-1][:, 0], stops)
-        if not running.any():
+        if not running.any() or number == new_tokens - 1:
             break
         at = torch.full_like(ids[-1], cache.length)
         h = model.hidden(ids[-1], at, cache)[:, 0]
