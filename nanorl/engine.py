@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from nanorl.attention import CausalAttention
+from nanorl.gpt import LOGITS_AT_ONCE
 from nanorl.sampling import row_keys, sample, uniforms
 
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
 Completion = namedtuple("Completion", "ids logprobs finished")
 
 COLUMNS = 32  # by which the suffix caches grow
-LOGITS = 2 ** 22  # that exist at once: the head's product is best over many rows ...
-SAMPLED = 2 ** 20  # ... and sampling on a CPU over as many logits as stay in its cache
+SAMPLED = 2 ** 20  # logits that are sampled from at once on a CPU: as many as stay in its cache
 
 
 # ---- attention over the two caches ------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class _Batch:
     def take(self, rows, h):
         """Sample a token for the rows `rows` (a slice) from their activations h (n, C), and write it down with its log-prob."""
         ages = self.ages[rows]  # (n,)
-        at_once, u, drawn = max(1, LOGITS // self.model.config.n_tokens), uniforms(self.keys[rows], ages), []
+        at_once, u, drawn = max(1, LOGITS_AT_ONCE[h.device.type] // self.model.config.n_tokens), uniforms(self.keys[rows], ages), []
         sampled = max(1, SAMPLED // self.model.config.n_tokens) if h.device.type == "cpu" else at_once
         for h, u in zip(h.split(at_once), u.split(at_once)):
             logits = self.model.head(h)  # (at_once, V)

@@ -18,6 +18,10 @@ import torch.nn.functional as F
 
 from nanorl.attention import CausalAttention
 
+# So many logits exist at a time. On a CPU as many as fit a buffer that the allocator keeps (below 32 MB); on a GPU enough that each product with the
+# head's large matrix serves many rows.
+LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 26}
+
 
 @dataclass
 class GPTConfig:
@@ -206,12 +210,12 @@ class GPT(nn.Module):
         """ids (B, T) -> logits (B, T, V)."""
         return self.head(self.hidden(ids, positions, attend))
 
-    def logprobs(self, h, ids, temperature=1.0, with_entropy=False, chunk_elements=2 ** 22):
+    def logprobs(self, h, ids, temperature=1.0, with_entropy=False, chunk_elements=0):
         """Activations h (N, C) and the ids (N,) that followed -> their log-probs (N,), with gradient, and, if asked for, the
         distributions' entropies (N,) in nats, without. The N x V logits never all exist (unless torch.compile keeps them): the head runs over as many rows at a
-        time as have `chunk_elements` logits, and again in backward."""
-        weight = self.lm_head.weight[:self.config.n_tokens]
-        return TokenLogprobs.apply(h, weight, ids, temperature, with_entropy, max(1, chunk_elements // self.config.n_tokens))
+        time as have `chunk_elements` logits (0: LOGITS_AT_ONCE), and again in backward."""
+        weight, at_once = self.lm_head.weight[:self.config.n_tokens], chunk_elements or LOGITS_AT_ONCE[h.device.type]
+        return TokenLogprobs.apply(h, weight, ids, temperature, with_entropy, max(1, at_once // self.config.n_tokens))
 
 
 class TokenLogprobs(torch.autograd.Function):

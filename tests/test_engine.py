@@ -7,7 +7,7 @@ import torch
 
 from conftest import toy_model
 from nanorl.engine import Engine, _fill_holes, merge
-from nanorl.gpt import token_logprobs
+from nanorl.gpt import LOGITS_AT_ONCE, token_logprobs
 from nanorl.sampling import row_keys, sample, uniforms
 
 
@@ -64,7 +64,7 @@ def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkey
     """In the shapes of a CPU's step and, on the same CPU, in those that a GPU's graphs have; with small constants, so that caches grow, logits come in
     pieces and blocks of tokens are several."""
     monkeypatch.setattr("nanorl.engine.COLUMNS", 5)
-    monkeypatch.setattr("nanorl.engine.LOGITS", 500)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("nanorl.engine.SAMPLED", 150)
     c = {"max_rows": 0, "temperature": 1.0, "stops": [3, 5, 9, 11, 12, 40], "N": 24, "prefill_tokens": 16384, **CASES[case]}
     model, prompts = toy_model(**heads), prompts_of(c["lengths"])
@@ -166,6 +166,25 @@ def test_the_edges_of_a_uniform_never_pick_an_impossible_token():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
     for u in (0.0, 1 - 2.0 ** -53, 0.5):
         assert int(sample(logits, torch.tensor([u], dtype=torch.float64), 1.0)[0]) in (1, 2)
+
+
+def test_kept_caches_survive_an_interrupted_call_and_calls_of_other_sizes():
+    """As on a GPU, where they stay from call to call: Ctrl-C in a notebook, an evaluation between two steps, a longer prompt."""
+    def interrupt(done):
+        raise KeyboardInterrupt
+    model, prompts = toy_model(), prompts_of([5, 2, 8])
+    engine, fresh = Engine(model), lambda *args: Engine(model).generate(*args, stop_ids=[3, 5, 9, 11])
+    engine.fixed_shapes = True
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts, 4, 20, stop_ids=[3, 5, 9, 11], progress=interrupt)
+    kept = engine.batch
+    for args in ((prompts_of([4, 6, 3], seed=1), 4, 20), (prompts[:1], 4, 20), (prompts, 1, 20, 0.0), (prompts_of([70]), 4, 20), (prompts, 4, 20)):
+        again = engine.generate(*args, stop_ids=[3, 5, 9, 11])
+        assert [[c.ids for c in g] for g in again] == [[c.ids for c in g] for g in fresh(*args)]
+        if args[1:] == (4, 20) and len(args[0][0]) < 64 and kept is not None:
+            assert engine.batch is kept  # the same memory
+        else:
+            kept = None
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 70, 512, 5000])
