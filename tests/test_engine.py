@@ -178,7 +178,7 @@ def test_kept_caches_survive_an_interrupted_call_and_calls_of_other_sizes():
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, 4, 20, stop_ids=[3, 5, 9, 11], progress=interrupt)
     kept = engine.batch
-    for args in ((prompts_of([4, 6, 3], seed=1), 4, 20), (prompts[:1], 4, 20), (prompts, 1, 20, 0.0), (prompts_of([70]), 4, 20), (prompts, 4, 20)):
+    for args in ((prompts_of([4], seed=1), 4, 20), (prompts, 4, 20), (prompts, 1, 20, 0.0), (prompts_of([70]), 4, 20), (prompts, 4, 20)):
         again = engine.generate(*args, stop_ids=[3, 5, 9, 11])
         assert [[c.ids for c in g] for g in again] == [[c.ids for c in g] for g in fresh(*args)]
         if args[1:] == (4, 20) and len(args[0][0]) < 64 and kept is not None:
