@@ -34,8 +34,8 @@ def test_spelled_out_attention_equals_the_fused_kernel(packed, kv_heads):
         assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
 
 
-# Prompts and the lengths of what follows each: ragged, of one token, with a sample that adds nothing, many of like length.
-GROUPS = [(7, [5, 1, 0, 9, 5]), (1, [3]), (12, [0]), (4, [20, 19, 18, 2, 2, 2])]
+# Prompts and the lengths of what follows each: ragged, of one token, with a sample that adds nothing, prompts of other length in one block.
+GROUPS = [(7, [5, 1, 0, 9, 5]), (1, [5, 19]), (12, [0]), (4, [20, 19, 18, 2, 2, 2])]
 
 
 def packed_groups(groups):
