@@ -23,7 +23,7 @@ from nanorl.sampling import row_keys, sample, uniforms
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
 Completion = namedtuple("Completion", "ids logprobs finished")
 
-COLUMNS = 32  # by which the suffix caches grow
+COLUMNS = 32  # by which the suffix caches grow at least
 SAMPLED = 2 ** 20  # logits that are sampled from at once on a CPU: as many as stay in its cache
 
 
@@ -52,6 +52,13 @@ def _fill_holes(stay):
     moving movers[i] to holes[i] the places 0 .. stay.sum()-1 are the ones that stay."""
     n = stay.sum()
     return np.flatnonzero(~stay[:n]), n + np.flatnonzero(stay[n:])
+
+
+def _columns(age):
+    """Columns of the suffix caches while the oldest row has this age: up in steps of COLUMNS, and from an age of 256 on of an eighth to a quarter of it, so
+    that all the copying together is a few times the final size."""
+    step = max(COLUMNS, 1 << max(age.bit_length() - 3, 0))
+    return -(-age // step) * step
 
 
 def _bucket(n, most):
@@ -191,7 +198,7 @@ class _Batch:
             shape = _bucket(self.n, rows), _bucket(self.age.max(), self.ids.size(1))
             shape = *shape, min(shape[0], prompts), t_prompt, True, None
         else:
-            t, t_prompt = min(-(-self.age.max() // COLUMNS) * COLUMNS, self.ids.size(1)), self.prompt_lens.max()
+            t, t_prompt = min(_columns(int(self.age.max())), self.ids.size(1)), self.prompt_lens.max()
             self._grow(t)
             age = int(self.age[0]) if self.age.min() == self.age.max() else None
             shape = self.n, t, self.n_prompts, t_prompt, self.prompt_lens.min() < t_prompt, age

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import toy_model
-from nanorl.engine import Engine, _fill_holes, merge
+from nanorl.engine import Engine, _columns, _fill_holes, merge
 from nanorl.gpt import LOGITS_AT_ONCE, token_logprobs
 from nanorl.sampling import row_keys, sample, uniforms
 
@@ -233,6 +233,13 @@ def test_the_suffix_cache_grows_with_the_oldest_row_only():
     engine.generate([[1, 2]], 4, 100, stop_ids=stops)
     columns, oldest = batch.suffix_k[0].size(2), len(engine.stats["live"])
     assert oldest <= columns < oldest + 32 < 100
+
+
+def test_growing_copies_a_few_times_the_final_size_at_any_length():
+    for longest in (40, 300, 5000, 100_000):
+        sizes = sorted({_columns(age) for age in range(1, longest + 1)})
+        assert sizes[-1] >= longest and all(_columns(age) >= age for age in range(1, longest + 1))
+        assert sum(sizes[:-1]) <= 8 * longest and sizes[-1] <= max(1.25 * longest, 64)
 
 
 def test_merge_is_one_softmax():
