@@ -13,9 +13,9 @@ floor / time. speedup_over_naive is against nanorl/tools/naive.py, one prompt an
 speedup_over_naive_all_rows against the same with all rows at once. Ends with one JSON line. Compare ratios: these are of the same
 minute, absolute figures are of the machine's mood."""
 import ctypes
-import json
 import sys
 import time
+from json import dumps
 
 import torch
 import torch.nn as nn
@@ -55,7 +55,7 @@ task = "sum3"  # flips: its task
 # ---- how
 seconds = 5.0  # base: measured per repetition
 repeats = 5  # repetitions, taken in turn
-json_only = False  # print the JSON line alone
+json = False  # print the JSON line alone
 
 
 def best(work, tries):
@@ -385,10 +385,10 @@ def main():
         raise SystemExit(f"usage: python -m nanorl.tools.bench {{{','.join(commands)}}} [--name=value]")
     settings = configure(globals(), sys.argv[1:] if sys.argv[1] == "--help" else sys.argv[2:])
     result = commands[sys.argv[1]]()
-    if not json_only:
+    if not json:
         for name, value in result.items():
             print(f"{name:28} {value}")
-    print(json.dumps(dict(command=sys.argv[1], torch=torch.__version__, threads=torch.get_num_threads(), machine=rates(), settings=settings, **result)))
+    print(dumps(dict(command=sys.argv[1], torch=torch.__version__, threads=torch.get_num_threads(), machine=rates(), settings=settings, **result)))
 
 
 if __name__ == "__main__":
