@@ -220,7 +220,7 @@ class GPT(nn.Module):
 
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temperature)[ids], with its gradient spelled out: of z = h W^T it is (one at ids - softmax(z / temperature)) / temperature.
-    Autograd would keep the N x V softmax, or go over it three times as often (docs/log.md)."""
+    Autograd would keep the N x V softmax, or, recomputing it, fill and scatter into more tensors of that size (docs/log.md)."""
 
     @staticmethod
     def forward(ctx, h, weight, ids, temperature, with_entropy, rows):

@@ -282,8 +282,8 @@ def learn(net, rollouts, advantages, work):
     work["flops"] = work["padded"] = work["inputs"] = 0
     for batch in micro_batches(rollouts, advantages, grpo.token_weights(lengths), device_tokens, next(net.parameters()).device):
         attend = SharedPrefixAttention(batch.rows, batch.ids.device)
-        h = net.hidden(batch.ids, batch.positions, attend)
-        logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, with_entropy=True)
+        h = net.hidden(batch.ids, batch.positions, attend)  # (1, tokens, C)
+        logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, with_entropy=True)  # (N,)
         grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, lengths.sum()).backward()
         work["flops"] += 3 * net.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         work["padded"] += attend.padded

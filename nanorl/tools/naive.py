@@ -38,7 +38,7 @@ def generate(model, prompts, samples, new_tokens, stop_ids=()):
     stops, ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device), []
     running, kept = torch.ones(len(h), dtype=torch.bool, device=device), torch.zeros(len(h), dtype=torch.long, device=device)
     for number in range(new_tokens):
-        probabilities = scaled(model.head(h), 1.0).softmax(-1)
+        probabilities = scaled(model.head(h), 1.0).softmax(-1)  # (rows, V)
         ids.append(torch.multinomial(probabilities, 1))  # (rows, 1)
         probabilities.gather(1, ids[-1]).log()  # the log-prob
         kept += running
