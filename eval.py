@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nanorl import evaluate
 from nanorl.engine import Engine
-from nanorl.hf import load_model
+from nanorl.hf import load_model, local_model
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
 from nanorl.tasks import TASKS, get_task, parse_settings
@@ -26,7 +26,7 @@ from nanorl.tasks.problem import check_split
 from nanorl.tokenizer import Tokenizer
 from nanorl.tools.show import lines as rollout_lines
 
-model = ""  # a model directory, or a stage's, whose newest checkpoint is meant; empty: out/d<depth>/rl
+model = ""  # a model directory, a stage's, whose newest checkpoint is meant, or a hub id; empty: out/d<depth>/rl
 compare = ""  # A,B: two such directories, in place of --model
 depth = 4  # names the run's folder when --model is empty
 task = "sum3"  # one of nanorl/tasks, path.py:Class, or a mixture 'sum3=50,counting=50'; all: every built-in task, sampled
@@ -86,7 +86,7 @@ def check_settings():
 
 
 def model_directory(name):
-    path = checkpoint.resolve(name)
+    path = local_model(checkpoint.resolve(name))
     if not checkpoint.is_model(path):
         raise ValueError(f"no model in {path}: name a model directory or a stage's with {'--compare=A,B' if compare else '--model='}")
     return path
@@ -187,9 +187,12 @@ def block(label, lines):
 
 
 def write(path, name, text):
-    """<model>/eval/<name>, where a task's name may hold what a file's may not."""
-    os.makedirs(os.path.join(path, "eval"), exist_ok=True)
-    with open(os.path.join(path, "eval", re.sub(r"[^A-Za-z0-9._=,@-]", "_", name)), "w", encoding="utf-8") as f:
+    """<model>/eval/<name>, where a task's name may hold what a file's may not. What is in the hub's cache is not ours to write in: such a model's
+    results go to out/<owner>--<model>/eval."""
+    cached = re.search(r"models--([^/]+)/snapshots/", path)
+    folder = checkpoint.stage_directory(cached[1], "eval") if cached else os.path.join(path, "eval")
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, re.sub(r"[^A-Za-z0-9._=,@-]", "_", name)), "w", encoding="utf-8") as f:
         f.write(text)
 
 

@@ -9,7 +9,8 @@ is no ratio to clip; a KL term, several updates per rollout and DAPO's resamplin
 import math
 import time
 from collections import Counter
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from nanorl import evaluate, grpo, rollout
 from nanorl.attention import SharedPrefixAttention, pick
 from nanorl.engine import Engine
-from nanorl.hf import load_model, save_model
+from nanorl.hf import load_model, local_model, save_model
+from nanorl.lora import LoRA
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
@@ -31,7 +33,7 @@ from nanorl.tools import bench, selfcheck as selfchecks
 run = ""  # folder under out/; empty: d<depth>
 stage = "rl"  # folder of this stage under it
 depth = 4  # names the run's folder when --run is empty
-model = ""  # a model directory to start from; empty: the run's SFT model
+model = ""  # a model directory or hub id (Qwen/Qwen2.5-0.5B-Instruct) to start from; empty: the run's SFT model
 resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the problems of each step and every sampled token
 device = "auto"  # auto, cpu, cuda
@@ -59,12 +61,16 @@ updates_per_rollout = 1  # 1: on-policy. More: each uses all of the step's sampl
 clip_low = 0.2  # the ratio is clipped to 1 - clip_low ...
 clip_high = 0.2  # ... and 1 + clip_high (DAPO: 0.28); both without effect on-policy
 steps = 40  # one step is one batch of rollouts and its update
-lr = 0.0  # AdamW; 0: 0.04 / width (measured at depths 1 to 4 only; published models want some 1e-6)
+lr = 0.0  # AdamW; 0: 0.04 / width (measured at depths 1 to 4 only), for a published model 5e-6; with LoRA ten times that
 warmup = 0  # steps of linear warm-up
 lr_schedule = "constant"  # after the warm-up: constant, or down to 0 at the end: linear, cosine
 weight_decay = 0.0  # on the blocks' matrices
 max_grad_norm = 1.0  # 0: no clipping
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
+recompute = False  # keep no activations inside the blocks and compute them again in backward: a third more work, a fraction of the memory
+lora_rank = 0  # train low-rank adapters of the weights alone, of this rank; 0: train the weights
+lora_alpha = 32.0  # what an adapter learns is scaled by lora_alpha / lora_rank
+lora_targets = "q,k,v,o,gate,up,down"  # the projections that get one
 max_bad_steps = 5  # stop after so many steps in a row with an update skipped, for a gradient that is not finite
 # ---- log
 probe_prompts = 32  # problems tried before the first step, for the forecast
@@ -82,17 +88,28 @@ def main():
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
     directory = checkpoint.stage_directory(settings["run"], stage)
-    start = checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "sft"))
+    start = local_model(checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "sft")))
     point = checkpoint.resume_point(directory, resume, settings)
     check_settings(point or start)
     log = RunLog(directory, dist.is_main() and not dry_run and not selfcheck)
 
     # ---- policy, sampler, optimizer, tasks
-    policy = load_model(point or start, weight_dtype, place)  # fp32 master weights
-    policy.compute_dtype = compute_dtype
-    params = list(policy.parameters())
-    rate = lr or 0.04 / policy.config.n_embd
-    optimizers = make_optimizers(policy, rate, rate, weight_decay, muon=False)
+    # best: of the saved steps; drawn: problems taken so far; bad: updates skipped in a row
+    state = checkpoint.load_state(point) if point else dict(step=0, best={"step": None, "reward": -math.inf}, bad=0, flops=0.0, drawn=0, watch=None,
+                                                            start={"path": start, "hash": checkpoint.fingerprint(start)})
+    origin = state["start"]
+    if kl_coef or lora_rank:
+        checkpoint.must_be(origin)
+    if lora_rank:  # the base stays as it is, so it needs no fp32 master
+        policy = load_model(origin["path"], compute_dtype, place)
+        adapters = LoRA(policy, lora_rank, lora_alpha, lora_targets.split(","), seed)
+    else:
+        policy, adapters = load_model(point or start, weight_dtype, place), None  # fp32 master weights
+    policy.compute_dtype, policy.recompute = compute_dtype, recompute
+    trained = adapters or policy
+    params = [p for _, p in trained.named_parameters()]
+    rate = lr or (0.04 / policy.config.n_embd if checkpoint.is_ours(origin["path"]) else 5e-6) * (10 if adapters else 1)
+    optimizers = make_optimizers(trained, rate, rate, weight_decay, muon=False)
     tokenizer = Tokenizer.from_pretrained(point or start)
     stages = get_stages(task, "train", **parse_settings(task_args))  # [(first step, task)]: one, unless it is a curriculum
     val_task = get_stages(task, "val", **parse_settings(task_args))[-1][1]  # a curriculum is judged by where it leads
@@ -101,24 +118,25 @@ def main():
     P, G = prompts_per_step, samples_per_prompt
     check_problems(stages, part_weights)
     if point:
-        state = checkpoint.load_state(point)
         load_states(optimizers, state["optimizers"])
+        if adapters:
+            adapters.load_state_dict(state["lora"])
         engine.max_rows = device_rows or state["device_rows"]
         dist.say(f"resumed {point}")
-    else:  # best: of the saved steps; drawn: problems taken so far; bad: updates skipped in a row
-        state = dict(step=0, best={"step": None, "reward": -math.inf}, bad=0, flops=0.0, drawn=0, watch=None,
-                     start={"path": start, "hash": checkpoint.fingerprint(start)})
-    best, bad, flops, drawn, watch, origin = state["best"], state["bad"], state["flops"], state["drawn"], Watch(state["watch"]), state["start"]
-    reference = None  # what the KL term measures from; without one it does not exist in memory
-    if kl_coef:
-        checkpoint.must_be(origin)
-        reference = load_model(origin["path"], compute_dtype, place).requires_grad_(False)
-        reference.compute_dtype = compute_dtype
+    best, bad, flops, drawn, watch = state["best"], state["bad"], state["flops"], state["drawn"], Watch(state["watch"])
+    reference = None  # what the KL term measures from: a context that gives it; without one it does not exist in memory
+    if kl_coef and adapters:
+        reference = partial(adapters.base, policy)  # the policy without its adapters
+    elif kl_coef:
+        frozen = load_model(origin["path"], compute_dtype, place).requires_grad_(False)
+        frozen.compute_dtype = compute_dtype
+        reference = partial(nullcontext, frozen)
     log.cut(state["step"] if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
     if not engine.max_rows:  # resolved once, and again the same when the run is resumed
-        to_come = 12 * policy.config.n_params()[0]  # bytes: gradients and AdamW's moments
+        to_come = 12 * sum(p.numel() for p in params)  # bytes: gradients and AdamW's moments
         engine.max_rows = max(G, int(dist.total((dist.free_memory(place) - to_come) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
     flop_rate, copy_rate = bench.device_rates(place, compute_dtype)  # what mfu and mbu are shares of
+    passes = 3 + recompute - bool(adapters)  # forward; backward, of activations and of weights (LoRA's are next to nothing); forward again
     work = Counter()  # of this rank in this step: FLOPs of either half, bytes that decoding had to read, places and how many were in use
 
     @lru_cache(maxsize=2)  # a mixture's can have millions of places
@@ -164,9 +182,9 @@ def main():
         """A micro-batch with the reference's log-probs (N,) of its tokens; k1 goes into the advantages, before any update."""
         if reference is None:
             return batch
-        with torch.no_grad():
-            h = reference.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, place))  # (1, tokens, C)
-            logprobs, _ = reference.logprobs(pick(h[0], batch.predictors), batch.targets, temperature)  # (N,)
+        with torch.no_grad(), reference() as base:
+            h = base.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, place))  # (1, tokens, C)
+            logprobs, _ = base.logprobs(pick(h[0], batch.predictors), batch.targets, temperature)  # (N,)
         work["learner"] += policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         lowered = kl_coef * grpo.kl_to_go(batch.logprobs, logprobs, batch.counts) if kl_estimator == "k1-in-reward" else 0.0
         return batch._replace(reference=logprobs.double(), advantages=batch.advantages - lowered)
@@ -184,7 +202,7 @@ def main():
         if reference is not None and kl_estimator != "k1-in-reward":
             objective = objective - kl_coef * grpo.kl(logprobs, batch.reference, kl_estimator, old)
         grpo.policy_loss(objective, batch.weights, denominator).backward()
-        work["learner"] += 3 * policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
+        work["learner"] += passes * policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         return {**grpo.token_sums(logprobs, batch.logprobs, entropy, batch.advantages, batch.reference, clip_low, clip_high),
                 "inputs": batch.ids.numel(), "padded": attend.padded}
 
@@ -238,9 +256,11 @@ def main():
             learned.append([learn(batch, denominator) for batch in batches])  # forward, loss, backward
             dist.sum_gradients(params)  # one all-reduce
             if selfcheck:
-                return selfchecks.report(policy, reference, rollouts, advantages, settings)
-            part_norms = group_norms(policy)
+                return selfchecks.report(policy, adapters, reference, rollouts, advantages, settings)
+            part_norms = group_norms(trained)
             norms.append(update(optimizers, params, scale, max_grad_norm))  # clip, AdamW
+        if adapters:
+            adapters.merge()
         engine.refresh()  # the next samples come from the new weights
         dist.synchronize(place)
         t2 = time.time()
@@ -278,7 +298,7 @@ def main():
                 best = {"step": step + 1, "reward": row["reward"]}
             if dist.is_main():
                 whole = dict(step=step + 1, best=best, bad=bad, flops=flops, drawn=drawn, watch=watch.state, start=origin, device_rows=engine.max_rows,
-                             settings=settings, optimizers=[o.state_dict() for o in optimizers])
+                             settings=settings, optimizers=[o.state_dict() for o in optimizers], lora=adapters and adapters.state_dict())
                 report = checkpoint.save(directory, step + 1, lambda path: save_model(policy, tokenizer, path), whole, best["step"])
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
             dist.barrier()

@@ -14,7 +14,7 @@ import torch
 from nanorl.corpus import read_conversations
 from nanorl.data import PackedRows, collate, pack
 from nanorl.attention import CausalAttention
-from nanorl.hf import load_model, save_model
+from nanorl.hf import load_model, local_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
@@ -26,7 +26,7 @@ from nanorl.tokenizer import Tokenizer
 run = ""  # folder under out/; empty: d<depth>
 stage = "sft"  # folder of this stage under it
 depth = 4  # names the run's folder when --run is empty
-model = ""  # a model directory to start from; empty: the run's base model
+model = ""  # a model directory or hub id (Qwen/Qwen2.5-0.5B-Instruct) to start from; empty: the run's base model
 resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the order of the examples
 device = "auto"  # auto, cpu, cuda
@@ -62,7 +62,7 @@ def main():
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
     directory = checkpoint.stage_directory(settings["run"], stage)
-    start = checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "base"))
+    start = local_model(checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "base")))
     log = RunLog(directory, dist.is_main())
     point = checkpoint.resume_point(directory, resume, settings)
 

@@ -10,11 +10,13 @@ Attention is an argument: `attend(layer, q, k, v) -> y`. Training passes causal 
 where rows are packed, and the sampler passes functions that read and write its caches (nanorl/engine.py), so there
 is one forward pass and no cache inside the model.
 """
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanorl.attention import CausalAttention
 
@@ -37,6 +39,7 @@ class GPTConfig:
     qkv_bias: bool = False  # bias on q, k, v (Qwen2)
     tie_embeddings: bool = False  # the head is the embedding
     rope_theta: float = 10000.0
+    rope_scaling: tuple = None  # Llama-3.1's: factor, low and high frequency factor, context before; None: no scaling
     norm_eps: float = 1e-6
     n_tokens: int = 0  # ids the tokenizer knows; rows beyond are padding and get no probability. 0: all V
 
@@ -87,9 +90,10 @@ class Linear(nn.Linear):
     """Keeps its weight in the master precision and multiplies in the precision of its input. This is the one
     cast policy: the learner's fp32 weights become bf16 here, the sampler's bf16 copy needs no cast, and both
     multiply the same numbers."""
+    product = staticmethod(F.linear)  # nanorl/lora.py puts in one with another gradient
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
@@ -101,10 +105,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.size(-1),), self.weight.to(x.dtype), self.eps)
 
 
-def rope_table(positions, head_dim, theta, dtype=torch.float32):
+def rope_table(positions, head_dim, theta, scaling=None, dtype=torch.float32):
     """Cosines and sines of the angles at positions 0 .. positions-1, (positions, 1, D) each (RoFormer, eq. 34). The
-    first half of the sines is negated, as `rotate` wants it."""
+    first half of the sines is negated, as `rotate` wants it. scaling: GPTConfig's, for a context longer than the first
+    training's (Llama 3.1): frequencies that turn less than `low` times in the old context are divided by `factor`, those that
+    turn more than `high` times stay, and between the two it goes over."""
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=dtype) / head_dim)  # (D/2)
+    if scaling:
+        factor, low, high, old_context = scaling
+        turns = old_context * frequency / (2 * math.pi)  # (D/2)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / factor)
     angle = torch.arange(positions, dtype=dtype)[:, None, None] * frequency  # (positions, 1, D/2)
     return torch.cat([angle.cos()] * 2, dim=-1), torch.cat([-angle.sin(), angle.sin()], dim=-1)
 
@@ -156,18 +167,19 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """`compute_dtype` is the precision of the activations; the weights keep theirs (fp32, or fp64 in tests)."""
+    """`compute_dtype` is the precision of the activations; the weights keep theirs (fp32, or fp64 in tests). `recompute`: keep only what enters
+    each block and run the block again in backward: a fourth pass for a fraction of the memory."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.compute_dtype = config, torch.float32
+        self.config, self.compute_dtype, self.recompute = config, torch.float32, False
         self.model = nn.Module()  # only for Hugging Face's names
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.model.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
-        cos, sin = rope_table(config.context, config.head_dim, config.rope_theta)
+        cos, sin = rope_table(config.context, config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -199,7 +211,8 @@ class GPT(nn.Module):
         cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, C)
         for block in self.model.layers:
-            x = block(x, cos, sin, attend)
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False) if again else block(x, cos, sin, attend)
         return self.model.norm(x)
 
     def head(self, h):
@@ -243,13 +256,15 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         h, weight, ids, lse = ctx.saved_tensors
         w, grad = weight.to(h.dtype), grad / ctx.temperature
-        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
+        grad_h = torch.empty_like(h)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(h), ctx.rows):
             some = slice(i, i + ctx.rows)
             z = scaled(F.linear(h[some], w), ctx.temperature)  # (rows, V)
             z = (z - lse[some, None]).exp_().mul_(-grad[some, None]).scatter_add_(1, ids[some, None], grad[some, None]).to(h.dtype)
             grad_h[some] = z @ w
-            grad_weight += z.T @ h[some]
+            if grad_weight is not None:
+                grad_weight += z.T @ h[some]
         return grad_h, grad_weight, None, None, None, None
 
 

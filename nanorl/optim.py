@@ -5,13 +5,14 @@ import torch
 
 
 def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True):
-    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, or AdamW for all.
+    """Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest, or AdamW for all. model: what has named_parameters(), a GPT
+    or its LoRA.
 
     Returns a list of torch optimizers; each group's `initial_lr` is what set_lr scales."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = [p for n, p in named if p.dim() == 2 and ".layers." in n]
     rest = [p for n, p in named if not (p.dim() == 2 and ".layers." in n)]
-    fused = {"fused": True} if rest[0].dtype != torch.float64 else {}
+    fused = {"fused": True} if named[0][1].dtype != torch.float64 else {}
     adamw = dict(betas=(0.9, 0.95), eps=1e-8, **fused)
     if muon:
         optimizers = [torch.optim.Muon(hidden, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay),

@@ -37,6 +37,11 @@ def is_model(path):
     return os.path.exists(os.path.join(path, "config.json"))
 
 
+def is_ours(path):
+    """Whether a model directory is a checkpoint of a run, and not a published model."""
+    return os.path.exists(os.path.join(path, "trainer.pt"))
+
+
 def resolve(path):
     """What a user names -> a model directory: one itself, or a stage's directory, whose newest checkpoint is meant."""
     return path if is_model(path) else latest(path) or path
@@ -110,7 +115,7 @@ def mark_used(path, directory):
 def must_be(origin):
     """Raises ValueError unless the model at origin["path"] still has the weights whose hash is origin["hash"]."""
     if not is_model(origin["path"]) or fingerprint(origin["path"]) != origin["hash"]:
-        raise ValueError(f"{origin['path']} is gone or has changed since this run started from it, and the KL term needs it: put it back, or start another run")
+        raise ValueError(f"{origin['path']} is gone or has changed since this run started from it, and LoRA and a KL term need it: put it back, or start another run")
 
 
 def free_disk(path):

@@ -28,6 +28,7 @@ from nanorl.tasks.gsm8k import GSM8K
 from nanorl.tasks.mixture import Mixture
 from nanorl.tasks.problem import Problem, Reward
 from nanorl.tasks.spelling import Spelling
+from nanorl.tasks.templates import Templated
 
 TASKS = {"arithmetic": Arithmetic, **{name: partial(Arithmetic, preset=name) for name in PRESETS}, "counting": Counting,
          "comparison": Comparison, "binary": Binary, "spelling": Spelling, "countdown": Countdown, "gsm8k": GSM8K}
@@ -50,7 +51,12 @@ def _single(name, split, settings):
         near = difflib.get_close_matches(name, TASKS, n=1)
         raise ValueError(f"no task {name!r}: {f'did you mean {near[0]}? ' if near else ''}there are {', '.join(TASKS)}, and path.py:Class for your own")
     try:
-        task = make(split=split, **settings)
+        template = {key: settings[key] for key in ("template", "format_weight") if key in settings} if "template" in settings else {}
+        task = make(split=split, **{key: value for key, value in settings.items() if key not in template})
+        if template:
+            if not hasattr(task, "marker"):
+                raise ValueError(f"task {name} has no `marker` before its answers, so template={template['template']} does not know where they are")
+            task = Templated(task, **template)
     except TypeError as error:
         raise ValueError(f"task {name}: {error}") from None
     missing = [method for method in ("__len__", "problem", "reward") if not hasattr(task, method)]

@@ -5,6 +5,7 @@ from fractions import Fraction
 # 1,234.5 or 12 or .5, with an optional sign, dollar, and denominator (3/4).
 _NUMBER = re.compile(r"(?P<sign>[-+])?\s?\$?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"
                      r"(?P<point>\.\d+)?(?:/(?P<under>\d+(?:\.\d+)?))?")
+NUMBER = r"(?:(?<![\d)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"  # where a number stands in a text, for templates.py; a minus after a digit is a subtraction
 _LONGEST = 100  # characters of a number; a longer one is read whole, so that its tail is not taken for it, and is none
 _MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})  # other spellings of a minus
 

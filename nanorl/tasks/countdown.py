@@ -10,13 +10,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from nanorl.tasks.problem import STYLES, Problem, Reward, content_hash, in_split, one_of, shows_working
+from nanorl.tasks.problem import STYLES, Problem, Reward, content_hash, in_split, one_of, shows_working, think_and_answer
 
 DRAWS = 150_000  # most of them are no problem, or one that was drawn before
 LONGEST = 100  # characters of an answer; it bounds the depth of brackets too
 _TOKEN = r"\s*([0-9]+|[-+*/()])"
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
-_FORMAT = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
 # ---- the checker -------------------------------------------------------------------------------------------
@@ -162,12 +161,9 @@ class Countdown:
 
     def reward(self, problem, completion):
         """format: think, then answer, each tag once. correct: the last answer solves the problem."""
-        tags = all(completion.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-        well_formed = float(tags and bool(_FORMAT.fullmatch(completion)))
-        _, opened, rest = completion.rpartition("<answer>")
-        answer, closed, _ = rest.partition("</answer>")
-        answer = answer if opened and closed else ""
+        well_formed, answer = think_and_answer(completion)
+        answer = answer or ""
         answered = float(evaluate(answer.rpartition("=")[0] if "=" in answer else answer) is not None)
         correct = float(solves(answer, problem.meta["numbers"], int(problem.answer)))
         total = self.format_weight * well_formed + (1 - self.format_weight) * correct
-        return Reward(total, {"format": well_formed, "answered": answered, "correct": correct})
+        return Reward(total, {"format": float(well_formed), "answered": answered, "correct": correct})

@@ -1,5 +1,6 @@
 """What a task gives and takes, which split a problem belongs to, and what several tasks share."""
 import hashlib
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +62,18 @@ def split_rows(table, content, split):
     (N, m) share a split, such as a + b and b + a."""
     table = table[in_split(hash_columns(content), split)]
     return table[np.random.default_rng(0).permutation(len(table))]
+
+
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def think_and_answer(text):
+    """'<think>...</think><answer>18</answer>' -> (whether that is the text's form, each tag once and nothing around them; what stands between the last
+    <answer> and its </answer>, or None)."""
+    well_formed = all(text.count(tag) == 1 for tag in _TAGS) and bool(re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL))
+    _, opened, rest = text.rpartition("<answer>")
+    answer, closed, _ = rest.partition("</answer>")
+    return well_formed, answer if opened and closed else None
 
 
 # ---- demonstrations and rewards ------------------------------------------------------------------------------
