@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanorl import evaluate, grpo, rollout
+from nanorl import evaluate, grpo, memory, rollout
 from nanorl.attention import SharedPrefixAttention, pick
 from nanorl.engine import Engine
 from nanorl.hf import load_model, local_model, save_model
@@ -206,6 +206,16 @@ def main():
         return {**grpo.token_sums(logprobs, batch.logprobs, entropy, batch.advantages, batch.reference, clip_low, clip_high),
                 "inputs": batch.ids.numel(), "padded": attend.padded}
 
+    def memory_lines(rollouts):
+        """What the run will need, from a few rollouts like those to come."""
+        used, ranks, longest = dist.used_memory(place), dist.world_size(), max(len(r.prompt_ids) for r in rollouts)
+        tokens = sum(len(r.prompt_ids) + sum(len(c.ids) for c in r.completions) for r in rollouts) / len(rollouts) * -(-P // ranks)  # of a step, on one rank
+        activations = memory.activation_bytes(policy, *memory.passes(policy, rollouts), min(device_tokens, tokens))
+        places = [(-(-P // ranks), G), (-(-eval_problems // ranks), 1)]  # prompts and samples of each, in a step and in an evaluation
+        cache = max(memory.cache_bytes(policy.config, compute_dtype.itemsize, min(engine.max_rows, p), longest, min(engine.max_rows, p * g), max_new_tokens) for p, g in places)
+        copies = [engine.model] * (engine.model is not policy) + ([frozen] if kl_coef and not adapters else [])
+        return memory.describe(memory.estimate(policy, copies, params, used, activations, cache), dist.free_memory(place))
+
     def held_out():
         """Greedy accuracy on the first `eval_problems` problems of the val split, the same ones every time."""
         n = min(eval_problems, len(val_task))
@@ -224,7 +234,8 @@ def main():
     if not point and not selfcheck:
         val = held_out()
         dist.say(f"      held-out before: {percent(val)}, {val['val/length']:.1f} tokens")
-        forecast(sample, lambda batch: learn(with_reference(batch), 1.0), problems_of, tokenizer, directory, policy.config.n_params()[0], place)
+        forecast(sample, lambda batch: learn(with_reference(batch), 1.0), problems_of, tokenizer, directory, memory_lines,
+                 saved=sum(p.numel() * p.element_size() for p in policy.parameters()) + 2 * sum(p.numel() * p.element_size() for p in params), place=place)
         for p in params:
             p.grad = None  # the forecast only timed a backward pass
         log.row(0, **val)
@@ -361,13 +372,15 @@ def over_ranks(learned):
     return {**dist.totals(sums), "gap_max": dist.total(max([part["gap_max"] for part in learned], default=0.0), "max")}
 
 
-def forecast(sample, learn, problems_of, tokenizer, directory, n_params, place):
-    """Try a few problems, and say what share of the groups will teach something, how long the run will take, and what it will write."""
+def forecast(sample, learn, problems_of, tokenizer, directory, memory_lines, saved, place):
+    """Try a few problems, and say what share of the groups will teach something, how long the run will take, what it will hold in memory and
+    what it will write; saved: bytes of a checkpoint."""
     P, G = prompts_per_step, samples_per_prompt
     source, pairs = problems_of(0, 0, probe_prompts)
     begun = time.time()
     mine = sample("probe", source, pairs)
     sampling = time.time() - begun
+    held = memory_lines(mine) if mine else []
     begun = time.time()
     ones = torch.ones(len(mine), G, dtype=torch.float64)  # (P, G) as advantages and weights
     for batch in rollout.micro_batches(mine, ones, ones, device_tokens, place):
@@ -377,8 +390,7 @@ def forecast(sample, learn, problems_of, tokenizer, directory, n_params, place):
     if not dist.is_main():
         return
     written = size_of(rollout.records(rollouts, ones.new_zeros(len(rollouts), G), tokenizer.decode, step=0, time=time.time())) / len(rollouts) * P * steps
-    saved = 12 * n_params  # weights and AdamW's two moments, in fp32
-    lines = evaluate.describe_forecast(rollouts, duration(seconds * steps), seconds)
+    lines = evaluate.describe_forecast(rollouts, duration(seconds * steps), seconds) + held
     lines.append(f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, of which at most four are kept, and those that others start from")
     if checkpoint.free_disk(directory) < written + 5 * saved:
         lines.append(f"WARNING: only {size(checkpoint.free_disk(directory))} are free where {directory} is")

@@ -11,10 +11,12 @@ import time
 
 import torch
 
+from nanorl import memory
 from nanorl.corpus import read_conversations
 from nanorl.data import PackedRows, collate, pack
 from nanorl.attention import CausalAttention
 from nanorl.hf import load_model, local_model, save_model
+from nanorl.lora import LoRA
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
@@ -41,9 +43,13 @@ steps = 0  # optimizer steps; 0: one pass over the examples
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks, padding included
 seq_len = 256  # tokens of a row; longer conversations of --data are left out
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
-muon = True  # Muon for the blocks' matrices; false: AdamW for all (published models)
-matrix_lr = 0.01  # the blocks' matrices; for AdamW use some 1e-5
-other_lr = 0.0  # embeddings, norms and head; 0: 0.4 / width (measured at depths 1 to 4 only)
+optimizer = "auto"  # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW for all; auto: muon, and adamw for a published model or LoRA
+matrix_lr = 0.0  # the blocks' matrices; 0: 0.01 for Muon, 2e-5 for AdamW, 2e-4 for LoRA
+other_lr = 0.0  # embeddings, norms and head; 0: beside Muon 0.4 / width (measured at depths 1 to 4 only), else matrix_lr
+lora_rank = 0  # train low-rank adapters of the weights alone, of this rank; 0: train the weights
+lora_alpha = 32.0  # what an adapter learns is scaled by lora_alpha / lora_rank
+lora_targets = "q,k,v,o,gate,up,down"  # the projections that get one
+recompute = False  # keep no activations inside the blocks and compute them again in backward: a third more work, a fraction of the memory
 warmup = 10  # steps of linear warm-up
 cooldown = 0.4  # last share of the steps in which the rate falls to 0
 max_grad_norm = 1.0  # 0: no clipping
@@ -57,7 +63,9 @@ save_every = 500  # steps between checkpoints, from which a killed run goes on; 
 def main():
     settings = configure(globals())
     at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every max_bad_steps")
-    at_least(globals(), 0, "seed examples steps matrix_lr other_lr warmup cooldown max_grad_norm eval_every save_every")
+    if optimizer not in ("auto", "muon", "adamw") or optimizer == "muon" and lora_rank:
+        raise ValueError(f"--optimizer={optimizer}{f' --lora_rank={lora_rank}' if lora_rank else ''}: it must be auto, muon or adamw, and with LoRA adamw")
+    at_least(globals(), 0, "seed examples steps matrix_lr other_lr lora_rank warmup cooldown max_grad_norm eval_every save_every")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
@@ -69,11 +77,21 @@ def main():
     # ---- model, optimizer, data
     if not checkpoint.is_model(point or start):
         raise ValueError(f"no base model in {start}: make one with `python train_base.py --depth={depth}`, or name one with --model=")
-    net = load_model(point or start, weight_dtype, place)
-    net.compute_dtype = compute_dtype
+    state = checkpoint.load_state(point) if point else dict(step=0, bad=0, start={"path": start, "hash": checkpoint.fingerprint(start)})
+    origin = state["start"]
+    if lora_rank:  # the base stays as it is, so it needs no fp32 master
+        checkpoint.must_be(origin)
+        net = load_model(origin["path"], compute_dtype, place)
+        adapters = LoRA(net, lora_rank, lora_alpha, lora_targets.split(","), seed)
+    else:
+        net, adapters = load_model(point or start, weight_dtype, place), None
+    net.compute_dtype, net.recompute = compute_dtype, recompute
+    trained = adapters or net
     tokenizer = Tokenizer.from_pretrained(point or start)
-    params = list(net.parameters())
-    optimizers = make_optimizers(net, matrix_lr, other_lr or 0.4 / net.config.n_embd, muon=muon)
+    params = [p for _, p in trained.named_parameters()]
+    muon = optimizer == "muon" or optimizer == "auto" and not adapters and checkpoint.is_ours(origin["path"])
+    rate = matrix_lr or (0.01 if muon else 2e-4 if adapters else 2e-5)
+    optimizers = make_optimizers(trained, rate, other_lr or (0.4 / net.config.n_embd if muon else rate), muon=muon)
     rows = batch_tokens // seq_len
     if rows * seq_len != batch_tokens:
         raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")
@@ -94,19 +112,19 @@ def main():
     train = PackedRows(example, n_examples, seq_len, rows, seed, dist.rank(), dist.world_size(), pad=tokenizer.document_end)
     mean_length = sum(len(example(i)[0]) for i in range(min(n_examples, 500))) / min(n_examples, 500)
     total_steps = steps or math.ceil(n_examples * mean_length / batch_tokens)
-    first_step, bad = 0, 0
+    first_step, bad = state["step"], state["bad"]
     if point:
-        state = checkpoint.load_state(point)
-        first_step, bad = state["step"], state["bad"]
         load_states(optimizers, state["optimizers"])
+        if adapters:
+            adapters.load_state_dict(state["lora"])
         train.load_state_dict(state["data"])
         dist.say(f"resumed {point}")
     log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
-    log.card(stage="sft", settings=settings, start=start, steps=total_steps, world_size=dist.world_size(),
+    log.card(stage="sft", settings=settings, start=origin, steps=total_steps, world_size=dist.world_size(),
              dtype=str(compute_dtype), device=str(place))
     if log.active and not point:
         checkpoint.mark_used(start, directory)
-    dist.say(f"sft   from {start}; {n_examples:,} {'conversations' if data else 'demonstrations'} of {mean_length:.0f} tokens, {total_steps} steps of "
+    dist.say(f"sft   from {point or start}; {n_examples:,} {'conversations' if data else 'demonstrations'} of {mean_length:.0f} tokens, {total_steps} steps of "
              f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes"
              + (f"; {len(held_out):,} held out" if data else "") + (f"\n      {note}" if note else ""))
 
@@ -132,6 +150,13 @@ def main():
         log.row(0, **{"val/loss": before})
         dist.say(f"      held-out loss before: {before:.3f} nats a token")
 
+    if not point and dist.is_main():
+        used = dist.used_memory(place)  # before anything of this is alive
+        row = [part.to(place) for part in collate(pack([example(i) for i in range(min(n_examples, 8))], seq_len + 1)[:1], seq_len, tokenizer.document_end)]
+        forward_of = lambda n: (lambda: loss_sum(*(part.expand(n, -1) for part in row)), n * seq_len)
+        activations = memory.activation_bytes(net, forward_of(1), forward_of(2), min(device_tokens, rows * seq_len / dist.world_size()))
+        print(*("      " + text for text in memory.describe(memory.estimate(net, [], params, used, activations), dist.free_memory(place))), sep="\n", flush=True)
+
     # ---- the loop
     dist.catch_signals()
     started, losses = time.time(), []
@@ -146,6 +171,8 @@ def main():
             loss += float(part.detach())
         dist.sum_gradients(params)
         norm = update(optimizers, params, lr_scale(step, total_steps, warmup, cooldown), max_grad_norm)
+        if adapters:
+            adapters.merge()
         bad = 0 if math.isfinite(norm) else bad + 1
         loss = dist.total(loss)
         row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": int(trainable), "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
@@ -165,8 +192,9 @@ def main():
         stop = dist.stop_requested()
         if last or stop or bad >= max_bad_steps or (save_every and (step + 1) % save_every == 0):
             if dist.is_main():
-                state = dict(step=step + 1, bad=bad, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
-                print(checkpoint.save(directory, step + 1, lambda path: save_model(net, tokenizer, path), state), flush=True)
+                whole = dict(step=step + 1, bad=bad, start=origin, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings,
+                             lora=adapters and adapters.state_dict())
+                print(checkpoint.save(directory, step + 1, lambda path: save_model(net, tokenizer, path), whole), flush=True)
             dist.barrier()
         if bad >= max_bad_steps:
             raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved: "

@@ -9,7 +9,7 @@ from nanorl.gpt import GPT, GPTConfig
 from nanorl.tokenizer import Tokenizer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-REAL_DATA = os.environ.get("NANORL_DATA")  # now: tests change it
+REAL_DATA, REAL_MODEL = os.environ.get("NANORL_DATA"), os.environ.get("NANORL_MODEL")  # now: tests change them
 sys.path.insert(0, ROOT)  # the scripts are modules there
 # One thread, here and in the scripts that tests start: for models this small more are slower, and a sum's last bits depend on their number.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -40,3 +40,11 @@ def real_data():
     if not REAL_DATA:
         pytest.skip("NANORL_DATA is not set")
     return REAL_DATA
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """The directory of a published chat model that NANORL_MODEL names, or a skip."""
+    if not REAL_MODEL:
+        pytest.skip("NANORL_MODEL is not set")
+    return REAL_MODEL

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from nanorl.chat import CHATML
-from nanorl.tokenizer import DOCUMENT_END, PATTERN, Tokenizer
+from nanorl.tokenizer import DOCUMENT_END, PATTERN, Tokenizer, _byte_of_char
 
 CHAT_TEMPLATE, TURN_START, TURN_END = CHATML.template, CHATML.start, CHATML.end
 
@@ -189,12 +189,16 @@ def test_transformers_reads_it_and_renders_the_same_chat(trained, tmp_path, mode
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: s["model"].update(type="Unigram"), "tokenizer model 'Unigram' is not supported"),
+    (lambda s: s["model"].update(byte_fallback=True), "a SentencePiece-style tokenizer .* is not supported"),
+    (lambda s: s["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix='##' is not supported"),
     (lambda s: s.update(normalizer={"type": "Lowercase"}), "normaliser 'Lowercase' is not supported"),
     (lambda s: s.update(pre_tokenizer={"type": "Metaspace"}), r"pre-tokenizer \['Metaspace'\] is not supported"),
     (lambda s: s.update(pre_tokenizer=None), r"pre-tokenizer \[None\] is not supported"),
     (lambda s: s.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "pre-tokenizer .* is not supported"),
+    (lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"), "pre-tokenizer .* is not supported"),
     (lambda s: s["model"]["merges"].reverse(), "ids do not follow its merges"),
-    (lambda s: s.update(added_tokens=s["added_tokens"][:1]), r"has no <\|im_start\|> and no <\|im_end\|>: .* ChatML"),
+    (lambda s: s["model"]["vocab"].update(xyz=999), "tokens that none of its merges makes"),
+    (lambda s: s["added_tokens"].append({**s["added_tokens"][0], "id": 999, "content": "<think>", "special": False, "lstrip": True}), "'<think>' strips white space"),
 ])
 def test_other_tokenizers_are_refused_by_name(trained, change, message):
     spec = copy.deepcopy(trained.spec)
@@ -203,6 +207,89 @@ def test_other_tokenizers_are_refused_by_name(trained, change, message):
         Tokenizer(spec)
 
 
-def test_gpt2_has_no_chat_and_is_refused(real_data):
-    with pytest.raises(ValueError, match=r"no <\|im_start\|> and no <\|im_end\|>: nanorl's chat format is ChatML"):
-        Tokenizer.from_pretrained(os.path.join(real_data, "tokenizers", "gpt2"))
+def test_a_sentencepiece_file_is_named(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a SentencePiece tokenizer \(tokenizer.model\) is not supported"):
+        Tokenizer.from_pretrained(str(tmp_path))
+
+
+def test_gpt2_has_no_chat_and_says_so(real_data):
+    gpt2 = Tokenizer.from_pretrained(os.path.join(real_data, "tokenizers", "gpt2"))
+    for render in (gpt2.render_prompt, gpt2.render_chat):
+        with pytest.raises(ValueError, match=r"no chat tokens: nanorl knows ChatML's .* and Llama-3's"):
+            render([{"role": "user", "content": "Hello"}])
+    assert gpt2.stop_ids == [gpt2.document_end] == [50256]
+
+
+# ---- published tokenizers -------------------------------------------------------------------------------------
+
+def published(spec, pre_tokenizer=None, without=(), words=(), normalizer=None, **model):
+    """The tokenizer.json of a trained tokenizer, changed towards those of published models. without: bytes that the vocabulary lacks; words:
+    added tokens that are not special."""
+    spec = copy.deepcopy(spec)
+    spec["pre_tokenizer"] = pre_tokenizer or spec["pre_tokenizer"]
+    spec["normalizer"] = normalizer
+    lacking = {char for char, byte in _byte_of_char().items() if byte in without}
+    vocab, n = spec["model"]["vocab"], len(spec["model"]["vocab"])
+    spec["model"]["vocab"] = {token: id for token, id in vocab.items() if token not in lacking}
+    pairs = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
+    assert not lacking & {char for pair in pairs for char in "".join(pair)}, "a byte that is missing is in no merge"
+    spec["model"].update(model)
+    spec["added_tokens"] += [{**spec["added_tokens"][0], "id": n + i, "content": word, "special": False} for i, word in enumerate(words)]
+    return spec
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PUBLISHED = {
+    "each digit apart": dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]}),
+    "runs of digits apart": dict(pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}),
+    "bytes missing": dict(without=(0x02, 0x03, 0x06, 0x14, 0xf1), pre_tokenizer=BYTE_LEVEL),
+    "words and NFC": dict(words=("<think>", "</think>", "<thin"), normalizer={"type": "NFC"}),
+    "whole words first": dict(ignore_merges=True),
+}
+NASTY = ["a\x02b\x03 the\x02 cat\x06", "\x02", "12\x1434", "\U00040000x", "  5", "x  5  y ", "\t12\n\n 3", "a1b22c 333", "½²Ⅳ٣", " 12 ", "</think>\u0338", "<think>e\u0301</think>",
+         "e\u0301<think>", "<thin<think", "<<think>>", "I'LL ſ'ſ 'ſ x'S", "\u0338<think>"]
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_ids_equal_the_librarys_for_what_published_tokenizers_have(trained, kind):
+    spec = published(trained.spec, **PUBLISHED[kind])
+    if kind == "whole words first":  # a token that no merge makes
+        spec["model"]["vocab"]["Gzqx"] = spec["model"]["vocab"]["Ġzqx"] = len(spec["model"]["vocab"]) + 1
+        del spec["model"]["vocab"]["Gzqx"]
+    tokenizer, library = Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
+    check_against_library(tokenizer, library, [*TEXTS, *NASTY, *random_texts(), "a zqx b zqxx zqx"])
+    if kind == "bytes missing":
+        assert tokenizer.encode("th\x02e") == tokenizer.encode("the")  # a missing byte goes, and its neighbours meet
+    if kind == "whole words first":
+        assert len(tokenizer.encode(" zqx")) == 1
+
+
+def corpora(real_data):
+    with open(os.path.join(real_data, "gsm8k", "train.jsonl"), encoding="utf-8") as f:
+        yield "gsm8k", [text for line in f for text in (json.loads(line)["question"], json.loads(line)["answer"])]
+    with open(os.path.join(real_data, "text", "brown.txt"), encoding="utf-8") as f:
+        brown = f.read()
+    yield "brown", [brown[i:i + 20_000] for i in range(0, len(brown), 20_000)]
+
+
+def nasty_texts(specials, n=20_000):
+    """Emoji, CJK, Arabic, control characters, digits of many scripts and look-alikes of special tokens, in every order."""
+    rng = random.Random(1)
+    char = lambda low, high: chr(rng.randrange(low, high))
+    kinds = [lambda: rng.choice([*specials, "<|im_end", "</think>\u0338", "<think>", "<|eot_id|>", "\u0338"]), lambda: char(0, 0x20) + char(0, 0x20),
+             lambda: char(0x1f300, 0x1faff) + rng.choice(["\u200d", "\ufe0f", "🏽", ""]), lambda: char(0x4e00, 0x9fff) * 2, lambda: char(0x600, 0x6ff) + char(0x620, 0x64a),
+             lambda: rng.choice([" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u3000", "\xa0"]), lambda: str(rng.randrange(10 ** rng.randrange(1, 8))) + rng.choice(["²", "½", "Ⅳ", "٣", ""]),
+             lambda: char(0xe000, 0x20000), lambda: rng.choice(["I'm", "THEY'LL", "ſ'ſ", "hello world", "ﬁn"])]
+    return ["".join(rng.choice(kinds)() for _ in range(rng.randrange(1, 12))) for _ in range(n)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "model"])
+def test_real_tokenizers_give_the_librarys_ids_on_whole_corpora(real_data, request, name):
+    path = request.getfixturevalue("real_model") if name == "model" else os.path.join(real_data, "tokenizers", name)
+    ours, library = Tokenizer.from_pretrained(path), tokenizers.Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
+    library.encode_special_tokens = True
+    for corpus, texts in [*corpora(real_data), ("nasty", nasty_texts(ours.special))]:
+        theirs = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
+        assert sum(map(len, theirs)) > 300_000 and ours.encode_many(texts) == theirs, corpus

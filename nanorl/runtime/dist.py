@@ -206,6 +206,17 @@ def free_memory(device):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def used_memory(device):
+    """Bytes in use now: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory(device)
+
+
 def peak_memory(device):
     """Most bytes in use so far: of the GPU, or of this process."""
     if device.type == "cuda":

@@ -50,6 +50,12 @@ def last_number(text):
     return -value if subtracted and value is not None else value
 
 
+def last_answer(text, pattern):
+    """The last piece of the text, in lower case, that is written like an answer (NUMBER, or a task's own pattern), else None."""
+    found = re.findall(pattern, text.translate(_MINUS).lower())
+    return found[-1] if found else None
+
+
 def is_close(value, answer, tolerance=0):
     """Whether a parsed number (or None) equals the answer (str or int) within the tolerance."""
     return value is not None and abs(value - Fraction(answer)) <= Fraction(tolerance)

@@ -6,6 +6,7 @@
 What is right is judged by the task; a template only finds the answer in the text."""
 import re
 
+from nanorl.tasks.answers import last_answer
 from nanorl.tasks.problem import Problem, Reward, one_of, think_and_answer
 
 TEMPLATES = ("r1", "plain")
@@ -40,8 +41,7 @@ class Templated:
         if self.template == "r1":
             well_formed, answer = think_and_answer(completion)
         else:
-            found = re.findall(self.task.answer_pattern, completion.lower())
-            well_formed, answer = True, found[-1] if found else None
+            well_formed, answer = True, last_answer(completion, self.task.answer_pattern)
         judged = self.task.reward(problem, self.task.marker + answer if answer else "")
         total = self.format_weight * well_formed + (1 - self.format_weight) * judged.total
         return Reward(total, {**judged.parts, "format": float(well_formed)})

@@ -17,7 +17,13 @@ def row_logprobs(w, c, ids, temperature):
     T, D = len(ids), c.head_dim
     norm = lambda x, name: x / (x.square().mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[name]
     # The angles in fp32: the model's table is, whatever the precision of the rest.
-    angle = torch.arange(T).float()[:, None, None] * (1 / c.rope_theta ** (torch.arange(0, D, 2).float() / D))  # (T, 1, D/2)
+    frequency = 1 / c.rope_theta ** (torch.arange(0, D, 2).float() / D)  # (D/2)
+    if c.rope_scaling:
+        factor, low, high, before = c.rope_scaling
+        for i, turns in enumerate((before * frequency / (2 * math.pi)).tolist()):
+            keep = min(max((turns - low) / (high - low), 0.0), 1.0)
+            frequency[i] *= keep + (1 - keep) / factor
+    angle = torch.arange(T).float()[:, None, None] * frequency  # (T, 1, D/2)
     cos, sin = angle.cos().double().to(ids.device), angle.sin().double().to(ids.device)
 
     def turn(x):
@@ -66,9 +72,12 @@ def row_loss(l, old, ref, a, s):
 # ---- the comparison -----------------------------------------------------------------------------------------
 
 def naive(model, reference, rollouts, s):
-    """The step's rollouts and settings -> (gradient by name, log-probs of each completion, advantages of each group)."""
+    """reference: a context that gives the reference model, or None. The step's rollouts and settings -> (gradient by name, log-probs of each completion, advantages of each group)."""
     weights = lambda m: {name: p.detach().double() for name, p in m.named_parameters()}
-    w, w_ref = weights(model), weights(reference) if reference is not None else None
+    w, w_ref = weights(model), None
+    if reference is not None:
+        with reference() as base:
+            w_ref = weights(base)
     w = {name: p.requires_grad_() for name, p in w.items()}
     rows = [(r.prompt_ids, c) for r in rollouts for c in r.completions]
     in_loss = [c.finished or s["overlong"] == "zero" for _, c in rows]
@@ -90,10 +99,13 @@ def naive(model, reference, rollouts, s):
 BOUNDS = {torch.float64: (1e-9, 1e-10), torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.5, 0.2)}
 
 
-def compare(model, reference, rollouts, advantages, s):
+def compare(model, adapters, reference, rollouts, advantages, s):
     """Differences of the step that the trainer has just made (model's .grad, rollouts, advantages) from the naive one -> (lines, within bounds)."""
     exact, logprobs, groups = naive(model, reference, rollouts, s)
-    ours = {name: torch.zeros_like(exact[name]) if p.grad is None else p.grad.double() for name, p in model.named_parameters() if exact[name] is not None}
+    for name, (_, _, a, b) in adapters.projections.items() if adapters else ():  # W + scale B A: the chain rule
+        g = adapters.scale * exact[f"{name}.weight"]
+        exact[f"{name}.lora_A.weight"], exact[f"{name}.lora_B.weight"] = b.detach().double().T @ g, g @ a.detach().double().T
+    ours = {name: torch.zeros_like(exact[name]) if p.grad is None else p.grad.double() for name, p in (adapters or model).named_parameters() if exact[name] is not None}
     gap = torch.cat([l.cpu() - torch.tensor(c.logprobs, dtype=torch.float64) for l, c in zip(logprobs, (c for r in rollouts for c in r.completions))]).abs()
     wrong = max(abs(a - b) for ours_, theirs in zip(advantages, groups) for a, b in zip(ours_, theirs))
     flat = lambda grads: torch.cat([grads[name].flatten() for name in ours])
@@ -115,11 +127,11 @@ def compare(model, reference, rollouts, advantages, s):
             "  " + verdict], ok
 
 
-def report(model, reference, rollouts, advantages, s):
+def report(model, adapters, reference, rollouts, advantages, s):
     """On the first rank, compare all ranks' rollouts and advantages (P, G) and the summed gradient; exit status 1 when something is out of bounds."""
     rollouts, advantages, good = dist.gather(rollouts), dist.gather(advantages.tolist()), True
     if dist.is_main():
-        lines, good = compare(model, reference, rollouts, advantages, s)
+        lines, good = compare(model, adapters, reference, rollouts, advantages, s)
         print(*lines, sep="\n", flush=True)
     dist.barrier()
     if not good:

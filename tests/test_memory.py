@@ -1,0 +1,68 @@
+"""The estimate: what is counted on a small pass holds for a large one. Against the process's own peak: the slow test."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, toy_model
+from nanorl import memory
+from nanorl.lora import LoRA
+
+
+def forward(model, rows, T=32):
+    return lambda: model.logprobs(model.hidden(torch.ones(rows, T, dtype=torch.long)).flatten(0, 1), torch.ones(rows * T, dtype=torch.long))
+
+
+def test_what_backward_needs_grows_with_the_tokens_and_shrinks_with_recomputation_and_lora():
+    model = toy_model(dtype=torch.float32)
+    one, four = (memory.saved_bytes(model, forward(model, rows)) for rows in (1, 4))
+    assert 3.7 * one < four < 4 * one  # the table of log-probs' weight is there once
+    c = model.config
+    at_least = 32 * c.n_layer * 4 * (4 * c.n_embd + 3 * c.n_inner)  # a linear layer keeps its input, SwiGLU its factors
+    assert at_least < one < 4 * at_least
+    passes = [(forward(model, rows), rows * 32) for rows in (1, 2)]
+    full = memory.activation_bytes(model, *passes, 128)
+    assert four < full < 1.2 * four * (1 + 1.1 / c.n_layer)  # what is kept, gradients of one block, and holes
+    model.recompute = True
+    assert memory.activation_bytes(model, *passes, 128) < 0.8 * full and model.recompute
+    model.recompute = False
+    LoRA(model, 2, 4.0)
+    assert memory.saved_bytes(model, forward(model, 1)) <= one
+
+
+def test_the_parts():
+    model = toy_model(dtype=torch.float32)
+    n = 4 * sum(p.numel() for p in model.parameters())
+    parts = memory.estimate(model, [model], list(model.parameters()), used=10 * n, activations=5, cache=3)
+    assert parts == dict(weights=n, copies=n, gradients=n, optimizer=2 * n, activations=5, cache=0, program=8 * n)
+    assert memory.estimate(model, [], [], used=n, activations=5, cache=7)["cache"] == 7  # never both at a time
+    assert memory.cache_bytes(model.config, 2, 3, 10, 6, 5) == 2 * 2 * 2 * 8 * 2 * (3 * 10 + 6 * 5)
+    tied = toy_model(dtype=torch.float32, tie_embeddings=True)
+    assert memory.estimate(tied, [], [], 0, 0)["weights"] == 4 * tied.config.n_params()[0]  # once
+
+
+def test_too_little_memory_is_said():
+    parts = dict(weights=10 ** 9, gradients=10 ** 9, optimizer=2 * 10 ** 9, activations=0, cache=10 ** 8)
+    line, warning = memory.describe(parts, free=3 * 10 ** 9)
+    assert line == "memory: about 4.10 GB at most: weights 1.00, gradients 1.00, optimizer 2.00, cache 0.10"
+    assert warning.startswith("WARNING: 3.10 GB of that are still to be taken and 3.00 are free: lower --device_tokens")
+    assert len(memory.describe(parts, free=4 * 10 ** 9)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--recompute"], ["--lora_rank=8"]], ids=["all weights", "recompute", "lora"])
+def test_the_estimate_is_within_a_fifth_of_the_peak(tmp_path, more):
+    environment = {**os.environ, "NANORL_OUT": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    run = lambda *arguments: subprocess.run([sys.executable, *arguments, "--run=m", "--device=cpu"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    run("train_base.py", "--depth=7", "--documents=300", "--steps=1", "--batch_tokens=256", "--seq_len=64", "--sample_tokens=0")
+    for stage, arguments in (("sft", ["train_sft.py", "--steps=2", "--batch_tokens=8192"]),
+                             ("rl", ["train_rl.py", "--steps=2", "--eval_problems=50", "--prompts_per_step=16", "--max_new_tokens=200", "--probe_prompts=16"])):
+        said = run(*arguments, *more, "--task=sum3", *(["--optimizer=adamw"] if stage == "sft" else []))
+        estimate = float(re.search(r"memory: about ([\d.]+) GB", said)[1])
+        with open(tmp_path / "m" / stage / "metrics.jsonl") as f:
+            measured = json.loads(f.readlines()[-1])["memory/peak_gb"]
+        assert 0.8 < estimate / measured < 1.2, (stage, estimate, measured)
