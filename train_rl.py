@@ -230,7 +230,7 @@ def main():
              dtype=str(compute_dtype), device=str(place), params=policy.config.n_params()[0])
     dist.say(f"rl    from {point or start}: {policy.config.n_params()[0]:,} parameters, {compute_dtype} on {dist.world_size()} x {place.type}\n"
              f"      {task}: {problems or len(stages[-1][1]):,} training problems{' in its last stage' if len(stages) > 1 else ''}\n"
-             f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, {update_in_words()}; {steps} steps")
+             f"      a step is {P} problems x {G} samples = {P * G} rows of at most {max_new_tokens} tokens, {update_in_words()}, AdamW {rate:g}; {steps} steps")
     if not point and not selfcheck:
         val = held_out()
         dist.say(f"      held-out before: {percent(val)}, {val['val/length']:.1f} tokens")
@@ -325,7 +325,7 @@ def check_settings(start):
     if not checkpoint.is_model(start):
         raise ValueError(f"no SFT model in {start}: make one with `python train_sft.py --depth={depth}`, or name one with --model=")
     at_least(globals(), 1, "prompts_per_step max_new_tokens steps updates_per_rollout device_tokens eval_problems probe_prompts max_bad_steps")
-    at_least(globals(), 0, "seed problems device_rows resample kl_coef clip_low clip_high lr warmup weight_decay max_grad_norm eval_every save_every")
+    at_least(globals(), 0, "seed problems device_rows resample lora_rank lora_alpha kl_coef clip_low clip_high lr warmup weight_decay max_grad_norm eval_every save_every")
     if samples_per_prompt < 2:
         raise ValueError(f"--samples_per_prompt={samples_per_prompt}: at least 2, because rewards are compared within a group")
     if 0 < device_rows < samples_per_prompt:
@@ -360,7 +360,8 @@ def check_problems(stages, part_weights):
 
 def update_in_words():
     """What a step does with its samples, where it is not the default."""
-    words = ["one update" if updates_per_rollout == 1 else f"{updates_per_rollout} updates with the ratio in [{1 - clip_low:g}, {1 + clip_high:g}]"]
+    words = [f"LoRA of rank {lora_rank}"] if lora_rank else []
+    words += ["one update" if updates_per_rollout == 1 else f"{updates_per_rollout} updates with the ratio in [{1 - clip_low:g}, {1 + clip_high:g}]"]
     words += [f"KL {kl_coef:g} ({kl_estimator})"] if kl_coef else []
     words += [f"dead groups replaced up to {resample} times"] if resample else []
     return ", ".join(words + (["cut-off completions left out"] if overlong == "mask" else []))

@@ -65,7 +65,7 @@ def main():
     at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every max_bad_steps")
     if optimizer not in ("auto", "muon", "adamw") or optimizer == "muon" and lora_rank:
         raise ValueError(f"--optimizer={optimizer}{f' --lora_rank={lora_rank}' if lora_rank else ''}: it must be auto, muon or adamw, and with LoRA adamw")
-    at_least(globals(), 0, "seed examples steps matrix_lr other_lr lora_rank warmup cooldown max_grad_norm eval_every save_every")
+    at_least(globals(), 0, "seed examples steps matrix_lr other_lr lora_rank lora_alpha warmup cooldown max_grad_norm eval_every save_every")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
@@ -91,7 +91,8 @@ def main():
     params = [p for _, p in trained.named_parameters()]
     muon = optimizer == "muon" or optimizer == "auto" and not adapters and checkpoint.is_ours(origin["path"])
     rate = matrix_lr or (0.01 if muon else 2e-4 if adapters else 2e-5)
-    optimizers = make_optimizers(trained, rate, other_lr or (0.4 / net.config.n_embd if muon else rate), muon=muon)
+    other = other_lr or (0.4 / net.config.n_embd if muon else rate)
+    optimizers = make_optimizers(trained, rate, other, muon=muon)
     rows = batch_tokens // seq_len
     if rows * seq_len != batch_tokens:
         raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")
@@ -124,7 +125,8 @@ def main():
              dtype=str(compute_dtype), device=str(place))
     if log.active and not point:
         checkpoint.mark_used(start, directory)
-    dist.say(f"sft   from {point or start}; {n_examples:,} {'conversations' if data else 'demonstrations'} of {mean_length:.0f} tokens, {total_steps} steps of "
+    how = (f"Muon {rate:g}, AdamW {other:g}" if muon else f"AdamW {rate:g}") + (f" on adapters of rank {lora_rank}, {sum(p.numel() for p in params):,} parameters" if adapters else "")
+    dist.say(f"sft   from {point or start}; {how}; {n_examples:,} {'conversations' if data else 'demonstrations'} of {mean_length:.0f} tokens, {total_steps} steps of "
              f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes"
              + (f"; {len(held_out):,} held out" if data else "") + (f"\n      {note}" if note else ""))
 

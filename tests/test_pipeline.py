@@ -11,9 +11,10 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
+from nanorl.runtime import checkpoint
 from nanorl.tokenizer import Tokenizer
 
 SMALL = ["--depth=1", "--task=0-20", "--device=cpu"]
@@ -97,6 +98,61 @@ def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
     assert_same_run(out / "c" / "rl", out / "d" / "rl", "step_000006")
     assert rows(out / "a" / "rl") == rows(out / "c" / "rl")  # one seed, one run
     assert all(r["updated"] for r in rows(out / "c" / "rl")[1:]), "nothing was learnt: the test would show little"
+
+
+LORA = ["--lora_rank=2", "--lora_alpha=8", "--lora_targets=q,v,down"]
+
+
+def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
+    """Adapters go into trainer.pt, with the base's path and hash; what is saved beside them is a plain model, merged."""
+    arguments = [*RL, *LORA, "--kl_coef=0.1", f"--model={out / 'a' / 'sft'}", "--lr=1e-2"]
+    assert call("train_rl.py", *arguments, "--run=lora") is None
+    start_and_kill("train_rl.py", [*arguments, "--run=lora2"], out / "lora2" / "rl", 3)
+    assert call("train_rl.py", *arguments, "--run=lora2", "--resume=must") is None
+    assert_same_run(out / "lora" / "rl", out / "lora2" / "rl", "step_000006")
+    assert rows(out / "lora" / "rl")[-1]["kl"] > 0  # from the base, which is the reference
+    last = out / "lora" / "rl" / "step_000006"
+    state, base = torch.load(last / "trainer.pt", weights_only=True), load_file(out / "a" / "sft" / "step_000030" / "model.safetensors")
+    assert state["start"]["hash"] == checkpoint.fingerprint(out / "a" / "sft" / "step_000030") and len(state["lora"]) == 6  # one layer, three projections
+    assert sum(len(group["params"]) for optimizer in state["optimizers"] for group in optimizer["param_groups"]) == 6
+    moved = {name for name, p in load_file(last / "model.safetensors").items() if not torch.equal(p, base[name].to(p.dtype))}
+    assert moved == {f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "self_attn.v", "mlp.down")}
+    for name in moved:  # merged
+        a, b = (state["lora"][f"{name.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
+        assert torch.equal(load_file(last / "model.safetensors")[name], base[name].double() + 4 * b @ a)
+
+
+def test_lora_without_its_base_is_refused(out, tmp_path):
+    shutil.copytree(out / "a" / "sft" / "step_000030", tmp_path / "base")
+    arguments = [*RL, *LORA, f"--model={tmp_path / 'base'}", "--run=baseless"]
+    assert call("train_rl.py", *arguments, "--steps=1") is None
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: p + 1 for name, p in weights.items()}, tmp_path / "base" / "model.safetensors")
+    assert "is gone or has changed since this run started from it" in call("train_rl.py", *arguments, "--steps=2")
+
+
+def test_recomputation_changes_only_what_it_costs(out):
+    arguments = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=3"]
+    assert call("train_rl.py", *arguments, "--run=keep") is None and call("train_rl.py", *arguments, "--run=again", "--recompute") is None
+    keep, again = rows(out / "keep" / "rl"), rows(out / "again" / "rl")
+    assert again[-1].pop("flops_total") > 1.1 * keep[-1].pop("flops_total")
+    for row in keep + again:
+        row.pop("flops_total", None)
+    assert keep == again
+
+
+def test_a_published_model_in_sft(out, capsys):
+    """Without trainer.pt a directory is a published model: AdamW at a published model's rate. With LoRA, resumed."""
+    shutil.copytree(out / "a" / "base" / "step_000006", out / "published", ignore=shutil.ignore_patterns("trainer.pt", "DONE"))
+    arguments = [*SMALL, f"--model={out / 'published'}", "--steps=6", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=3", "--dtype=fp32"]
+    assert call("train_sft.py", *arguments, "--run=p1") is None
+    assert "AdamW 2e-05" in capsys.readouterr().out
+    assert call("train_sft.py", *arguments, *LORA, "--run=p2", "--steps=3") is None
+    assert "AdamW 0.0002 on adapters of rank 2" in capsys.readouterr().out
+    assert call("train_sft.py", *arguments, *LORA, "--run=p3") is None and call("train_sft.py", *arguments, *LORA, "--run=p2", "--steps=6") is None
+    a, b = (load_file(out / run / "sft" / "step_000003" / "model.safetensors") for run in ("p2", "p3"))
+    state = torch.load(out / "p2" / "sft" / "step_000006" / "trainer.pt", weights_only=True)
+    assert state["step"] == 6 and len(state["lora"]) == 6 and a.keys() == b.keys()
 
 
 def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
@@ -232,6 +288,12 @@ MISTAKES = [
     ("train_rl.py", ["--overlong=drop"], "overlong=drop"),
     ("train_rl.py", ["--lr_schedule=step"], "lr_schedule=step"),
     ("train_rl.py", ["--kl_coef=-1"], "kl_coef=-1"),
+    ("train_rl.py", ["--lora_rank=-1"], "lora_rank=-1"),
+    ("train_rl.py", ["--lora_rank=4", "--lora_alpha=0"], "lora_alpha 0"),
+    ("train_rl.py", ["--lora_rank=4", "--lora_targets=q,x"], "names x: it takes some of q, k"),
+    ("train_rl.py", ["--task_args=template=r2"], "'r2'"),
+    ("train_sft.py", ["--optimizer=sgd"], "optimizer=sgd"),
+    ("train_sft.py", ["--optimizer=muon", "--lora_rank=4"], "with LoRA adamw"),
     ("train_rl.py", ["--clip_low=1.5"], "clip_low=1.5"),
     ("train_rl.py", ["--updates_per_rollout=0"], "updates_per_rollout=0"),
     ("train_rl.py", ["--problems=2500", "--task=0-20=1,counting=1"], "are only"),  # 0-20 comes round again

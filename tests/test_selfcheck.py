@@ -8,7 +8,7 @@ from nanorl.gpt import token_logprobs
 from nanorl.tools import selfcheck
 
 
-@pytest.mark.parametrize("heads", [dict(), dict(n_kv_head=4, tie_embeddings=True), dict(n_kv_head=1, qk_norm=False, qkv_bias=True)])
+@pytest.mark.parametrize("heads", [dict(), dict(n_kv_head=4, tie_embeddings=True), dict(n_kv_head=1, qk_norm=False, qkv_bias=True), dict(rope_scaling=(8.0, 1.0, 4.0, 16), rope_theta=100.0)])
 def test_the_naive_forward_is_the_model(heads):
     model = toy_model(n_tokens=60, **heads)
     ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])

@@ -328,7 +328,7 @@ def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):  # 
 @pytest.mark.parametrize("options", [
     [], ["--loss_norm=sequence", "--advantage=zscore", "--temperature=0.7"], ["--loss_norm=constant", "--advantage=loo", "--overlong=mask"],
     ["--kl_coef=0.5", "--kl_estimator=k2", "--updates_per_rollout=2"], ["--kl_coef=0.5", "--kl_estimator=k1-in-reward"],
-    ["--kl_coef=0.5", "--updates_per_rollout=2", "--clip_low=0.1"]])
+    ["--kl_coef=0.5", "--updates_per_rollout=2", "--clip_low=0.1"], ["--lora_rank=3", "--kl_coef=0.5", "--recompute", "--lr=1e-2"]])
 def test_selfcheck_agrees_in_fp64(out, options, capsys):  # noqa: F811
     """On a run that has moved away from its reference, so that the KL terms are there to be checked."""
     name = f"check{abs(hash(str(options)))}"

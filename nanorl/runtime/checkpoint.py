@@ -155,7 +155,7 @@ def load_state(path):
 
 
 # Settings that a run may change when it is resumed: they do not alter the training that has been done.
-FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|selfcheck$|device_rows$|max_bad_steps$|sample_tokens$")
+FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|selfcheck$|device_rows$|recompute$|max_bad_steps$|sample_tokens$")
 
 
 def resume_point(directory, resume, settings):
