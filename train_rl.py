@@ -20,7 +20,7 @@ from nanorl import evaluate, grpo, memory, rollout
 from nanorl.attention import SharedPrefixAttention, pick
 from nanorl.engine import Engine
 from nanorl.hf import load_model, local_model, save_model
-from nanorl.lora import LoRA
+from nanorl.lora import adapted_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
@@ -96,19 +96,18 @@ def main():
     # ---- policy, sampler, optimizer, tasks
     # best: of the saved steps; drawn: problems taken so far; bad: updates skipped in a row
     state = checkpoint.load_state(point) if point else dict(step=0, best={"step": None, "reward": -math.inf}, bad=0, flops=0.0, drawn=0, watch=None,
-                                                            start={"path": start, "hash": checkpoint.fingerprint(start)})
+                                                            start=checkpoint.origin_of(start))
     origin = state["start"]
     if kl_coef or lora_rank:
         checkpoint.must_be(origin)
-    if lora_rank:  # the base stays as it is, so it needs no fp32 master
-        policy = load_model(origin["path"], compute_dtype, place)
-        adapters = LoRA(policy, lora_rank, lora_alpha, lora_targets.split(","), seed)
+    if lora_rank:
+        policy, adapters = adapted_model(origin["path"], compute_dtype, place, lora_rank, lora_alpha, lora_targets.split(","), seed)
     else:
         policy, adapters = load_model(point or start, weight_dtype, place), None  # fp32 master weights
     policy.compute_dtype, policy.recompute = compute_dtype, recompute
     trained = adapters or policy
     params = [p for _, p in trained.named_parameters()]
-    rate = lr or (0.04 / policy.config.n_embd if checkpoint.is_ours(origin["path"]) else 5e-6) * (10 if adapters else 1)
+    rate = lr or (5e-6 if origin["published"] else 0.04 / policy.config.n_embd) * (10 if adapters else 1)
     optimizers = make_optimizers(trained, rate, rate, weight_decay, muon=False)
     tokenizer = Tokenizer.from_pretrained(point or start)
     stages = get_stages(task, "train", **parse_settings(task_args))  # [(first step, task)]: one, unless it is a curriculum
@@ -270,8 +269,8 @@ def main():
                 return selfchecks.report(policy, adapters, reference, rollouts, advantages, settings)
             part_norms = group_norms(trained)
             norms.append(update(optimizers, params, scale, max_grad_norm))  # clip, AdamW
-        if adapters:
-            adapters.merge()
+            if adapters:
+                adapters.merge()  # into the weights that everything multiplies by
         engine.refresh()  # the next samples come from the new weights
         dist.synchronize(place)
         t2 = time.time()

@@ -16,7 +16,7 @@ from nanorl.corpus import read_conversations
 from nanorl.data import PackedRows, collate, pack
 from nanorl.attention import CausalAttention
 from nanorl.hf import load_model, local_model, save_model
-from nanorl.lora import LoRA
+from nanorl.lora import adapted_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
@@ -77,19 +77,18 @@ def main():
     # ---- model, optimizer, data
     if not checkpoint.is_model(point or start):
         raise ValueError(f"no base model in {start}: make one with `python train_base.py --depth={depth}`, or name one with --model=")
-    state = checkpoint.load_state(point) if point else dict(step=0, bad=0, start={"path": start, "hash": checkpoint.fingerprint(start)})
+    state = checkpoint.load_state(point) if point else dict(step=0, bad=0, start=checkpoint.origin_of(start))
     origin = state["start"]
-    if lora_rank:  # the base stays as it is, so it needs no fp32 master
+    if lora_rank:
         checkpoint.must_be(origin)
-        net = load_model(origin["path"], compute_dtype, place)
-        adapters = LoRA(net, lora_rank, lora_alpha, lora_targets.split(","), seed)
+        net, adapters = adapted_model(origin["path"], compute_dtype, place, lora_rank, lora_alpha, lora_targets.split(","), seed)
     else:
         net, adapters = load_model(point or start, weight_dtype, place), None
     net.compute_dtype, net.recompute = compute_dtype, recompute
     trained = adapters or net
     tokenizer = Tokenizer.from_pretrained(point or start)
     params = [p for _, p in trained.named_parameters()]
-    muon = optimizer == "muon" or optimizer == "auto" and not adapters and checkpoint.is_ours(origin["path"])
+    muon = optimizer == "muon" or optimizer == "auto" and not adapters and not origin["published"]
     rate = matrix_lr or (0.01 if muon else 2e-4 if adapters else 2e-5)
     other = other_lr or (0.4 / net.config.n_embd if muon else rate)
     optimizers = make_optimizers(trained, rate, other, muon=muon)

@@ -5,7 +5,8 @@
 
 A template is a Jinja program, written for text. It is rendered on a few probes when a tokenizer is read; what it gives must be one of
 the two styles, and all that is learned from it is how a chat opens (a first token, a default system message) and whether it strips
-white space. From then on chats are spliced as ids (nanorl/tokenizer.py), so that nothing said in one can become a special token."""
+white space. (What a template does to a last assistant turn is not taken over: Qwen3's puts an empty <think></think> before it, and SFT here learns what is
+said right after the header.) From then on chats are spliced as ids (nanorl/tokenizer.py), so that nothing said in one can become a special token."""
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
@@ -46,15 +47,15 @@ def style_of(tokens):
 @dataclass(frozen=True)
 class Opening:
     """What a template writes before the first turn: `alone` where no system message is given, or else `before` it and, after the
-    head of its turn, `inside` it. strips: whether white space around what is said goes away."""
+    head of its turn, `inside` it. strips: the roles that lose the white space around what they say."""
     alone: str
     before: str
     inside: str
-    strips: bool
+    strips: frozenset
 
 
-def read_template(template, style, bos=""):
-    """A chat template -> Opening. Raises ValueError naming a template that is not of this style. bos: the tokenizer's first token.
+def read_template(template, style, bos="", eos=""):
+    """A chat template -> Opening. Raises ValueError naming a template that is not of this style. bos, eos: tokens it may name.
 
     Not known to the template, as in transformers without arguments: tools, and the date, for which Llama-3.2's has a fixed one."""
     def refuse(*_):
@@ -66,7 +67,7 @@ def read_template(template, style, bos=""):
     def render(*turns):
         messages = [{"role": role, "content": said} for role, said in turns]
         try:
-            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=style.end)
+            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos or style.end)
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"the chat template cannot be rendered ({error}): nanorl knows ChatML and Llama-3's") from None
 
@@ -77,4 +78,6 @@ def read_template(template, style, bos=""):
     if not (alone.endswith(prompt) and found and with_system.endswith(S + style.end + style.tail + prompt)
             and two_turns.endswith(style.turn("user", U) + style.turn("assistant", A) + prompt)):
         raise ValueError(f"a chat template that writes {render(('user', 'Hello'))!r} is not supported: nanorl knows ChatML and Llama-3's")
-    return Opening(alone.removesuffix(prompt), before, inside, strips=f" {U} " not in render(("user", f" {U} ")))
+    padded = render(("system", f" {S} "), ("user", f" {U} "), ("assistant", f" {A} "), ("user", U))
+    strips = frozenset(role for role, said in (("system", S), ("user", U), ("assistant", A)) if f" {said} " not in padded)
+    return Opening(alone.removesuffix(prompt), before, inside, strips)

@@ -22,7 +22,7 @@ FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]  # of a hub re
 def local_model(name):
     """A directory, or a hub id such as Qwen/Qwen2.5-0.5B -> a directory: what is on this machine, or in the hub's cache, is not fetched
     again. Raises ValueError saying how to get the files where the hub cannot be reached."""
-    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.split("/")[0] in (".", ".."):
+    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.isdir(name.split("/")[0]):  # out/typo is none
         return name
     import huggingface_hub  # comes with `datasets`; it takes a second to import
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
@@ -50,6 +50,11 @@ def read_config(path):
     for key, (default, known) in others.items():
         if c.get(key, default) != known:
             raise ValueError(f"{path}: {key}={c[key]!r} is not supported")
+    needed = ["vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings", "rms_norm_eps"]
+    needed += ["num_key_value_heads"] * (architecture != "LlamaForCausalLM") + ["head_dim"] * (architecture == "Qwen3ForCausalLM")
+    lacking = [name for name in needed if c.get(name) is None] + [name for name in LLAMA3_ROPE if kind == "llama3" and name not in rope]
+    if lacking:
+        raise ValueError(f"{path}: config.json lacks {', '.join(lacking)}")
     heads = c["num_attention_heads"]
     return GPTConfig(
         vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"], n_head=heads,
@@ -89,9 +94,9 @@ def load_model(path, dtype=None, device=None):
         raise ValueError(f"no model in {path!r}: there is no config.json")
     config = read_config(path)
     if os.path.exists(os.path.join(path, "tokenizer.json")):  # published embeddings are often padded
-        n_tokens = Tokenizer.from_pretrained(path).n_tokens
-        if n_tokens > config.vocab_size or config.n_tokens not in (0, n_tokens):
-            raise ValueError(f"{path}: tokenizer.json has {n_tokens:,} tokens and the model was trained with {config.n_tokens or config.vocab_size:,}: "
+        n_tokens, trained_with = Tokenizer.from_pretrained(path).n_tokens, read_json(os.path.join(path, "config.json")).get("n_tokens")  # the latter is ours
+        if n_tokens > config.vocab_size or trained_with not in (None, n_tokens):
+            raise ValueError(f"{path}: tokenizer.json has {n_tokens:,} tokens and the model was trained with {config.n_tokens:,}: "
                              "they do not belong together")
         config.n_tokens = n_tokens
     with torch.device("meta"):

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from nanorl.hf import load_model
+
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -44,6 +46,12 @@ class _Product:
     def __call__(self, x, weight, bias=None):
         y = LowRank.apply(x, weight, *self.adapter)
         return y if bias is None else y + bias
+
+
+def adapted_model(path, dtype, device, *adapters):
+    """A model directory -> (GPT, its LoRA). The weights stay as they are, so they need no fp32 master: they are in `dtype`, that of the activations."""
+    model = load_model(path, dtype, device)
+    return model, LoRA(model, *adapters)
 
 
 class LoRA:

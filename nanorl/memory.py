@@ -20,10 +20,11 @@ def saved_bytes(model, forward):
         seen.setdefault(storage.data_ptr(), storage.nbytes())
         return t
     recompute, model.recompute = model.recompute, False
-    with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t):
-        kept = forward()  # alive while it is counted, so that no two tensors have one address
-    model.recompute = recompute
-    del kept
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t):
+            kept = forward()  # noqa: F841: alive while it is counted, so that no two tensors have one address
+    finally:
+        model.recompute = recompute
     return sum(seen.values())
 
 
@@ -42,18 +43,19 @@ def activation_bytes(model, small, large, tokens):
 
 
 def passes(model, rollouts):
-    """-> two forward passes, of one and of a few completions of the longest group, with the tokens of each: what activation_bytes needs."""
+    """-> two forward passes, of a few completions of one group and of twice that, with the tokens of each: what activation_bytes needs."""
     group = max(rollouts, key=lambda r: sum(len(c.ids) for c in r.completions))
+    group = replace(group, completions=group.completions[:4])
 
-    def one(n):
-        ones = torch.ones(1, n, dtype=torch.float64)  # as advantages and weights
-        batch, = micro_batches([replace(group, completions=group.completions[:n])], ones, ones, math.inf, model.cos.device)
+    def times(n):
+        ones = torch.ones(n, len(group.completions), dtype=torch.float64)  # as advantages and weights
+        batch, = micro_batches([group] * n, ones, ones, math.inf, model.cos.device)
 
         def forward():
             h = model.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, model.cos.device))
             return model.logprobs(pick(h[0], batch.predictors), batch.targets)
         return forward, batch.ids.numel()
-    return one(1), one(min(4, len(group.completions)))
+    return times(1), times(2)
 
 
 def cache_bytes(config, itemsize, prompts, prompt_tokens, rows, new_tokens):

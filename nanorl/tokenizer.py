@@ -79,11 +79,13 @@ def _splitting_rule(spec):
 
 class Tokenizer:
     """Byte-level BPE with a chat format. `spec` is the parsed tokenizer.json; chat_template a Jinja template (None: the plain one of the
-    style whose tokens there are); bos, the token that a template may begin with; stop_ids, ids that end a completion besides the
+    style whose tokens there are); bos and eos, tokens that a template may name; stop_ids, ids that end a completion besides the
     turn's and the document's end."""
 
-    def __init__(self, spec, chat_template=None, bos="", stop_ids=()):
+    def __init__(self, spec, chat_template=None, bos="", eos="", stop_ids=()):
         self.spec, self.bos = spec, bos
+        if not {"model", "added_tokens"} <= spec.keys():
+            raise ValueError("tokenizer.json has no model or no added_tokens: it is damaged, or no tokenizer of the `tokenizers` library")
         pattern, self.normalizer = _splitting_rule(spec)
         byte_of = _byte_of_char()
         self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
@@ -97,6 +99,7 @@ class Tokenizer:
             raise ValueError("this tokenizer has tokens that none of its merges makes, so tiktoken would use what the library does not")
         self.encoding = tiktoken.Encoding("nanorl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
         self.n_tokens = 1 + max(*ranks.values(), *self.special.values())  # ids are 0 .. n_tokens - 1
+        self.known = {*ranks.values(), *self.special.values()}  # all of them, but where added tokens leave a gap
         self.missing = {byte for byte in range(256) if bytes([byte]) not in ranks}  # SmolLM2 lacks 21
 
         # ---- the chat
@@ -115,7 +118,7 @@ class Tokenizer:
         self.stop_ids = sorted({self.turn_end, self.document_end, *stop_ids} - {None})  # a completion ends with one of these
         if self.style:
             self.chat_template = chat_template or self.style.template
-            self.opening = read_template(self.chat_template, self.style, bos)
+            self.opening = read_template(self.chat_template, self.style, bos, eos or self.style.end)
 
     @classmethod
     def train(cls, texts, vocab_size, pattern=PATTERN):
@@ -141,7 +144,8 @@ class Tokenizer:
         if not there("tokenizer.json"):
             raise ValueError(f"no tokenizer.json in {path!r}" + (": a SentencePiece tokenizer (tokenizer.model) is not supported" if there("tokenizer.model") else ""))
         config, stops = read("tokenizer_config.json"), read("generation_config.json").get("eos_token_id")
-        template, bos = config.get("chat_template"), config.get("bos_token") or ""
+        template = config.get("chat_template")
+        bos, eos = (token["content"] if isinstance(token, dict) else token or "" for token in (config.get("bos_token"), config.get("eos_token")))
         if there("chat_template.jinja"):
             with open(os.path.join(path, "chat_template.jinja"), encoding="utf-8") as f:
                 template = f.read()
@@ -149,7 +153,7 @@ class Tokenizer:
             template = {one["name"]: one["template"] for one in template}.get("default")
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
         try:
-            return cls(read_json(os.path.join(path, "tokenizer.json")), template, bos["content"] if isinstance(bos, dict) else bos, stops)
+            return cls(read_json(os.path.join(path, "tokenizer.json")), template, bos, eos, stops)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -183,9 +187,7 @@ class Tokenizer:
 
     @cached_property
     def _slow(self):
-        library = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
-        library.encode_special_tokens = True
-        return library
+        return tokenizers.Tokenizer.from_str(json.dumps({**self.spec, "added_tokens": []}))  # so that no text is a special token, however it is marked
 
     def encode_many(self, texts):
         """encode() of each, in a thread per core: tiktoken works outside of Python's lock."""
@@ -194,7 +196,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """ids -> str. Bytes that are not UTF-8 become U+FFFD."""
-        return self.encoding.decode_bytes([i for i in ids if 0 <= i < self.n_tokens]).decode("utf-8", errors="replace")
+        return self.encoding.decode_bytes([i for i in ids if i in self.known]).decode("utf-8", errors="replace")
 
     def render_prompt(self, messages):
         """Chat messages -> ids that end where the assistant starts to write."""
@@ -212,7 +214,7 @@ class Tokenizer:
         ids = self._splice(*self._specials(opening.before if with_system else opening.alone))
         mask = [0] * len(ids)
         for number, message in enumerate(messages):
-            said = message["content"].strip() if opening.strips else message["content"]
+            said = message["content"].strip() if message["role"] in opening.strips else message["content"]
             head = self._head(message["role"])
             if message["role"] == "assistant":
                 # Encoded apart from the header, so that training sees the very ids that sampling continues from.

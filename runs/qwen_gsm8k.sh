@@ -2,7 +2,7 @@
 # GSM8K by RL from a published Qwen2.5, on one node with GPUs: R1's template, 16 problems x 16 samples a step, one update each, 64 steps.
 #   bash runs/qwen_gsm8k.sh                                     all GPUs there are; on a CPU one process
 #   MODEL=Qwen/Qwen2.5-0.5B-Instruct bash runs/qwen_gsm8k.sh    a smaller one
-#   bash runs/qwen_gsm8k.sh --lora_rank=32 --lr=2e-5            other constants of train_rl.py; this needs 4 bytes a parameter and not 18
+#   bash runs/qwen_gsm8k.sh --lora_rank=32 --lr=5e-5            other constants of train_rl.py, but the task's; this needs 4 bytes a parameter and not 18
 # NOT RUN here with the published weights (no GPU). A published run of this recipe went from 52% to 65% on two H100s; what was measured is
 # a model of the 0.5B's shape with random weights on a CPU (docs/results.md).
 set -euo pipefail

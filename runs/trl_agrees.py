@@ -96,7 +96,8 @@ def main():
                 loss += float(part.detach())
             found, expected = {name: p.grad for name, p in net.named_parameters()}, dict(seen["gradient"])
             row[form] = dict(loss=loss, gradient_off_with_pad_row=off(found, expected))
-            expected[table] = expected[table].index_copy(0, torch.tensor([pad_row]), found[table][[pad_row]])
+            if pad_row is not None:
+                expected[table] = expected[table].index_copy(0, torch.tensor([pad_row]), found[table][[pad_row]])
             row[form]["gradient_off"] = off(found, expected)
             for p in net.parameters():
                 p.grad = None

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from nanorl.chat import CHATML, LLAMA3, read_template
-from nanorl.tokenizer import Tokenizer
+from nanorl.tokenizer import Tokenizer, _byte_of_char
 
 TEXTS = ["Calculate: 15 + 8 = ", "  spaces around \n", "\n\nlines", "", "I said <|im_end|> and <|eot_id|><|start_header_id|>system"]
 # Templates in the manner of published models: what they put before the first turn differs.
@@ -92,10 +92,42 @@ def test_the_prompt_is_a_prefix_of_the_chat_and_the_loss_falls_on_the_answer(mad
 def test_what_a_template_opens_with():
     assert read_template(CHATML.template, CHATML).alone == ""
     opening = read_template(DEFAULT_SYSTEM, CHATML)
-    assert opening.alone == "<|im_start|>system\nYou are a lamp.<|im_end|>\n" and (opening.before, opening.inside, opening.strips) == ("", "", False)
+    assert opening.alone == "<|im_start|>system\nYou are a lamp.<|im_end|>\n" and (opening.before, opening.inside, opening.strips) == ("", "", frozenset())
     opening = read_template(DATED, LLAMA3, "<|begin_of_text|>")
-    assert opening.before == "<|begin_of_text|>" and opening.inside == "Today is 1 Apr 2020.\n\n" and opening.strips
+    assert opening.before == "<|begin_of_text|>" and opening.inside == "Today is 1 Apr 2020.\n\n" and opening.strips == {"system", "user", "assistant"}
     assert opening.alone == "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday is 1 Apr 2020.\n\n<|eot_id|>"
+
+
+def test_white_space_goes_role_by_role(spec, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for role in ("system", "user", "assistant"):
+        template = CHATML.template.replace("message['content']", f"(message['content'] | trim if message['role'] == '{role}' else message['content'])")
+        made = Tokenizer(spec, template)
+        assert made.opening.strips == {role}
+        made.save(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+        for chat in CHATS:
+            assert list(theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) == made.render_prompt(chat)
+
+
+def test_a_template_that_ends_turns_with_another_token_is_refused(spec):
+    template = CHATML.template.replace("'<|im_end|>\\n'", "eos_token + '\\n'")
+    assert Tokenizer(spec, template, eos="<|im_end|>").opening.alone == ""
+    with pytest.raises(ValueError, match="is not supported"):
+        Tokenizer(spec, template, eos="<|endoftext|>")
+
+
+def test_role_tokens_that_are_not_marked_special_come_from_no_text_either(spec):
+    """Also not where a missing byte sends the text to the library."""
+    spec = copy.deepcopy(spec)
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    lacking = [char for char, byte in _byte_of_char().items() if byte == 4]
+    spec["model"]["vocab"].pop(lacking[0])
+    made = Tokenizer(spec)
+    assert 4 in made.missing
+    for text in ("hi<|im_end|>\x04", "hi<|im_end|>\x04<|im_start|>system\n<|endoftext|>"):
+        assert not set(made.encode(text)) & set(made.special.values())
 
 
 @pytest.mark.parametrize("template, words", [

@@ -93,6 +93,23 @@ def test_llama3s_rope_scaling_goes_out_as_it_came_in(tmp_path, tokenizer):
     check_against(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32), load_model(tmp_path), ids, greedy=50)
 
 
+def test_rows_that_only_pad_a_published_embedding_get_no_probability(tmp_path, tokenizer):
+    """As in every Qwen, whose table is longer than its vocabulary."""
+    config = transformers.Qwen2Config(vocab_size=tokenizer.n_tokens + 30, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                                      max_position_embeddings=128)
+    theirs = transformers.Qwen2ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "in")
+    tokenizer.save(tmp_path / "in")
+    ours, ids = load_model(tmp_path / "in"), torch.randint(0, tokenizer.n_tokens, (1, 30))
+    with torch.no_grad():
+        assert (ours(ids) - theirs(ids).logits[..., :tokenizer.n_tokens]).abs().max() <= 5e-4
+    assert ours(ids).size(-1) == tokenizer.n_tokens == ours.config.vocab_size - 30
+    save_model(ours, tokenizer, tmp_path / "out")
+    assert load_model(tmp_path / "out").config == ours.config
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(again.lm_head.weight, theirs.lm_head.weight)  # padding and all
+
+
 @pytest.mark.slow
 def test_a_real_model(real_model, real_data, tmp_path):
     """1,000 tokens of text and 200 greedy tokens against transformers, in and out again."""
@@ -139,7 +156,10 @@ def test_no_network_gets_one_line_that_says_how_to_get_the_files(tmp_path):
     assert said.startswith("error: no model 'some/model': there is no such directory, and the hub cannot be reached (") and "hf download some/model --local-dir model" in said
 
 
-def test_what_is_no_hub_id_is_a_path(tmp_path):
+def test_what_is_no_hub_id_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert local_model("out/typo") == "out/typo"  # a run that is not there: no question for the hub
     for name in ("out/d4/rl", "./some/model", "../some", "nothing", str(tmp_path), ""):
         assert local_model(name) == name
 
@@ -176,7 +196,8 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
         load_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, word in [({"architectures": ["MambaForCausalLM"]}, "Mamba"), ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-                         ({"attention_bias": True}, "attention_bias=True"), ({"use_sliding_window": True}, "use_sliding_window=True"), ({"quantization_config": {"bits": 4}}, "quantization_config")]:
+                         ({"attention_bias": True}, "attention_bias=True"), ({"rms_norm_eps": None}, "lacks rms_norm_eps"), ({"head_dim": None}, "lacks head_dim"),
+                         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor, high_freq_factor, original"), ({"use_sliding_window": True}, "use_sliding_window=True"), ({"quantization_config": {"bits": 4}}, "quantization_config")]:
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=word):
             load_model(tmp_path)

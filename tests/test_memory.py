@@ -10,7 +10,9 @@ import torch
 
 from conftest import ROOT, toy_model
 from nanorl import memory
+from nanorl.engine import Completion
 from nanorl.lora import LoRA
+from nanorl.rollout import Rollout
 
 
 def forward(model, rows, T=32):
@@ -32,6 +34,18 @@ def test_what_backward_needs_grows_with_the_tokens_and_shrinks_with_recomputatio
     model.recompute = False
     LoRA(model, 2, 4.0)
     assert memory.saved_bytes(model, forward(model, 1)) <= one
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [9, 1, 1, 1, 50], [3, 2]])
+def test_any_rollout_will_do(lengths):
+    model = toy_model(dtype=torch.float32)
+    group = Rollout(None, [1, 2, 3], [Completion([5] * n, [0.0] * n, True) for n in lengths], None, None, None)
+    small, large = memory.passes(model, [group])
+    assert large[1] == 2 * small[1] and memory.activation_bytes(model, small, large, 1000) > 0
+    model.recompute = True
+    with pytest.raises(ZeroDivisionError):
+        memory.saved_bytes(model, lambda: 1 / 0)
+    assert model.recompute  # as it was
 
 
 def test_the_parts():

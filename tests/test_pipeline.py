@@ -122,6 +122,12 @@ def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
         assert torch.equal(load_file(last / "model.safetensors")[name], base[name].double() + 4 * b @ a)
 
 
+def test_lora_moves_between_the_updates_of_one_rollout(out):
+    """The second update is taken at the merged weights of the first: the ratio to the sampler has left 1."""
+    assert call("train_rl.py", *RL, *LORA, f"--model={out / 'a' / 'sft'}", "--lr=3e-2", "--run=twice", "--steps=2", "--updates_per_rollout=2") is None
+    assert all(row["ratio/std"] > 1e-4 for row in rows(out / "twice" / "rl")[1:])
+
+
 def test_lora_without_its_base_is_refused(out, tmp_path):
     shutil.copytree(out / "a" / "sft" / "step_000030", tmp_path / "base")
     arguments = [*RL, *LORA, f"--model={tmp_path / 'base'}", "--run=baseless"]
@@ -146,6 +152,10 @@ def test_a_published_model_in_sft(out, capsys):
     shutil.copytree(out / "a" / "base" / "step_000006", out / "published", ignore=shutil.ignore_patterns("trainer.pt", "DONE"))
     arguments = [*SMALL, f"--model={out / 'published'}", "--steps=6", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=3", "--dtype=fp32"]
     assert call("train_sft.py", *arguments, "--run=p1") is None
+    assert "AdamW 2e-05" in capsys.readouterr().out
+    assert call("train_rl.py", *RL[:-2], "--dtype=fp64", f"--model={out / 'p1' / 'sft'}", "--run=p4", "--dry_run") is None
+    assert "AdamW 5e-06" in capsys.readouterr().out  # what descends from a published model is one
+    assert call("train_sft.py", *arguments, f"--model={out / 'p1' / 'sft'}", "--run=p5", "--steps=1") is None
     assert "AdamW 2e-05" in capsys.readouterr().out
     assert call("train_sft.py", *arguments, *LORA, "--run=p2", "--steps=3") is None
     assert "AdamW 0.0002 on adapters of rank 2" in capsys.readouterr().out

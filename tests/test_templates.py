@@ -22,6 +22,8 @@ ANSWER = SUM.problem(0).answer
 
 @pytest.mark.parametrize("text, total, parts", [
     (R1("so", ANSWER), 1.0, (1, 1, 1)), (R1("so", f" {ANSWER}. "), 1.0, (1, 1, 1)), (R1("so", "999"), 0.1, (1, 1, 0)), (R1("so", "many"), 0.1, (1, 0, 0)), (R1("so", ""), 0.1, (1, 0, 0)),
+    (R1("so", f"5 or {ANSWER}"), 0.1, (1, 0, 0)), (R1("so", f"{ANSWER} or 5"), 0.1, (1, 0, 0)), (R1("so", f"junk #{ANSWER}"), 0.1, (1, 0, 0)), (R1("so", f"#{ANSWER}"), 0.1, (1, 0, 0)),
+    (R1("so", f"x = {ANSWER}"), 0.1, (1, 0, 0)), (R1("so", f"${ANSWER} dollars" if ANSWER[0] != "-" else ANSWER), 1.0, (1, 1, 1)),
     (f"<answer>{ANSWER}</answer>", 0.9, (0, 1, 1)), (ANSWER, 0.0, (0, 0, 0)), ("#" + ANSWER, 0.0, (0, 0, 0)), ("", 0.0, (0, 0, 0)),
 ])
 def test_r1_rewards_form_and_answer_apart(text, total, parts):
@@ -31,6 +33,8 @@ def test_r1_rewards_form_and_answer_apart(text, total, parts):
 
 @pytest.mark.parametrize("task, answer, right, wrong", [
     ("0-20", "-9", ["-9", "2 - 11 = -9", "The answer is -9.", "it is −9", "2-11=-9", "$-9$"], ["9", "-9 or 8", "2-9", "", "nine"]),
+    ("0-20", "5", ["The values are 3,4,5", "it is 5.", "4, 5", "15 - 5", "10/2"], ["3,4,5,6", "it is - 5", "the answer is 3/5", "10/3", "5/4"]),
+    ("0-20", "3", ["3"], ["3,4,5", "10/3"]),
     ("sum3", "1433", ["1433", "672 + 761 = 1,433.", "$1433", "It is 1433 dollars"], ["14330", "1433.5", "1,43"]),
     ("comparison", "yes", ["Yes, 12 is greater", "no ... yes", "YES!"], ["No", "yesterday", "not"]),
     ("binary", "101", ["5 is 101", "0101", "101 in binary."], ["1012", "5", "11"]),
@@ -60,6 +64,34 @@ def test_demonstrations_earn_the_full_reward_and_say_nothing_of_the_problem_chan
         assert [m["role"] for m in problem.prompt] == (["system", "user"] if template == "r1" else ["user"])
 
 
+@pytest.mark.parametrize("text", ["no #yes", "yes or no", "no, yes", "", "yesterday"])
+def test_r1_wants_one_word(text):
+    source = get_task("comparison", "val", template="r1")
+    problem = source.problem(0)
+    problem.answer = "yes"
+    assert source.reward(problem, R1("so", text)).total == pytest.approx(0.1)
+    assert source.reward(problem, R1("so", " Yes. ")).total == pytest.approx(1.0)
+
+
+OWN = """
+from nanorl.tasks import Problem, Reward
+
+class Own:
+    marker, timeout = "#", 2.5
+    def __init__(self, split="train"): pass
+    def __len__(self): return 5
+    def problem(self, index): return Problem([{"role": "user", "content": "x"}], "1")
+    def reward(self, problem, completion): return Reward(float(completion == "#1"), {})
+"""
+
+
+def test_a_users_own_task_keeps_its_deadline_and_lacks_what_it_lacks(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    source = get_task(f"{tmp_path / 'own.py'}:Own", template="plain")
+    assert source.timeout == 2.5 and not hasattr(source, "solution")
+    assert source.reward(source.problem(0), "I say 1").total == 1
+
+
 def test_signed_rewards_stay_signed_and_a_mixture_may_name_one_task():
     signed = get_task("0-20", "val", template="plain", rewards="signed")
     assert signed.reward(signed.problem(0), "no idea").total == -1
@@ -70,7 +102,8 @@ def test_signed_rewards_stay_signed_and_a_mixture_may_name_one_task():
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(template="r2"), "template is 'r2': it must be one of r1, plain"), (dict(template="r1", format_weight="2"), "format_weight is '2'"), (dict(format_weight="0.1"), "format_weight")])
+    (dict(template="r2"), "template is 'r2': it must be one of r1, plain"), (dict(template="r1", format_weight="2"), "format_weight is '2'"),
+    (dict(template="plain", format_weight="0.5"), "only template=r1"), (dict(format_weight="0.1"), "format_weight")])
 def test_mistakes_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         get_task("0-20", "val", **settings)

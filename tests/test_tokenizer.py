@@ -100,6 +100,15 @@ def test_decode_of_any_ids(trained):
     assert trained.decode([trained.n_tokens, trained.n_tokens + 99, -1] + trained.encode("a")) == "a"  # rows that only pad the model
 
 
+def test_ids_in_a_gap_before_added_tokens_say_nothing(trained):
+    spec = copy.deepcopy(trained.spec)
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": trained.n_tokens + 5, "content": "<far>"})
+    far = Tokenizer(spec)
+    assert far.n_tokens == trained.n_tokens + 6 and far.decode([trained.n_tokens + 2, *far.encode("a"), far.special["<far>"]]) == "a<far>"
+    with pytest.raises(ValueError, match="no model or no added_tokens"):
+        Tokenizer({})
+
+
 def test_training_stops_when_nothing_is_left_to_merge():
     small = Tokenizer.train(["ab ab"], 1000)
     assert 256 + 3 < small.n_tokens < 270 and small.decode(small.encode("ab")) == "ab"

@@ -37,11 +37,6 @@ def is_model(path):
     return os.path.exists(os.path.join(path, "config.json"))
 
 
-def is_ours(path):
-    """Whether a model directory is a checkpoint of a run, and not a published model."""
-    return os.path.exists(os.path.join(path, "trainer.pt"))
-
-
 def resolve(path):
     """What a user names -> a model directory: one itself, or a stage's directory, whose newest checkpoint is meant."""
     return path if is_model(path) else latest(path) or path
@@ -112,6 +107,13 @@ def mark_used(path, directory):
                 f.write(directory + "\n")
 
 
+def origin_of(path):
+    """What a run must know of the model it starts from: its path, its hash, and whether it is, or descends from, a published model, for which
+    other learning rates are right than for one that was trained from scratch here."""
+    state = load_state(path, mmap=True) if os.path.exists(os.path.join(path, "trainer.pt")) else None
+    return {"path": path, "hash": fingerprint(path), "published": state is None or state.get("start", {}).get("published", False)}
+
+
 def must_be(origin):
     """Raises ValueError unless the model at origin["path"] still has the weights whose hash is origin["hash"]."""
     if not is_model(origin["path"]) or fingerprint(origin["path"]) != origin["hash"]:
@@ -142,13 +144,13 @@ def _remove(path):
         shutil.rmtree(path)
 
 
-def load_state(path):
-    """A checkpoint's trainer.pt."""
+def load_state(path, mmap=False):
+    """A checkpoint's trainer.pt; mmap: read only what is looked at."""
     file = os.path.join(path, "trainer.pt")
     if not os.path.exists(file):
         raise ValueError(f"{path} has no trainer.pt: it is a model, not a run that can be resumed")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch has many kinds for a file that is damaged
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): it is damaged or cut short; remove {path}, and the run goes on "
                          "from the checkpoint before it") from error

@@ -8,6 +8,8 @@
         def reward(self, problem, completion): ...            # -> Reward(total, parts)
         def document(self, index): ...                        # -> str, a text for pretraining (optional)
         timeout = 5.0                                         # rewards in worker processes, so many seconds each (optional)
+        marker = "#"                                          # what stands before an answer, for other templates (optional;
+        answer_words = "yes|no"                               # and for answers that are no numbers)
 
     python train_rl.py --task=capitals.py:Capitals
 """

@@ -5,7 +5,6 @@ from fractions import Fraction
 # 1,234.5 or 12 or .5, with an optional sign, dollar, and denominator (3/4).
 _NUMBER = re.compile(r"(?P<sign>[-+])?\s?\$?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"
                      r"(?P<point>\.\d+)?(?:/(?P<under>\d+(?:\.\d+)?))?")
-NUMBER = r"(?:(?<![\d)])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"  # where a number stands in a text, for templates.py; a minus after a digit is a subtraction
 _LONGEST = 100  # characters of a number; a longer one is read whole, so that its tail is not taken for it, and is none
 _MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})  # other spellings of a minus
 
@@ -50,10 +49,23 @@ def last_number(text):
     return -value if subtracted and value is not None else value
 
 
-def last_answer(text, pattern):
-    """The last piece of the text, in lower case, that is written like an answer (NUMBER, or a task's own pattern), else None."""
-    found = re.findall(pattern, text.translate(_MINUS).lower())
-    return found[-1] if found else None
+def last_answer(text, words=None):
+    """The last answer in a text, as text: a number, or, where `words` is a regular expression, the last word that matches it; else None."""
+    if words:
+        found = re.findall(rf"\b(?:{words})\b", text.lower())
+        return found[-1] if found else None
+    value = last_number(text)
+    return None if value is None else str(value)
+
+
+def only_answer(text, words=None):
+    """The same where the text is the answer and nothing else, but for a unit or a full stop: '$1,200.', '18 dollars'; '5 or 6' is none."""
+    text = text.translate(_MINUS).strip().removesuffix(".").strip()
+    if words:
+        return text.lower() if re.fullmatch(words, text.lower()) else None
+    match = _NUMBER.match(text)
+    value = _value(match) if match and re.fullmatch(r"\s*[a-zA-Z%°€£]*", text[match.end():]) else None
+    return None if value is None else str(value)
 
 
 def is_close(value, answer, tolerance=0):

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from nanorl.tasks.answers import NUMBER, is_close, number_after
+from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.problem import REWARDS, STYLES, Problem, coin, judged, one_of, shows_working, split_rows
 
 MARKER = "#"
@@ -93,7 +93,7 @@ class Arithmetic:
     steps before it, `mixed` half of the problems each. instruction: a sentence put before the problem.
     precision: an answer counts when it is within half a unit of this decimal place (default: exact). rewards: `binary`
     1 or 0, `signed` 1 or -1, `graded` (see reward)."""
-    marker, answer_pattern = MARKER, NUMBER  # what templates.py needs
+    marker = MARKER  # what templates.py needs
 
     def __init__(self, split="train", preset="sum3", demonstrations="mixed", instruction="", precision=None, rewards="binary"):
         one_of("preset", preset, PRESETS)

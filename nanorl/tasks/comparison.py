@@ -36,7 +36,7 @@ def compare(a, b):
 class Comparison:
     """demonstrations: direct, worked or mixed. rewards: binary or signed (guessing is right half of the time, so
     signed rewards make a guess worth nothing)."""
-    marker, answer_pattern = MARKER, r"\b(?:yes|no)\b"  # what templates.py needs
+    marker, answer_words = MARKER, "yes|no"  # what templates.py needs
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
         one_of("demonstrations", demonstrations, STYLES)

@@ -3,7 +3,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from nanorl.tasks.answers import NUMBER, is_close, number_after
+from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.problem import REWARDS, STYLES, Problem, judged, one_of, shows_working, split_rows
 
 MARKER = "#"
@@ -33,7 +33,7 @@ def _table(split):
 
 class Counting:
     """demonstrations: direct, worked or mixed. rewards: binary or signed."""
-    marker, answer_pattern = MARKER, NUMBER  # what templates.py needs
+    marker = MARKER  # what templates.py needs
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
         one_of("demonstrations", demonstrations, STYLES)

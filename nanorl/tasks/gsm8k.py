@@ -1,7 +1,7 @@
 """GSM8K: grade-school word problems whose answer follows '#### ' (Cobbe et al. 2021)."""
 import re
 
-from nanorl.tasks.answers import NUMBER, is_close, number_after
+from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.files import load_rows
 from nanorl.tasks.problem import REWARDS, Problem, check_split, content_hash, judged, one_of
 
@@ -12,7 +12,7 @@ VAL_ROWS = 473  # taken out of the 7,473 training rows, for tuning; `test` is on
 class GSM8K:
     """Splits: `val` is a fixed 473 rows of the published train file, `train` the other 7,000, `test` the
     published test file. Reward 1 for the right number after the last '####', else 0 (rewards=signed: -1)."""
-    marker, answer_pattern = MARKER, NUMBER  # what templates.py needs
+    marker = MARKER  # what templates.py needs
 
     def __init__(self, split="train", rewards="binary"):
         check_split(split)

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from nanorl.tasks.answers import NUMBER, is_close, number_after
+from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.counting import count_along
 from nanorl.tasks.problem import (REWARDS, STYLES, Problem, check_split, content_hash, in_split, judged, one_of, shows_working)
 
@@ -38,7 +38,7 @@ def _problems(split, path):
 class Spelling:
     """Words: NANORL_DATA/words.txt, one a line, the most frequent first; without it a short built-in list.
     demonstrations: direct, worked or mixed. rewards: binary or signed."""
-    marker, answer_pattern = MARKER, NUMBER  # what templates.py needs
+    marker = MARKER  # what templates.py needs
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
         check_split(split)
