@@ -83,7 +83,7 @@ class Tokenizer:
     turn's and the document's end."""
 
     def __init__(self, spec, chat_template=None, bos="", eos="", stop_ids=()):
-        self.spec, self.bos = spec, bos
+        self.spec, self.bos, self.config = spec, bos, {}
         if not {"model", "added_tokens"} <= spec.keys():
             raise ValueError("tokenizer.json has no model or no added_tokens: it is damaged, or no tokenizer of the `tokenizers` library")
         pattern, self.normalizer = _splitting_rule(spec)
@@ -153,16 +153,18 @@ class Tokenizer:
             template = {one["name"]: one["template"] for one in template}.get("default")
         stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
         try:
-            return cls(read_json(os.path.join(path, "tokenizer.json")), template, bos, eos, stops)
+            tokenizer = cls(read_json(os.path.join(path, "tokenizer.json")), template, bos, eos, stops)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        tokenizer.config = {key: value for key, value in config.items() if value is not None and key not in ("chat_template", "backend", "is_local", "local_files_only")}
+        return tokenizer
 
     def save(self, path):
-        """Write tokenizer.json and what transformers needs beside it. `tokenizer_class` is stated, because for
-        some model types AutoTokenizer would otherwise pick another tokenizer and give other ids."""
+        """Write tokenizer.json and what transformers needs beside it: what a published tokenizer_config.json said, and over it the end of a turn as the
+        end of a text. `tokenizer_class` is stated, because for some model types AutoTokenizer would otherwise pick another tokenizer and give other ids."""
         name_of = {id: name for name, id in self.special.items()}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name_of[self.turn_end], "pad_token": name_of[self.document_end],
-                  "clean_up_tokenization_spaces": False, **({"bos_token": self.bos} if self.bos else {})}
+        config = {"pad_token": name_of[self.document_end], "clean_up_tokenization_spaces": False, **self.config,
+                  "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name_of[self.turn_end], **({"bos_token": self.bos} if self.bos else {})}
         for name, text in [("tokenizer.json", json.dumps(self.spec, ensure_ascii=False)),
                            ("tokenizer_config.json", json.dumps(config, indent=2)), ("chat_template.jinja", self.chat_template)]:
             with open(os.path.join(path, name), "w", encoding="utf-8") as f:

@@ -152,6 +152,16 @@ def test_qwens_own_template(real_data):
         assert list(theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) == ours.render_prompt(chat)
 
 
+def test_what_a_published_tokenizers_config_says_stays(spec, tmp_path):
+    Tokenizer(spec).save(tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    theirs = {"model_max_length": 2048, "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**said, **theirs}))
+    Tokenizer.from_pretrained(tmp_path).save(tmp_path)
+    again = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert again == {**said, **theirs, "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+
+
 @pytest.mark.parametrize("files, stops", [
     ({}, ["<|endoftext|>", "<|im_end|>"]),
     ({"generation_config.json": {"eos_token_id": 5}}, ["<|endoftext|>", "<|im_end|>", 5]),

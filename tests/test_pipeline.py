@@ -125,7 +125,8 @@ def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
 def test_lora_moves_between_the_updates_of_one_rollout(out):
     """The second update is taken at the merged weights of the first: the ratio to the sampler has left 1."""
     assert call("train_rl.py", *RL, *LORA, f"--model={out / 'a' / 'sft'}", "--lr=3e-2", "--run=twice", "--steps=2", "--updates_per_rollout=2") is None
-    assert all(row["ratio/std"] > 1e-4 for row in rows(out / "twice" / "rl")[1:])
+    ratios = [row["ratio/std"] for row in rows(out / "twice" / "rl")[1:]]
+    assert max(ratios) > 1e-3, ratios
 
 
 def test_lora_without_its_base_is_refused(out, tmp_path):
