@@ -209,7 +209,7 @@ def main():
         """What the run will need, from a few rollouts like those to come."""
         used, ranks, longest = dist.used_memory(place), dist.world_size(), max(len(r.prompt_ids) for r in rollouts)
         tokens = sum(len(r.prompt_ids) + sum(len(c.ids) for c in r.completions) for r in rollouts) / len(rollouts) * -(-P // ranks)  # of a step, on one rank
-        activations = memory.activation_bytes(policy, *memory.passes(policy, rollouts), min(device_tokens, tokens))
+        activations = memory.activation_bytes(policy, *memory.passes(policy, rollouts), min(device_tokens, tokens), packed=True)
         places = [(-(-P // ranks), G), (-(-eval_problems // ranks), 1)]  # prompts and samples of each, in a step and in an evaluation
         cache = max(memory.cache_bytes(policy.config, compute_dtype.itemsize, min(engine.max_rows, p), longest, min(engine.max_rows, p * g), max_new_tokens) for p, g in places)
         copies = [engine.model] * (engine.model is not policy) + ([frozen] if kl_coef and not adapters else [])

@@ -8,7 +8,9 @@ import torch
 from nanorl.attention import SharedPrefixAttention, pick
 from nanorl.rollout import micro_batches
 
-HOLES = 1.2  # on a CPU the allocator keeps freed memory that later tensors do not fit: 1.1 to 1.35 times as much (docs/log.md)
+# On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their shapes differ. Peak over what is needed, as measured
+# (docs/log.md); on a GPU torch's own allocator keeps less, which is not measured.
+HOLES = {"rows of one length": 1.2, "packed rows": 1.75, "packed rows, narrow": 2.1}
 
 
 def saved_bytes(model, forward):
@@ -28,17 +30,19 @@ def saved_bytes(model, forward):
     return sum(seen.values())
 
 
-def activation_bytes(model, small, large, tokens):
+def activation_bytes(model, small, large, tokens, packed=False):
     """Bytes of what backward needs for `tokens` tokens at a time. small, large: (forward, how many tokens it has) twice, of rows of the kind to come: what
     does not grow with the tokens, such as narrow copies of the weights, is there once. While a block's backward runs, its gradients are there too, about as
-    much as it keeps; with recomputation a block at a time is all there is."""
+    much as it keeps; with recomputation a block at a time is all there is. packed: the shapes change from one micro-batch to the next."""
     c = model.config
     (a, n_a), (b, n_b) = ((saved_bytes(model, forward), n) for forward, n in (small, large))
     per_token = (b - a) / (n_b - n_a)
     once, block = max(0, a - per_token * n_a), per_token / c.n_layer
     kept = c.n_layer * c.n_embd * model.compute_dtype.itemsize + block if model.recompute else per_token
     once = once / c.n_layer if model.recompute else once
-    holes = HOLES if next(model.parameters()).device.type == "cpu" else 1.0
+    narrow = model.recompute or not any(p.requires_grad for p in model.parameters())  # LoRA: less is kept, in smaller pieces
+    kind = "packed rows, narrow" if model.recompute or packed and narrow else "packed rows" if packed else "rows of one length"
+    holes = HOLES[kind] if model.cos.device.type == "cpu" else 1.0
     return holes * (once + tokens * (kept + block))
 
 
