@@ -99,6 +99,8 @@ def test_in_bf16_the_sampler_has_no_weights_of_its_own():
 def test_the_base_is_the_reference_and_costs_no_memory():
     model, lora = adapted()
     merged = model(IDS)
+    lora.merge()
+    assert torch.equal(model(IDS), merged)  # from the weights as they were, not on top of what was merged before
     addresses = {p.data_ptr() for p in model.parameters()} | {own.data_ptr() for _, own, _, _ in lora.projections.values()}
     with lora.base(model) as base:
         assert torch.equal(base(IDS), toy_model()(IDS))
