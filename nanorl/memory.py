@@ -10,7 +10,7 @@ from nanorl.rollout import micro_batches
 
 # On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their shapes differ. Peak over what is needed, as measured
 # (docs/log.md); on a GPU torch's own allocator keeps less, which is not measured.
-HOLES = {"rows of one length": 1.2, "packed rows": 1.75, "packed rows, narrow": 2.1}
+HOLES = {"rows of one length": 1.2, "packed rows": 1.6, "packed rows, LoRA": 1.8, "recomputation": 2.6}
 
 
 def saved_bytes(model, forward):
@@ -40,8 +40,8 @@ def activation_bytes(model, small, large, tokens, packed=False):
     once, block = max(0, a - per_token * n_a), per_token / c.n_layer
     kept = c.n_layer * c.n_embd * model.compute_dtype.itemsize + block if model.recompute else per_token
     once = once / c.n_layer if model.recompute else once
-    narrow = model.recompute or not any(p.requires_grad for p in model.parameters())  # LoRA: less is kept, in smaller pieces
-    kind = "packed rows, narrow" if model.recompute or packed and narrow else "packed rows" if packed else "rows of one length"
+    lora = not any(p.requires_grad for p in model.parameters())
+    kind = "recomputation" if model.recompute else "rows of one length" if not packed else "packed rows, LoRA" if lora else "packed rows"
     holes = HOLES[kind] if model.cos.device.type == "cpu" else 1.0
     return holes * (once + tokens * (kept + block))
 
