@@ -84,7 +84,7 @@ class LoRA:
 
     @torch.no_grad()
     def merge(self):
-        """Put W + scale B A into the model, after every update."""
+        """Put W + scale B A into the model, after every update. Always from W itself, so that rounding to the weights' precision does not add up."""
         for module, own, a, b in self.projections.values():
             module.weight.copy_(own + self.scale * (b @ a))  # the sum is taken in fp32 or better
 
