@@ -118,7 +118,9 @@ class Tokenizer:
         self.stop_ids = sorted({self.turn_end, self.document_end, *stop_ids} - {None})  # a completion ends with one of these
         if self.style:
             self.chat_template = chat_template or self.style.template
-            self.opening = read_template(self.chat_template, self.style, bos, eos or self.style.end)
+            self.opening = read_template(self.chat_template, self.style, bos, eos)
+            self.opens_alone, self.opens_with_system = (self._splice(*self._specials(text)) for text in (self.opening.alone, self.opening.before))  # ids
+            self.inside = self._specials(self.opening.inside)  # ids and texts
 
     @classmethod
     def train(cls, texts, vocab_size, pattern=PATTERN):
@@ -213,7 +215,7 @@ class Tokenizer:
         if self.style is None:
             raise ValueError("this tokenizer has no chat tokens: nanorl knows ChatML's (<|im_start|>, <|im_end|>) and Llama-3's (<|start_header_id|>, <|eot_id|>)")
         opening, with_system = self.opening, bool(messages) and messages[0]["role"] == "system"
-        ids = self._splice(*self._specials(opening.before if with_system else opening.alone))
+        ids = list(self.opens_with_system if with_system else self.opens_alone)
         mask = [0] * len(ids)
         for number, message in enumerate(messages):
             said = message["content"].strip() if message["role"] in opening.strips else message["content"]
@@ -222,7 +224,7 @@ class Tokenizer:
                 # Encoded apart from the header, so that training sees the very ids that sampling continues from.
                 head, said = self._splice(*head), self._splice(said, self.turn_end)
             else:
-                inside = self._specials(opening.inside) if with_system and number == 0 else []
+                inside = self.inside if with_system and number == 0 else []
                 head, said = self._splice(*head, *inside, said, self.turn_end), []
             tail = self._splice(self.style.tail)
             ids += head + said + tail

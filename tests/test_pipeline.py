@@ -160,10 +160,14 @@ def test_a_published_model_in_sft(out, capsys):
     assert "AdamW 2e-05" in capsys.readouterr().out
     assert call("train_sft.py", *arguments, *LORA, "--run=p2", "--steps=3") is None
     assert "AdamW 0.0002 on adapters of rank 2" in capsys.readouterr().out
-    assert call("train_sft.py", *arguments, *LORA, "--run=p3") is None and call("train_sft.py", *arguments, *LORA, "--run=p2", "--steps=6") is None
-    a, b = (load_file(out / run / "sft" / "step_000003" / "model.safetensors") for run in ("p2", "p3"))
-    state = torch.load(out / "p2" / "sft" / "step_000006" / "trainer.pt", weights_only=True)
-    assert state["step"] == 6 and len(state["lora"]) == 6 and a.keys() == b.keys()
+    assert call("train_sft.py", *arguments, *LORA, "--run=p3") is None
+    shutil.copytree(out / "p3" / "sft", out / "p6" / "sft")
+    shutil.rmtree(out / "p6" / "sft" / "step_000006")  # as if it had died after step 3
+    assert call("train_sft.py", *arguments, *LORA, "--run=p6", "--resume=must") is None
+    assert_same_run(out / "p3" / "sft", out / "p6" / "sft", "step_000006")
+    assert len(torch.load(out / "p6" / "sft" / "step_000006" / "trainer.pt", weights_only=True)["lora"]) == 6
+    early, late = (load_file(out / "p6" / "sft" / step / "model.safetensors") for step in ("step_000003", "step_000006"))
+    assert any(not torch.equal(early[name], late[name]) for name in early)  # it went on learning
 
 
 def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
