@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
-from nanorl.runtime.log import RunLog, duration
+from nanorl.runtime.log import RunLog, duration, flops_so_far
 from nanorl.tasks import get_task, parse_settings
 from nanorl.tokenizer import Tokenizer
 
@@ -120,10 +121,10 @@ def main():
     spread = dict(rank=dist.rank(), world_size=dist.world_size())
     train = Windows(tokens, "train", seq_len, rows, seed, **spread)
     val = Windows(tokens, "val", seq_len, 1)
-    first_step, bad = 0, 0
+    first_step, bad, flops = 0, 0, Counter()  # FLOPs: of training as they ran, the part that causal attention needs, of evaluation
     if point:
         state = checkpoint.load_state(point)
-        first_step, bad = state["step"], state["bad"]
+        first_step, bad, flops = state["step"], state["bad"], Counter(state["flops"])
         load_states(optimizers, state["optimizers"])
         train.load_state_dict(state["data"])
         dist.say(f"resumed {point}")
@@ -143,7 +144,9 @@ def main():
     @torch.no_grad()
     def bits_per_byte():
         """Validation loss; every rank takes its share of the windows."""
-        inputs, targets = Windows(tokens, "val", seq_len, max(1, min(val.n, eval_tokens // seq_len)), **spread).next()
+        windows = max(1, min(val.n, eval_tokens // seq_len))
+        inputs, targets = Windows(tokens, "val", seq_len, windows, **spread).next()
+        flops["eval"] += config.flops(windows * seq_len, windows * seq_len ** 2, windows * seq_len)
         micro = max(1, device_tokens // seq_len)
         nats = sum(float(loss_sum(i, t)) for i, t in zip(inputs.split(micro), targets.split(micro)))
         return dist.total(nats) / dist.total(targets.numel()) / math.log(2) / val.bytes_per_token
@@ -172,6 +175,8 @@ def main():
         dist.sum_gradients(params)
         norm = update(optimizers, params, lr_scale(step, total_steps, warmup, cooldown), max_grad_norm)
         bad = 0 if math.isfinite(norm) else bad + 1
+        flops.update(train=sum(config.learning_flops(batch_tokens, batch_tokens * seq_len, batch_tokens).values()),
+                     causal=3 * config.flops(batch_tokens, batch_tokens * (seq_len + 1) // 2, batch_tokens))
         loss = dist.total(loss)
         row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "epoch": train.cursor / train.n, "tokens_total": (step + 1) * batch_tokens,
                "tok_per_s/learner": batch_tokens / (time.time() - begun)}
@@ -179,7 +184,7 @@ def main():
         validates = last or (eval_every and (step + 1) % eval_every == 0)
         if validates:
             row["val/bits_per_byte"] = bits_per_byte()
-        row.update({"time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
+        row.update({**flops_so_far(flops), "time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
         losses.append(loss)
         if validates or (step + 1) % log_every == 0:
@@ -192,7 +197,7 @@ def main():
         stop = dist.stop_requested()
         if last or stop or bad >= max_bad_steps or (save_every and (step + 1) % save_every == 0):
             if dist.is_main():
-                state = dict(step=step + 1, bad=bad, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
+                state = dict(step=step + 1, bad=bad, flops=dict(flops), optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
                 print(checkpoint.save(directory, step + 1, lambda path: save_model(model, tokenizer, path), state), flush=True)
             dist.barrier()
         if validates and sample_tokens and dist.is_main():

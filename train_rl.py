@@ -24,7 +24,7 @@ from nanorl.lora import adapted_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.config import at_least, configure
-from nanorl.runtime.log import RunLog, Watch, duration, size, size_of
+from nanorl.runtime.log import RunLog, Watch, duration, flops_so_far, size, size_of
 from nanorl.tasks import Reward, get_stages, parse_settings, parse_weights
 from nanorl.tokenizer import Tokenizer
 from nanorl.tools import bench, selfcheck as selfchecks
@@ -80,6 +80,9 @@ save_every = 20  # steps between checkpoints, from which a killed run goes on; 0
 save_reward_above = 1.0  # also save at a new best reward above this
 
 
+WORK = ("prefill", "decode", "reference", "forward", "backward", "recompute")  # what a step computes, in its order
+
+
 def main():
     settings = configure(globals(), refused={name: "training samples from the full distribution, the one that the loss models" for name in ("top_k", "top_p")})
     place = dist.setup(device)
@@ -95,7 +98,7 @@ def main():
 
     # ---- policy, sampler, optimizer, tasks
     # best: of the saved steps; drawn: problems taken so far; bad: updates skipped in a row
-    state = checkpoint.load_state(point) if point else dict(step=0, best={"step": None, "reward": -math.inf}, bad=0, flops=0.0, drawn=0, watch=None,
+    state = checkpoint.load_state(point) if point else dict(step=0, best={"step": None, "reward": -math.inf}, bad=0, flops={}, drawn=0, watch=None,
                                                             start=checkpoint.origin_of(start))
     origin = state["start"]
     if kl_coef or lora_rank:
@@ -122,7 +125,7 @@ def main():
             adapters.load_state_dict(state["lora"])
         engine.max_rows = device_rows or state["device_rows"]
         dist.say(f"resumed {point}")
-    best, bad, flops, drawn, watch = state["best"], state["bad"], state["flops"], state["drawn"], Watch(state["watch"])
+    best, bad, flops, drawn, watch = state["best"], state["bad"], Counter(state["flops"]), state["drawn"], Watch(state["watch"])
     reference = None  # what the KL term measures from: a context that gives it; without one it does not exist in memory
     if kl_coef and adapters:
         reference = partial(adapters.base, policy)  # the policy without its adapters
@@ -135,8 +138,10 @@ def main():
         to_come = 12 * sum(p.numel() for p in params)  # bytes: gradients and AdamW's moments
         engine.max_rows = max(G, int(dist.total((dist.free_memory(place) - to_come) // 2 // engine.bytes_per_row(max_new_tokens), "min")))
     flop_rate, copy_rate = bench.device_rates(place, compute_dtype)  # what mfu and mbu are shares of
-    passes = 3 + recompute - bool(adapters)  # forward; backward, of activations and of weights (LoRA's are next to nothing); forward again
-    work = Counter()  # of this rank in this step: FLOPs of either half, bytes that decoding had to read, places and how many were in use
+    passes = 2 if adapters else 3  # forward and, in backward, of activations and of weights (LoRA's are next to nothing)
+    # Of this rank in this step: FLOPs of each part (WORK) as they ran, and those that a perfect machine would have needed, of either half; bytes that
+    # decoding had to read, places for rows and how many were in use.
+    work = Counter()
 
     @lru_cache(maxsize=2)  # a mixture's can have millions of places
     def order(epoch, n):
@@ -157,7 +162,8 @@ def main():
         mine = pairs[dist.share(len(pairs))]
         keys = [rollout.prompt_key(seed, step, number) for number, _ in mine]
         rollouts = rollout.generate(engine, tokenizer, source, [p for _, p in mine], keys, G, max_new_tokens, temperature, part_weights=part_weights)
-        work["rollout"] += engine.flops()
+        work.update(engine.flops())
+        work["causal/rollout"] += engine.causal_flops()
         work["bytes"] += engine.bytes_decoded()
         work["row_steps"] += engine.stats["row_steps"]
         work["place_steps"] += len(engine.stats["live"]) * engine.stats["places"]
@@ -182,9 +188,11 @@ def main():
         if reference is None:
             return batch
         with torch.no_grad(), reference() as base:
-            h = base.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, place))  # (1, tokens, C)
+            attend = SharedPrefixAttention(batch.rows, place)
+            h = base.hidden(batch.ids, batch.positions, attend)  # (1, tokens, C)
             logprobs, _ = base.logprobs(pick(h[0], batch.predictors), batch.targets, temperature)  # (N,)
-        work["learner"] += policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
+        work["reference"] += policy.config.flops(batch.ids.numel(), attend.pairs, len(logprobs))
+        work["causal/learner"] += policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         lowered = kl_coef * grpo.kl_to_go(batch.logprobs, logprobs, batch.counts) if kl_estimator == "k1-in-reward" else 0.0
         return batch._replace(reference=logprobs.double(), advantages=batch.advantages - lowered)
 
@@ -201,7 +209,8 @@ def main():
         if reference is not None and kl_estimator != "k1-in-reward":
             objective = objective - kl_coef * grpo.kl(logprobs, batch.reference, kl_estimator, old)
         grpo.policy_loss(objective, batch.weights, denominator).backward()
-        work["learner"] += passes * policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
+        work.update(policy.config.learning_flops(batch.ids.numel(), attend.pairs, len(logprobs), recompute, adapters))
+        work["causal/learner"] += passes * policy.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
         return {**grpo.token_sums(logprobs, batch.logprobs, entropy, batch.advantages, batch.reference, clip_low, clip_high),
                 "inputs": batch.ids.numel(), "padded": attend.padded}
 
@@ -221,6 +230,7 @@ def main():
         mine = range(n)[dist.share(n)]
         with tqdm(total=len(mine), desc="held-out", disable=None, leave=False) as bar:
             results = evaluate.outcomes(engine, tokenizer, val_task, mine, 1, max_new_tokens, 0.0, progress=bar.update)
+        flops["eval"] += dist.total(sum(engine.flops().values()))
         results = dist.gather(results)
         return dist.broadcast({f"val/{k}": v for k, v in evaluate.summary(results).items()} if dist.is_main() else None)
 
@@ -237,7 +247,7 @@ def main():
                  saved=sum(p.numel() * p.element_size() for p in policy.parameters()) + 2 * sum(p.numel() * p.element_size() for p in params), place=place)
         for p in params:
             p.grad = None  # the forecast only timed a backward pass
-        log.row(0, **val)
+        log.row(0, **val, **flops_so_far(flops))
     if dry_run:
         return
     if log.active:
@@ -278,8 +288,8 @@ def main():
         # ---- the log
         row = rollout_row(dist.gather(rollouts), dist.gather(left), dist.gather(advantages.tolist()), log, step + 1, tokenizer)
         row = dist.broadcast(row)
-        done = dist.totals({name: work[name] for name in ("rollout", "learner", "bytes", "row_steps", "place_steps")})
-        flops += done["rollout"] + done["learner"]
+        done = dist.totals({name: work[name] for name in (*WORK, "causal/rollout", "causal/learner", "bytes", "row_steps", "place_steps")})
+        flops.update(train=sum(done[part] for part in WORK), causal=done["causal/rollout"] + done["causal/learner"])
         bad = 0 if all(map(math.isfinite, norms)) else bad + 1
         rollout_time, step_time = dist.total(t1 - t0, "max"), dist.total(t2 - t0, "max")  # of the slowest rank
         sums = [over_ranks(one) for one in learned]  # of each update
@@ -287,14 +297,14 @@ def main():
         row.update({
             "occupancy": done["row_steps"] / max(done["place_steps"], 1), "padding": 1 - sums[0]["inputs"] / sums[0]["padded"],
             "grad_norm": norms[-1], **{f"grad_norm/{part}": n for part, n in part_norms.items()}, "bad_steps": bad,
-            "updated": sum(0 < n < math.inf for n in norms) / len(norms), "lr": rate * scale, "flops_total": flops,
+            "updated": sum(0 < n < math.inf for n in norms) / len(norms), "lr": rate * scale, **{f"flops/{part}": done[part] for part in WORK},
             "tok_per_s/rollout": row["tokens"] / rollout_time, "tok_per_s/learner": sums[0]["tokens"] / (step_time - rollout_time),
-            "mbu": done["bytes"] / rollout_time / dist.world_size() / copy_rate, "mfu": done["learner"] / (step_time - rollout_time) / dist.world_size() / flop_rate,
+            "mbu": done["bytes"] / rollout_time / dist.world_size() / copy_rate, "mfu": done["causal/learner"] / (step_time - rollout_time) / dist.world_size() / flop_rate,
             "time/rollout": rollout_time, "time/learner": step_time - rollout_time, "time/outside": 1 - step_time / (time.time() - t0)})
         last = step + 1 == steps
         if last or (eval_every and (step + 1) % eval_every == 0):
             row.update(held_out())
-        row.update({"time/step": time.time() - t0, "memory/peak_gb": dist.peak_memory(place) / 1e9})
+        row.update({**flops_so_far(flops), "time/step": time.time() - t0, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
         line(step + 1, row, (time.time() - started) / (step + 1 - state["step"]) * (steps - step - 1))
         for sentence in watch.look(row):
@@ -307,7 +317,7 @@ def main():
             if row["reward"] > best["reward"]:
                 best = {"step": step + 1, "reward": row["reward"]}
             if dist.is_main():
-                whole = dict(step=step + 1, best=best, bad=bad, flops=flops, drawn=drawn, watch=watch.state, start=origin, device_rows=engine.max_rows,
+                whole = dict(step=step + 1, best=best, bad=bad, flops=dict(flops), drawn=drawn, watch=watch.state, start=origin, device_rows=engine.max_rows,
                              settings=settings, optimizers=[o.state_dict() for o in optimizers], lora=adapters and adapters.state_dict())
                 report = checkpoint.save(directory, step + 1, lambda path: save_model(policy, tokenizer, path), whole, best["step"])
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)

@@ -2,12 +2,16 @@
 
     python train_sft.py --depth=4                                   # from out/d4/base, on a task's demonstrations
     python train_sft.py --depth=4 --data='chats/*.jsonl'            # on conversations from files
+    python train_sft.py --match_flops=out/d4/rl                     # what would more SFT have made of that RL run's FLOPs?
     torchrun --nproc_per_node=8 train_sft.py --depth=20 --task=gsm8k
 
 The loss is on what the assistant says, the token that ends its turn included, and on nothing else. Conversations
 are packed whole into rows and do not see each other."""
+import copy
 import math
+import os
 import time
+from collections import Counter
 
 import torch
 
@@ -19,8 +23,8 @@ from nanorl.hf import load_model, local_model, save_model
 from nanorl.lora import adapted_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
-from nanorl.runtime.config import at_least, configure
-from nanorl.runtime.log import RunLog, duration
+from nanorl.runtime.config import at_least, configure, given
+from nanorl.runtime.log import RunLog, duration, flops_so_far
 from nanorl.tasks import get_task, parse_settings
 from nanorl.tokenizer import Tokenizer
 
@@ -40,6 +44,7 @@ task_args = ""  # the task's settings, such as 'demonstrations=worked'
 examples = 0  # how many training problems or conversations; 0: all of them
 # ---- optimization
 steps = 0  # optimizer steps; 0: one pass over the examples
+match_flops = ""  # an RL run, out/d4/rl: go on with SFT from where it started, on the problems it had, until as many FLOPs are spent; into sft_more
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks, padding included
 seq_len = 256  # tokens of a row; longer conversations of --data are left out
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
@@ -62,6 +67,7 @@ save_every = 500  # steps between checkpoints, from which a killed run goes on; 
 
 def main():
     settings = configure(globals())
+    target, cursor = follow(settings) if match_flops else (0, None)
     at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every max_bad_steps")
     if optimizer not in ("auto", "muon", "adamw") or optimizer == "muon" and lora_rank:
         raise ValueError(f"--optimizer={optimizer}{f' --lora_rank={lora_rank}' if lora_rank else ''}: it must be auto, muon or adamw, and with LoRA adamw")
@@ -77,7 +83,7 @@ def main():
     # ---- model, optimizer, data
     if not checkpoint.is_model(point or start):
         raise ValueError(f"no base model in {start}: make one with `python train_base.py --depth={depth}`, or name one with --model=")
-    state = checkpoint.load_state(point) if point else dict(step=0, bad=0, start=checkpoint.origin_of(start))
+    state = checkpoint.load_state(point) if point else dict(step=0, bad=0, flops={}, start=checkpoint.origin_of(start))
     origin = state["start"]
     if lora_rank:
         checkpoint.must_be(origin)
@@ -111,8 +117,22 @@ def main():
     n_examples = min(examples or n_examples, n_examples)
     train = PackedRows(example, n_examples, seq_len, rows, seed, dist.rank(), dist.world_size(), pad=tokenizer.document_end)
     mean_length = sum(len(example(i)[0]) for i in range(min(n_examples, 500))) / min(n_examples, 500)
+
+    def work(document, trainable):
+        """A step's rows (rows of this rank, T), and the trainable targets of all ranks -> FLOPs of the step: train, as they run, and causal, those that are
+        needed if no padding is computed and of attention only what a token may see."""
+        real, pairs = (int(dist.total(n)) for n in ((document > 0).sum(), (positions_in(document) + 1)[document > 0].sum()))
+        as_they_run = net.config.learning_flops(batch_tokens, batch_tokens * seq_len, trainable, recompute, adapters)
+        return dict(train=sum(as_they_run.values()), causal=(2 if adapters else 3) * net.config.flops(real, pairs, trainable))
+
+    if cursor:
+        train.load_state_dict(cursor)
     total_steps = steps or math.ceil(n_examples * mean_length / batch_tokens)
-    first_step, bad = state["step"], state["bad"]
+    if target:
+        ahead = copy.copy(train)
+        some = [work(document, int(dist.total(mask.sum())))["train"] for _, _, mask, document in (ahead.next() for _ in range(20))]
+        total_steps = max(1, round(target * len(some) / sum(some)))
+    first_step, bad, flops = state["step"], state["bad"], Counter(state["flops"])
     if point:
         load_states(optimizers, state["optimizers"])
         if adapters:
@@ -128,6 +148,9 @@ def main():
     dist.say(f"sft   from {point or start}; {how}; {n_examples:,} {'conversations' if data else 'demonstrations'} of {mean_length:.0f} tokens, {total_steps} steps of "
              f"{batch_tokens:,} tokens = {total_steps * batch_tokens / (n_examples * mean_length):.2f} passes"
              + (f"; {len(held_out):,} held out" if data else "") + (f"\n      {note}" if note else ""))
+    if target:
+        dist.say(f"      these are the {target:.3g} FLOPs of {match_flops}: {total_steps * batch_tokens:,} tokens, "
+                 f"{'after what that SFT has seen' if cursor else 'from the first pass on'}; every pass in another order")
 
     def loss_sum(inputs, targets, mask, document):
         """Sum of the negative log-probs of what the assistant says, in a micro-batch: all (rows, T)."""
@@ -144,11 +167,13 @@ def main():
         mine = pack(held_out, seq_len + 1)[dist.rank()::dist.world_size()]
         batch = collate(mine, seq_len, tokenizer.document_end)
         nats = sum(float(loss_sum(*part)) for part in micro_batches(batch)) if mine else 0.0
-        return dist.total(nats) / dist.total(batch[2].sum())
+        said, places = int(dist.total(batch[2].sum())), int(dist.total(batch[2].numel()))
+        flops["eval"] += net.config.flops(places, places * seq_len, said)
+        return dist.total(nats) / said
 
     if held_out and not point:
         before = val_loss()
-        log.row(0, **{"val/loss": before})
+        log.row(0, **{"val/loss": before}, **flops_so_far(flops))
         dist.say(f"      held-out loss before: {before:.3f} nats a token")
 
     if not point and dist.is_main():
@@ -175,13 +200,14 @@ def main():
         if adapters:
             adapters.merge()
         bad = 0 if math.isfinite(norm) else bad + 1
+        flops.update(work(batch[3], int(trainable)))
         loss = dist.total(loss)
         row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": int(trainable), "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
                "tok_per_s/learner": batch_tokens / (time.time() - begun)}
         last = step + 1 == total_steps
         if held_out and (last or (eval_every and (step + 1) % eval_every == 0)):
             row["val/loss"] = val_loss()
-        row.update({"time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
+        row.update({**flops_so_far(flops), "time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
         losses.append(loss)
         if last or "val/loss" in row or (step + 1) % log_every == 0:
@@ -193,7 +219,7 @@ def main():
         stop = dist.stop_requested()
         if last or stop or bad >= max_bad_steps or (save_every and (step + 1) % save_every == 0):
             if dist.is_main():
-                whole = dict(step=step + 1, bad=bad, start=origin, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings,
+                whole = dict(step=step + 1, bad=bad, flops=dict(flops), start=origin, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings,
                              lora=adapters and adapters.state_dict())
                 print(checkpoint.save(directory, step + 1, lambda path: save_model(net, tokenizer, path), whole), flush=True)
             dist.barrier()
@@ -202,6 +228,34 @@ def main():
                              f"start again with a lower --matrix_lr or --other_lr and another --run")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
+    if target:
+        dist.say(f"      {flops['train']:.4g} FLOPs, {flops['train'] / target:.2%} of the RL run's")
+
+
+KEPT = "batch_tokens seq_len optimizer matrix_lr other_lr warmup cooldown max_grad_norm"  # SFT goes on as it was
+
+
+def follow(settings):
+    """--match_flops: set the constants by that RL run and by the SFT that it started from; what the command line gives stays where it may differ.
+    -> (the RL run's FLOPs, where in its data that SFT stopped, or None if it had other data)."""
+    path = checkpoint.resolve(match_flops)
+    rl = checkpoint.load_state(path)
+    if "samples_per_prompt" not in rl["settings"]:
+        raise ValueError(f"--match_flops={match_flops}: {path} is no checkpoint of RL")
+    checkpoint.must_be(rl["start"])
+    theirs, before = rl["settings"], rl["start"]["path"]
+    sft = checkpoint.load_state(before, mmap=True) if os.path.exists(os.path.join(before, "trainer.pt")) else dict(settings={})
+    fixed = dict(model=before, data="", task=theirs["task"], task_args=theirs["task_args"], examples=theirs["problems"], steps=0)
+    others = sorted(name for name in fixed.keys() & given() if globals()[name] != fixed[name])
+    if others:
+        raise ValueError(f"{' '.join(f'--{name}={globals()[name]}' for name in others)} with --match_flops={match_flops}: it goes on from that run's start, on its "
+                         f"{fixed['examples'] or 'training'} problems of {fixed['task']}, for its FLOPs; leave these out")
+    usual = dict(run=theirs["run"], stage="sft_more", seed=theirs["seed"], **{name: theirs[name] for name in ("lora_rank", "lora_alpha", "lora_targets")})
+    usual.update({name: sft["settings"][name] for name in KEPT.split() if name in sft["settings"] and "examples" in sft["settings"]})
+    for name, value in {**fixed, **{name: value for name, value in usual.items() if name not in given()}}.items():
+        settings[name] = globals()[name] = value
+    same = all(sft["settings"].get(name) == settings[name] for name in ("task", "task_args", "examples", "data", "seq_len", "seed"))
+    return rl["flops"]["train"], sft["data"] if same else None
 
 
 def positions_in(document):

@@ -63,7 +63,7 @@ class SharedPrefixAttention:
     of a prompt are computed once for all its samples, and gradients flow back into them from each.
 
     rows: (start, length, prefix start, prefix length) of each, a prefix being earlier places of the packed row that it goes on from (length 0: none).
-    Rows of like length make a block, padded to its longest; `padded` counts the places, padding and all."""
+    Rows of like length make a block, padded to its longest; `padded` counts the places, padding and all, and `pairs` the (query, key) pairs computed."""
 
     def __init__(self, rows, device):
         rows = sorted((row for row in rows if row[1]), key=lambda row: (row[3] > 0, row[1]), reverse=True)
@@ -72,7 +72,7 @@ class SharedPrefixAttention:
             if not blocks or (row[3] > 0) != (blocks[-1][0][3] > 0) or row[1] < 0.8 * blocks[-1][0][1]:
                 blocks.append([])
             blocks[-1].append(row)
-        n, self.padded, self.blocks = sum(row[1] for row in rows), 0, []
+        n, self.padded, self.pairs, self.blocks = sum(row[1] for row in rows), 0, 0, []
         back = torch.zeros(n, dtype=torch.long)  # (N,) where each token's output lies among all blocks' outputs
         for block in blocks:
             start, length, prefix_start, prefix_length = torch.tensor(block).T[:, :, None]  # (b, 1) each
@@ -83,6 +83,7 @@ class SharedPrefixAttention:
             allowed = torch.cat([before[:, None].expand(-1, len(t), -1), (t <= t[:, None]).expand(len(at), -1, -1)], 2)[:, None]  # (b, 1, T, Tp + T)
             back[at[here]] = self.padded + torch.arange(at.numel()).view(at.shape)[here]
             self.padded += at.numel()
+            self.pairs += at.numel() * keys_at.size(1)
             self.blocks.append((at.to(device), keys_at.to(device), MaskedAttention(allowed.to(device))))
         self.back = back.to(device)
 

@@ -94,6 +94,7 @@ class _Batch:
         self.lens = integers(prompts)
         self.stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
         self.graphs, self.pool = {}, None
+        self.work = {"prefill": Counter(), "decode": Counter()}  # tokens, (query, key) pairs and rows of the head, as they were computed
         self.clear()
 
     def clear(self):
@@ -102,6 +103,8 @@ class _Batch:
         self.age = np.zeros(0, int)  # tokens sampled so far; the newest is not in the cache yet
         self.output = np.zeros(0, int)  # which row of the result it is
         self.prompt_lens = np.zeros(0, int)  # one entry a prompt in use
+        for work in self.work.values():
+            work.clear()
 
     @property
     def n(self):
@@ -213,6 +216,8 @@ class _Batch:
                 self.graphs[shape] = graph
             self.graphs[shape].replay()
         self.age += 1
+        n, t, n_prompts, t_prompt = (int(size) for size in shape[:4])
+        self.work["decode"].update(tokens=n, attended=n * t + n_prompts * self.width * t_prompt, head_tokens=n)
 
     def _step(self, n, t, n_prompts, t_prompt, ragged_prompts, age):
         """The step on the first n rows, t columns of their caches, n_prompts prompts and t_prompt columns of theirs, all on the device. age: of all
@@ -257,7 +262,7 @@ class _Batch:
 
 
 class Engine:
-    """`max_rows`: most rows decoded at once, 0 for no limit. `stats` of the last call: `live`, rows decoded in each step, and `places` there were; and
+    """`max_rows`: most rows decoded at once, 0 for no limit. `stats` of the last call: `live`, rows decoded in each step, `places` there were, and the `work` done; and
     what its completions needed, however it was scheduled: `rows`, `prompt_tokens` prefilled, `new_tokens` kept, `row_steps` (tokens fed to decode steps),
     `attended` (query, key) pairs, `cached` keys for decode steps to read, a prompt's once for all its rows."""
 
@@ -284,7 +289,11 @@ class Engine:
         return size * (len(self.stats["live"]) * c.n_params()[1] + cached)
 
     def flops(self):
-        """FLOPs that the last call had to do."""
+        """-> {prefill, decode}, FLOPs of the last call as it ran: whole squares of attention, caches as wide as they were, padding and all."""
+        return {part: self.learner.config.flops(w["tokens"], w["attended"], w["head_tokens"]) for part, w in self.stats["work"].items()}
+
+    def causal_flops(self):
+        """FLOPs that the last call's completions needed: no padding, and of attention only what a token may see."""
         s = self.stats
         return self.learner.config.flops(s["prompt_tokens"] + s["row_steps"], s["attended"], s["rows"] + s["row_steps"])
 
@@ -324,6 +333,7 @@ class Engine:
             return causal(layer, q, k, v)
         h = self.model.hidden(ids, attend=attend)  # (p, T, C)
         batch.prompt_lens = np.append(batch.prompt_lens, lens)
+        batch.work["prefill"].update(tokens=ids.numel(), attended=ids.numel() * ids.size(1), head_tokens=len(prompts) * batch.samples)
         last = torch.tensor(lens, device=batch.device) - 1
         return h[torch.arange(len(lens), device=batch.device), last]
 
@@ -339,7 +349,7 @@ class Engine:
         P, G, N = len(prompts), samples_per_prompt, max_new_tokens
         self._check(prompts, G, N)
         if P == 0:
-            self.stats = dict(live=[], places=0, **_needed([], []))
+            self.stats = dict(live=[], places=0, work={}, **_needed([], []))
             return []
         stop_ids = frozenset(stop_ids)
         batch = self._places(prompts, G, N, temperature, stop_ids)
@@ -376,7 +386,7 @@ class Engine:
                 if progress:
                     progress(int(gone.sum()))
         groups = [done[p * G:(p + 1) * G] for p in range(P)]
-        self.stats = dict(live=live, places=places, **_needed(prompts, groups))
+        self.stats = dict(live=live, places=places, work=batch.work, **_needed(prompts, groups))
         return groups
 
     def _check(self, prompts, G, N):

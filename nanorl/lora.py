@@ -82,6 +82,10 @@ class LoRA:
             yield f"{name}.lora_A.weight", a
             yield f"{name}.lora_B.weight", b
 
+    def flops(self, tokens):
+        """FLOPs of the gradients of A and B, the four products in LowRank.backward."""
+        return sum(4 * sum(p.numel() for p in adapter) * tokens for _, _, *adapter in self.projections.values())
+
     @torch.no_grad()
     def merge(self):
         """Put W + scale B A into the model, after every update. Always from W itself, so that rounding to the weights' precision does not add up."""

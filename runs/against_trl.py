@@ -66,7 +66,7 @@ def main():
         rewards = torch.tensor([[reward(tokenizer.decode(c.ids)) for c in group] for group in groups], dtype=torch.float64)
         rollouts = [Rollout(None, prompt, group, None, None, None) for prompt, group in zip(ids, groups)]
         lengths = length_table(rollouts, samples)
-        flops = engine.flops()
+        flops = engine.causal_flops()
         for batch in micro_batches(rollouts, grpo.advantages(rewards), grpo.token_weights(lengths), device_tokens, "cpu"):
             h = net.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, "cpu"))
             logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, with_entropy=True)

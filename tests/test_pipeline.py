@@ -143,8 +143,9 @@ def test_recomputation_changes_only_what_it_costs(out):
     assert call("train_rl.py", *arguments, "--run=keep") is None and call("train_rl.py", *arguments, "--run=again", "--recompute") is None
     keep, again = rows(out / "keep" / "rl"), rows(out / "again" / "rl")
     assert again[-1].pop("flops_total") > 1.1 * keep[-1].pop("flops_total")
+    assert again[-1]["flops/recompute"] > 0 == keep[-1]["flops/recompute"]
     for row in keep + again:
-        row.pop("flops_total", None)
+        row.pop("flops_total", None), row.pop("flops/recompute", None)
     assert keep == again
 
 

@@ -117,7 +117,7 @@ def origin_of(path):
 def must_be(origin):
     """Raises ValueError unless the model at origin["path"] still has the weights whose hash is origin["hash"]."""
     if not is_model(origin["path"]) or fingerprint(origin["path"]) != origin["hash"]:
-        raise ValueError(f"{origin['path']} is gone or has changed since this run started from it, and LoRA and a KL term need it: put it back, or start another run")
+        raise ValueError(f"{origin['path']} is gone or has changed since this run started from it, and it is needed again (by LoRA, a KL term, --match_flops): put it back, or start another run")
 
 
 def free_disk(path):

@@ -74,6 +74,11 @@ def configure(namespace, argv=None, refused={}):
     return {name: namespace[name] for name in constants}
 
 
+def given(argv=None):
+    """Names of the constants that the command line sets."""
+    return {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in (sys.argv[1:] if argv is None else argv)}
+
+
 def at_least(namespace, low, names):
     """Refuse constants (names separated by spaces) that are below `low` or not finite, with the value and the remedy."""
     for name in names.split():

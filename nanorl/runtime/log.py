@@ -105,6 +105,11 @@ class Watch:
         return list(new.values())
 
 
+def flops_so_far(flops):
+    """{train, causal, eval}: a stage's FLOPs since its first step -> what all three stages log of them."""
+    return {"flops_total": flops["train"], "flops_causal_total": flops["causal"], "flops_eval_total": flops["eval"]}
+
+
 def _replace(path, content):
     """Write a file whole or not at all."""
     with open(path + ".tmp", "wb") as f:

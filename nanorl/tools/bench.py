@@ -257,7 +257,7 @@ def rollout():
         engine.generate(some, samples, new_tokens, stop_ids=stop_ids(net))
         return engine.stats["new_tokens"]
     figures = in_turns(work, lambda: naive.generate(engine.model, some[:1], naive_rows, new_tokens, stop_ids(net))[1], place, net.compute_dtype,
-                       lambda: (engine.flops(), engine.bytes_decoded()))
+                       lambda: (engine.causal_flops(), engine.bytes_decoded()))
     live, places = engine.stats["live"], engine.stats["places"]
     t_all, (_, kept_all) = timed(lambda: naive.generate(engine.model, some, samples, new_tokens, stop_ids(net)), place)
     t_work, kept = timed(work, place)
@@ -345,7 +345,7 @@ def step():
         naive.learn(net, made, torch.randn(len(few), rows).tolist(), at_once)
         clear(net)  # its optimizer step would be one of the whole step's P * G rows: left out
         return kept
-    figures = in_turns(work, naive_work, place, net.compute_dtype, lambda: (engine.flops() + count["flops"], engine.bytes_decoded()))
+    figures = in_turns(work, naive_work, place, net.compute_dtype, lambda: (engine.causal_flops() + count["flops"], engine.bytes_decoded()))
     rollout_s, learner_s, update_s = (median(values) for values in zip(*parts[1:]))
     clear(net)
     peak = peak_over(work, place)

@@ -1,0 +1,113 @@
+"""The FLOPs that the scripts log, computed from shapes, against torch's FlopCounterMode, which sees every product as it runs. It knows nothing of the fused
+attention on a CPU, so attention is spelled out here; whole squares are counted, masked or not."""
+import contextlib
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import toy_model
+from nanorl import grpo
+from nanorl.attention import CausalAttention, MaskedAttention, SharedPrefixAttention, pick
+from nanorl.engine import Engine
+from nanorl.lora import LoRA
+from nanorl.rollout import Rollout, micro_batches
+from test_pipeline import RL, SMALL, call, out  # noqa: F401
+
+BOUND = 0.02
+
+
+@pytest.fixture(autouse=True)
+def attention_is_spelled_out(monkeypatch):
+    monkeypatch.setattr(MaskedAttention, "__call__", MaskedAttention._by_matrix_products)
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad)  # the optimizer's own products are not in the count
+
+
+@contextlib.contextmanager
+def counted(found):
+    with FlopCounterMode(display=False) as counter:
+        yield
+    found.append(counter.get_total_flops())
+
+
+def close(a, b):
+    assert abs(a / b - 1) < BOUND, (a, b, a / b)
+
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40], [50]]
+
+
+@pytest.mark.parametrize("max_rows", [0, 8])
+def test_prefill_and_decode(max_rows):
+    """Ragged prompts, rows that stop, and (8 rows) others that take their places."""
+    model = toy_model()
+    engine, found = Engine(model, max_rows), []
+    with counted(found):
+        engine.generate(PROMPTS, 4, 60, stop_ids=range(0, 70, 20))
+    parts = engine.flops()
+    close(sum(parts.values()), found[0])
+    with counted(found):
+        engine.generate(PROMPTS, 4, 1)  # nothing to decode: prefill alone
+    close(engine.flops()["prefill"], found[1])
+    assert engine.flops()["decode"] == 0 and 0 < engine.causal_flops() < found[1]
+
+
+@pytest.mark.parametrize("kind", ["all", "lora", "some lora"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_learner(kind, recompute):
+    model = toy_model(vocab=200, n_layer=6 if kind == "some lora" else 2)  # under a first layer without all adapters more products fall away: 3% of two layers
+    model.recompute = recompute
+    adapters = LoRA(model, 2, 4.0, *([("q", "down")] if kind == "some lora" else [])) if kind != "all" else None
+    groups = Engine(model).generate(PROMPTS, 4, 20, stop_ids=range(0, 70, 20))
+    rollouts = [Rollout(None, prompt, group, None, None, None) for prompt, group in zip(PROMPTS, groups)]
+    ones, found = torch.ones(4, 4, dtype=torch.float64), []
+    batch, = micro_batches(rollouts, ones, ones, 10_000, "cpu")
+
+    def forward():
+        attend = SharedPrefixAttention(batch.rows, "cpu")
+        h = model.hidden(batch.ids, batch.positions, attend)
+        return attend, model.logprobs(pick(h[0], batch.predictors), batch.targets)[0]
+    with torch.no_grad(), counted(found):
+        attend, logprobs = forward()
+    work = model.config.learning_flops(batch.ids.numel(), attend.pairs, len(logprobs), recompute, adapters)
+    close(work["forward"], found[0])
+    with counted(found):
+        grpo.policy_loss(grpo.reinforce(forward()[1], batch.advantages), batch.weights, 1.0).backward()
+    close(sum(work.values()), found[1])
+    assert attend.pairs > batch.pairs  # squares and padding, against what a token may see
+
+
+def test_padded_rows_of_documents_count_as_they_run():
+    model, found = toy_model(), []
+    document = torch.tensor([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
+    with torch.no_grad(), counted(found):
+        model.hidden(document, attend=CausalAttention(document))
+    close(model.config.flops(16, 2 * 8 * 8, 0), found[0])
+
+
+def last_row(directory):
+    return json.loads((directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+
+
+SFT = [*SMALL, "--batch_tokens=512", "--seq_len=64", "--examples=400", "--dtype=fp32"]
+BASE = [*SMALL, "--documents=300", "--vocab_size=300", "--batch_tokens=512", "--seq_len=64", "--dtype=fp32", "--sample_tokens=0", "--eval_every=3"]
+SCRIPTS = {"base": ["train_base.py", *BASE], "sft": ["train_sft.py", *SFT], "sft lora": ["train_sft.py", *SFT, "--lora_rank=2"],
+           "rl": ["train_rl.py", *RL], "rl lora kl": ["train_rl.py", *RL, "--lora_rank=2", "--kl_coef=0.1", "--recompute"],
+           "rl kl": ["train_rl.py", *RL, "--kl_coef=0.1", "--updates_per_rollout=2"]}
+
+
+@pytest.mark.parametrize("what", SCRIPTS)
+def test_what_a_script_logs(what, out):  # noqa: F811
+    """Two runs of one seed, one of them longer: what is done before the first step is the same in both, so the difference is that of the logged sums."""
+    found, logged, stage = [], [], what.split()[0]
+    model = [] if stage == "base" else [f"--model={out / 'a' / ('base' if stage == 'sft' else 'sft')}"]
+    for steps in (1, 6):
+        run = f"flops-{what.replace(' ', '-')}-{steps}"
+        with counted(found):
+            assert call(*SCRIPTS[what], *model, f"--run={run}", f"--steps={steps}", "--save_every=0") is None
+        row = last_row(out / run / stage)
+        logged.append(row["flops_total"] + row["flops_eval_total"])
+        assert 0 < row["flops_causal_total"] < row["flops_total"]
+    close(logged[1] - logged[0], found[1] - found[0])
