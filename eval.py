@@ -2,12 +2,16 @@
 
     python eval.py --model=out/d4/rl                                # the newest checkpoint of a stage, or any model directory
     python eval.py --compare=out/d4/sft,out/d4/rl                   # two models on the same problems: is the second better?
+    python eval.py --model=out/d4/rl --task=benchmarks --allow_code # gsm8k, mmlu, arc_easy, arc_challenge, humaneval, spelling
     python eval.py --model=out/d4/sft --task=all                    # every built-in task: where can RL learn something?
     python eval.py --show=out/d4/rl --step=12                       # read what the model wrote in a step of RL
     torchrun --nproc_per_node=8 eval.py --model=out/d20/rl --task=gsm8k --problems=0
 
-Writes <model>/eval/<task>.<split>.jsonl (one outcome a problem, to be judged again) and <task>.<split>.json; of two models
-also compare.<task>.<split>.json, with the second; of all tasks all.<split>.json alone."""
+Multiple choice (mmlu, arc_easy, arc_challenge) is judged by the likelihood of the labels and by what the model says; code (humaneval) is run in
+nanorl/tasks/sandbox.py.
+
+Writes <model>/eval/<task>.jsonl (one outcome a problem, to be judged again) and summary.json, of all tasks evaluated so far; of two models also
+compare.<task>.json, with the second; of all tasks all.json alone. Of another split than val: <task>.<split>."""
 import json
 import os
 import re
@@ -20,8 +24,9 @@ from nanorl import evaluate
 from nanorl.engine import Engine
 from nanorl.hf import load_model, local_model
 from nanorl.runtime import checkpoint, dist
+from nanorl.runtime.after import AfterSave
 from nanorl.runtime.config import at_least, configure
-from nanorl.tasks import TASKS, get_task, parse_settings
+from nanorl.tasks import TASKS, FewShot, get_task, parse_settings
 from nanorl.tasks.problem import check_split
 from nanorl.tokenizer import Tokenizer
 from nanorl.tools.show import lines as rollout_lines
@@ -29,23 +34,30 @@ from nanorl.tools.show import lines as rollout_lines
 model = ""  # a model directory, a stage's, whose newest checkpoint is meant, or a hub id; empty: out/d<depth>/rl
 compare = ""  # A,B: two such directories, in place of --model
 depth = 4  # names the run's folder when --model is empty
-task = "sum3"  # one of nanorl/tasks, path.py:Class, or a mixture 'sum3=50,counting=50'; all: every built-in task, sampled
+task = "sum3"  # one of nanorl/tasks, path.py:Class, a mixture 'sum3=50,counting=50'; benchmarks: the six; all: every built-in task, sampled
 task_args = ""  # the task's settings, 'name=value; name=value'
-split = "val"  # val to choose by, test for final numbers
-problems = 1000  # the first so many, greedy; 0: all
+split = "val"  # val to choose by, test for final numbers (of humaneval there is only test)
+shots = 0  # solved problems of the train split that come before each, as turns of the chat
+how = "likelihood,greedy,sampled"  # how it answers: likelihood (multiple choice alone), greedy, sampled
+problems = 1000  # the first so many, by likelihood and greedy; 0: all
 samples = 8  # samples a problem for pass@k; 0: greedy only
 sample_problems = 200  # problems that are sampled; 0: all
 temperature = 1.0  # of those samples
-max_new_tokens = 64  # a completion is cut off here
+max_new_tokens = 0  # a completion is cut off here; 0: at what the benchmarks need (gsm8k 256, humaneval 384, multiple choice 16), else at 64
+allow_code = False  # run the code that a model writes (humaneval), in a sandbox that is a guard and not a jail
 seed = 0  # fixes the samples
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32, bf16, fp64
 device_rows = 0  # most rows decoded at once on one device; 0: what half the free memory holds
 examples = 3  # completions to print
+after_save = ""  # a command to run at the end, such as 'rclone copy {dir} gdrive:runs/{run}' ({dir}: out/<run>, or the model's directory)
 # ---- or read
 show = ""  # an RL run's folder: print its rollouts, and do nothing else
 step = 0  # of this step; 0: the last
 prompt = -1  # and only of the prompt with this number
+
+
+BENCHMARKS = {"gsm8k": 256, "mmlu": 16, "arc_easy": 16, "arc_challenge": 16, "humaneval": 384, "spelling": 64}  # and the tokens that an answer may take
 
 
 def main():
@@ -60,29 +72,58 @@ def main():
     if task == "all":
         survey(paths[0], place, settings)
         return
-    source = together(lambda: get_task(task, split=split, **parse_settings(task_args)))
-    dist.say(evaluate.what_n_shows(min(problems or len(source), len(source)), bool(compare)))
+    sources = load_tasks()
+    if task != "benchmarks":
+        n = len(sources[label(task)])
+        dist.say(evaluate.what_n_shows(min(problems or n, n), bool(compare)))
     results = []
     for path in paths:  # one after the other: never two models in memory
-        results.append(evaluate_model(path, source, place))
-        if dist.is_main():
-            report(path, *results[-1], settings)
+        results.append(evaluate_model(path, sources, place, settings))
     if compare and dist.is_main():
-        report_difference(paths, results, settings)
+        report_differences(paths, results, settings)
+    for path in paths:
+        folder = os.path.dirname(os.path.dirname(path)) if os.path.exists(os.path.join(path, "DONE")) else path  # of a checkpoint out/<run>/<stage>/step_000040
+        sent = AfterSave(after_save, folder, dist.is_main())
+        sent()
+        sent.finish()
 
 
 def check_settings():
-    at_least(globals(), 1, "max_new_tokens")
-    at_least(globals(), 0, "problems samples sample_problems device_rows temperature examples step")
+    at_least(globals(), 0, "problems samples sample_problems device_rows temperature examples step shots max_new_tokens")
     at_least(globals(), -1, "prompt")
     if compare and (compare.count(",") != 1 or not all(compare.split(","))):
         raise SystemExit(f"--compare={compare}: it takes two model directories, --compare=A,B")
     if compare and (model or task == "all"):
         raise SystemExit(f"--compare={compare} with {f'--model={model}' if model else '--task=all'}: give one of the two")
-    if task == "all" and task_args:
-        raise SystemExit(f"--task_args={task_args}: settings are one task's, --task=all runs every task as it is")
+    if task in ("all", "benchmarks") and task_args:
+        raise SystemExit(f"--task_args={task_args}: settings are one task's, --task={task} runs every task as it is")
     if task == "all" and (samples < 2 or temperature == 0):
         raise SystemExit(f"--samples={samples} --temperature={temperature:g}: --task=all needs at least 2 samples, and a temperature above 0")
+    if not set(how.split(",")) <= {"likelihood", "greedy", "sampled"}:
+        raise SystemExit(f"--how={how}: it takes some of likelihood, greedy and sampled, with commas between")
+
+
+def load_tasks():
+    """-> {label: task} of --task; of the benchmarks those whose data is at hand."""
+    sources = {}
+    for name in BENCHMARKS if task == "benchmarks" else [task]:
+        own, code = "test" if name == "humaneval" and task == "benchmarks" else split, {"allow_code": True} if name == "humaneval" and allow_code else {}
+
+        def load():
+            source = get_task(name, split=own, **parse_settings(task_args), **code)
+            return FewShot(source, get_task(name, split="train", **parse_settings(task_args), **code), shots) if shots and name != "humaneval" else source
+        try:
+            sources[label(name)] = together(load)
+        except ValueError as error:
+            if task != "benchmarks":
+                raise
+            dist.say(f"{name}  skipped: {error}")
+    return sources
+
+
+def label(name):
+    """What a task's results are filed under."""
+    return name if split == "val" or name == "humaneval" else f"{name}.{split}"
 
 
 def model_directory(name):
@@ -112,50 +153,78 @@ def load(path, place):
     policy = load_model(path, weight_dtype, place)
     policy.compute_dtype = compute_dtype
     engine = Engine(policy)
-    engine.max_rows = device_rows or max(samples, 1, int(dist.free_memory(place) // 2 // engine.bytes_per_row(max_new_tokens)))
+    longest = max_new_tokens or max(BENCHMARKS.values())
+    engine.max_rows = device_rows or max(samples, 1, int(dist.free_memory(place) // 2 // engine.bytes_per_row(longest)))
     return engine, Tokenizer.from_pretrained(path)
 
 
-def sample(engine, tokenizer, source, n, samples, temperature, name):
-    """Outcomes of the first n problems (0: all), each rank its share; all of them on the first rank."""
+def sample(engine, tokenizer, source, n, samples, temperature, name, new_tokens, kind="sampled", leave_long=True):
+    """Outcomes of the first n problems (0: all), each rank its share; all of them on the first rank. Engine tokens and FLOPs of all ranks."""
     n = min(n or len(source), len(source))
     mine = range(n)[dist.share(n)]
     with tqdm(total=len(mine) * samples, desc=name, disable=None, leave=False) as bar:
-        work = lambda: evaluate.outcomes(engine, tokenizer, source, mine, samples, max_new_tokens, temperature, seed, bar.update)
+        if kind == "likelihood":
+            work = lambda: evaluate.by_likelihood(engine, tokenizer, source, mine, bar.update)
+        else:
+            work = lambda: evaluate.outcomes(engine, tokenizer, source, mine, samples, new_tokens, temperature, seed, bar.update, leave_long)
         return dist.gather(together(work))
 
 
-def evaluate_model(path, source, place):
-    """One model on one task -> greedy outcomes, sampled outcomes, seconds."""
+def evaluate_model(path, sources, place, settings):
+    """One model on some tasks, each answered in every way that it can be -> {label: {how: outcomes}}, on the first rank; printed and written there."""
     engine, tokenizer = load(path, place)
-    begun = time.time()
-    greedy = sample(engine, tokenizer, source, problems, 1, 0.0, "greedy")
-    sampled = sample(engine, tokenizer, source, sample_problems, samples, temperature, "samples") if samples else []
-    return greedy, sampled, time.time() - begun
+    results, rows = {}, []
+    for name, source in sources.items():
+        new_tokens = max_new_tokens or BENCHMARKS.get(name.removesuffix(f".{split}"), 64)
+        ways = {"likelihood": (problems, 1, 0.0), "greedy": (problems, 1, 0.0), "sampled": (sample_problems, samples, temperature)}
+        if "labels" not in source.problem(0).meta:
+            ways.pop("likelihood")
+        ways = {kind: way for kind, way in ways.items() if kind in how.split(",") and way[1]}
+        if not ways:
+            raise ValueError(f"--how={how} --samples={samples}: in none of these ways {name} can be answered")
+        found, summaries = {}, {}
+        for kind, (n, count, heat) in ways.items():
+            begun = time.time()
+            found[kind] = sample(engine, tokenizer, source, n, count, heat, f"{name} {kind}", new_tokens, kind)
+            seconds, done = time.time() - begun, dist.totals(dict(flops=sum(engine.flops().values()),
+                                                                  tokens=engine.stats["prompt_tokens" if kind == "likelihood" else "new_tokens"]))
+            if dist.is_main():
+                ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= count] if kind == "sampled" else ()
+                summaries[kind] = dict(**evaluate.summary(found[kind], ks), seconds=seconds, tok_per_s=done["tokens"] / seconds, flops=done["flops"])
+                rows.append((name, kind, summaries[kind]))
+        if dist.is_main():
+            report(path, name, found, summaries, {**settings, "max_new_tokens": new_tokens})
+        results[name] = found
+    if task == "benchmarks" and dist.is_main():
+        print("", path, *evaluate.benchmark_table(rows), sep="\n", flush=True)
+    return results
 
 
-def report(path, greedy, sampled, seconds, settings):
-    result = dict(model=path, task=task, task_args=task_args, split=split, **evaluate.summary(greedy), seconds=seconds, settings=settings)
-    print(f"{path}  {task} {split}, {seconds:.1f} s", *block("greedy", evaluate.describe(result)), sep="\n")
-    if sampled:
-        result["sampled"] = evaluate.summary(sampled, [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples])
-        print(*block("sampled", evaluate.describe(result["sampled"], f" at temperature {temperature:g}")), sep="\n")
-    for o in greedy[:examples]:
-        print(f"  {o['prompt'][-1]['content']!r} -> {o['texts'][0]!r}  (answer {o['answer']}, reward {o['rewards'][0]:g})")
-    records = [{"temperature": t, **o} for t, some in ((0.0, greedy), (temperature, sampled)) for o in some]
-    write(path, f"{task}.{split}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    write(path, f"{task}.{split}.json", json.dumps(result, indent=2))
+def report(path, name, found, summaries, settings):
+    """A task's results: in words, unless a table of the benchmarks comes, and on disk."""
+    if task != "benchmarks":
+        print(f"{path}  {name}, {sum(s['seconds'] for s in summaries.values()):.1f} s")
+        for kind, s in summaries.items():
+            speed = f"{s['seconds']:.1f} s, {s['tok_per_s']:,.0f} tokens/s {'of prompts' if kind == 'likelihood' else 'sampled'}"
+            print(*block(kind, [*evaluate.describe(s, f" at temperature {temperature:g}" if kind == "sampled" else ""), speed]), sep="\n")
+        for o in next(iter(found.values()))[:examples]:
+            print(f"  {o['prompt'][-1]['content']!r} -> {o['texts'][0]!r}  (answer {o['answer']}, reward {o['rewards'][0]:g})")
+    records = [{"how": kind, "temperature": temperature if kind == "sampled" else 0.0, **o} for kind, some in found.items() for o in some]
+    write(path, f"{name}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    summary = read_summary(path)
+    summary[name] = dict(model=path, task=name.removesuffix(f".{split}"), task_args=task_args, split="test" if name == "humaneval" else split, **summaries, settings=settings)
+    write(path, "summary.json", json.dumps(summary, indent=2))
 
 
-def report_difference(paths, results, settings):
-    found = dict(a=paths[0], b=paths[1], task=task, task_args=task_args, split=split)
+def report_differences(paths, results, settings):
     print(f"A {paths[0]}\nB {paths[1]}")
-    (greedy_a, sampled_a, _), (greedy_b, sampled_b, _) = results
-    for kind, a, b in (("greedy", greedy_a, greedy_b), ("sampled", sampled_a, sampled_b)):
-        if a:
-            found[kind] = evaluate.compare(a, b)
-            print(*block(kind, evaluate.describe_difference(found[kind])), sep="\n")
-    write(paths[1], f"compare.{task}.{split}.json", json.dumps({**found, "settings": settings}, indent=2))
+    for name, ways in results[0].items():
+        found = dict(a=paths[0], b=paths[1], task=name, task_args=task_args, split=split)
+        for kind, outcomes in ways.items():
+            found[kind] = evaluate.compare(outcomes, results[1][name][kind])
+            title = [f"{name}, {kind}"] if task == "benchmarks" else []
+            print(*title, *block(kind, evaluate.describe_difference(found[kind])), sep="\n")
+        write(paths[1], f"compare.{name}.json", json.dumps({**found, "settings": settings}, indent=2))
 
 
 def survey(path, place, settings):
@@ -166,7 +235,7 @@ def survey(path, place, settings):
     for name in [name for name in TASKS if name != "arithmetic"]:  # that is its default preset, sum3
         try:
             source = together(lambda: get_task(name, split=split))
-            results = sample(engine, tokenizer, source, sample_problems, samples, temperature, name)
+            results = sample(engine, tokenizer, source, sample_problems, samples, temperature, name, max_new_tokens or 64, leave_long=False)
         except ValueError as error:  # no files, or prompts that do not fit the context
             skipped[name] = str(error)
             dist.say(f"{name}  skipped: {error}")
@@ -179,21 +248,35 @@ def survey(path, place, settings):
         print(f"{path}  {split}, {sample_problems or 'all'} problems a task x {samples} at temperature {temperature:g}")
         print(*evaluate.survey_table(rows, samples), sep="\n")
         result = dict(model=path, split=split, tasks=rows, skipped=skipped, settings=settings)
-        write(path, f"all.{split}.json", json.dumps(result, indent=2))
+        write(path, f"{label('all')}.json", json.dumps(result, indent=2))
 
 
 def block(label, lines):
-    return [f"  {text:7}  {line}" for text, line in zip([label] + [""] * len(lines), lines)]
+    return [f"  {text:10}  {line}" for text, line in zip([label] + [""] * len(lines), lines)]
 
 
-def write(path, name, text):
+def file_of(path, name):
     """<model>/eval/<name>, where a task's name may hold what a file's may not. What is in the hub's cache is not ours to write in: such a model's
     results go to out/<owner>--<model>/eval."""
     cached = re.search(r"models--([^/]+)/snapshots/", path)
     folder = checkpoint.stage_directory(cached[1], "eval") if cached else os.path.join(path, "eval")
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, re.sub(r"[^A-Za-z0-9._=,@-]", "_", name)), "w", encoding="utf-8") as f:
+    return os.path.join(folder, re.sub(r"[^A-Za-z0-9._=,@-]", "_", name))
+
+
+def read_summary(path):
+    file = file_of(path, "summary.json")
+    if not os.path.exists(file):
+        return {}
+    with open(file, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def write(path, name, text):
+    file = file_of(path, name)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file + ".tmp", "w", encoding="utf-8") as f:
         f.write(text)
+    os.replace(file + ".tmp", file)
 
 
 if __name__ == "__main__":

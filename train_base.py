@@ -24,6 +24,7 @@ from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
+from nanorl.runtime.after import AfterSave
 from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, duration, flops_so_far
 from nanorl.tasks import get_task, parse_settings
@@ -61,6 +62,7 @@ eval_every = 200  # steps between validations; 0: only at the end
 eval_tokens = 65536  # validation tokens
 sample_tokens = 64  # after a validation, how far to continue the first words of validation documents; 0: none
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
+after_save = ""  # a command to run after every save, in the background, such as 'rclone copy {dir} gdrive:runs/{run}' ({dir}: out/<run>)
 
 
 class TaskText:
@@ -95,7 +97,7 @@ def main():
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     directory = checkpoint.stage_directory(run or f"d{depth}", "base")
     settings["run"] = run or f"d{depth}"
-    log = RunLog(directory, dist.is_main())
+    log, sent = RunLog(directory, dist.is_main()), AfterSave(after_save, os.path.dirname(directory), dist.is_main())
     point = checkpoint.resume_point(directory, resume, settings)
 
     # ---- text -> tokenizer and token files, once
@@ -199,6 +201,7 @@ def main():
             if dist.is_main():
                 state = dict(step=step + 1, bad=bad, flops=dict(flops), optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
                 print(checkpoint.save(directory, step + 1, lambda path: save_model(model, tokenizer, path), state), flush=True)
+                sent()
             dist.barrier()
         if validates and sample_tokens and dist.is_main():
             show_samples(3 if last else 1)
@@ -207,6 +210,7 @@ def main():
                              f"start again with a lower --matrix_lr or --other_lr and another --run")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
+    sent.finish()
 
 
 def one_line(text):

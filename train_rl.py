@@ -7,6 +7,7 @@ One step: P problems, G samples of each, all decoded together from the current w
 problem; one update. Follow main() from "the loop" on: each step of the algorithm is one named line. The default is on-policy, so there
 is no ratio to clip; a KL term, several updates per rollout and DAPO's resampling are one constant away."""
 import math
+import os
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from nanorl.hf import load_model, local_model, save_model
 from nanorl.lora import adapted_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
+from nanorl.runtime.after import AfterSave
 from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.log import RunLog, Watch, duration, flops_so_far, size, size_of
 from nanorl.tasks import Reward, get_stages, parse_settings, parse_weights
@@ -78,6 +80,7 @@ eval_every = 10  # steps between held-out evaluations; 0: only before and after
 eval_problems = 400  # of the val split, greedy
 save_every = 20  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 save_reward_above = 1.0  # also save at a new best reward above this
+after_save = ""  # a command to run after every save, in the background, such as 'rclone copy {dir} gdrive:runs/{run}' ({dir}: out/<run>)
 
 
 WORK = ("prefill", "decode", "reference", "forward", "backward", "recompute")  # what a step computes, in its order
@@ -95,6 +98,7 @@ def main():
     point = checkpoint.resume_point(directory, resume, settings)
     check_settings(point or start)
     log = RunLog(directory, dist.is_main() and not dry_run and not selfcheck)
+    sent = AfterSave(after_save, os.path.dirname(directory), log.active)
 
     # ---- policy, sampler, optimizer, tasks
     # best: of the saved steps; drawn: problems taken so far; bad: updates skipped in a row
@@ -321,12 +325,14 @@ def main():
                              settings=settings, optimizers=[o.state_dict() for o in optimizers], lora=adapters and adapters.state_dict())
                 report = checkpoint.save(directory, step + 1, lambda path: save_model(policy, tokenizer, path), whole, best["step"])
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
+                sent()
             dist.barrier()
         if bad >= max_bad_steps:
             raise ValueError(f"in {bad} steps in a row updates were skipped because the gradient was not finite; the state is saved in {directory}: "
                              f"go on from it with --model={checkpoint.latest(directory)} --run=<name> and a lower --lr, or --dtype=fp32")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
+    sent.finish()
 
 
 def check_settings(start):

@@ -23,6 +23,7 @@ from nanorl.hf import load_model, local_model, save_model
 from nanorl.lora import adapted_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.runtime import checkpoint, dist
+from nanorl.runtime.after import AfterSave
 from nanorl.runtime.config import at_least, configure, given
 from nanorl.runtime.log import RunLog, duration, flops_so_far
 from nanorl.tasks import get_task, parse_settings
@@ -63,6 +64,7 @@ max_bad_steps = 5  # stop after this many updates in a row were skipped for a gr
 log_every = 20  # steps between lines
 eval_every = 0  # with --data, steps between validations; 0: only before and after
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
+after_save = ""  # a command to run after every save, in the background, such as 'rclone copy {dir} gdrive:runs/{run}' ({dir}: out/<run>)
 
 
 def main():
@@ -77,7 +79,7 @@ def main():
     settings["run"] = run or f"d{depth}"
     directory = checkpoint.stage_directory(settings["run"], stage)
     start = local_model(checkpoint.resolve(model or checkpoint.stage_directory(settings["run"], "base")))
-    log = RunLog(directory, dist.is_main())
+    log, sent = RunLog(directory, dist.is_main()), AfterSave(after_save, os.path.dirname(directory), dist.is_main())
     point = checkpoint.resume_point(directory, resume, settings)
 
     # ---- model, optimizer, data
@@ -222,12 +224,14 @@ def main():
                 whole = dict(step=step + 1, bad=bad, flops=dict(flops), start=origin, optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings,
                              lora=adapters and adapters.state_dict())
                 print(checkpoint.save(directory, step + 1, lambda path: save_model(net, tokenizer, path), whole), flush=True)
+                sent()
             dist.barrier()
         if bad >= max_bad_steps:
             raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved: "
                              f"start again with a lower --matrix_lr or --other_lr and another --run")
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
+    sent.finish()
     if target:
         dist.say(f"      {flops['train']:.4g} FLOPs, {flops['train'] / target:.2%} of the RL run's")
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nanorl.attention import CausalAttention
-from nanorl.gpt import LOGITS_AT_ONCE
+from nanorl.gpt import LOGITS_AT_ONCE, all_logprobs
 from nanorl.sampling import row_keys, sample, uniforms
 
 # ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
@@ -389,6 +389,28 @@ class Engine:
         self.stats = dict(live=live, places=places, work=batch.work, **_needed(prompts, groups))
         return groups
 
+    @torch.inference_mode()
+    def next_logprobs(self, prompts, candidates, batch_tokens=16384, progress=None):
+        """Log-probs of the token after each prompt: of candidates[i], a few ids, after prompts[i], a list of ids -> lists of floats. One forward pass for
+        all candidates; prompts of like length together, at most `batch_tokens` padded tokens at a time (or one prompt)."""
+        order, found, device = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), [None] * len(prompts), next(self.model.parameters()).device
+        work, start = Counter(), 0
+        while start < len(order):
+            longest = len(prompts[order[start]])
+            some = order[start:start + max(1, batch_tokens // longest)]
+            ids = torch.tensor([prompts[i] + [0] * (longest - len(prompts[i])) for i in some], device=device)  # (p, T): a token only looks to its left
+            last = torch.tensor([len(prompts[i]) - 1 for i in some], device=device)
+            h = self.model.hidden(ids)[torch.arange(len(some), device=device), last]  # (p, C)
+            parts = h.split(max(1, LOGITS_AT_ONCE[device.type] // self.model.config.n_tokens))
+            for i, logprobs in zip(some, (row for part in parts for row in all_logprobs(self.model.head(part)))):  # (V,)
+                found[i] = logprobs[torch.tensor(candidates[i], device=device)].tolist()
+            work.update(tokens=ids.numel(), attended=ids.numel() * longest, head_tokens=len(some))
+            start += len(some)
+            if progress:
+                progress(len(some))
+        self.stats = dict(live=[], places=0, work={"prefill": work}, **{**_needed(prompts, [[]] * len(prompts)), "rows": len(prompts)})
+        return found
+
     def _check(self, prompts, G, N):
         if G < 1 or N < 1:
             raise ValueError(f"samples_per_prompt is {G} and max_new_tokens is {N}: both must be at least 1")
@@ -414,5 +436,5 @@ def _needed(prompts, groups):
     for p, fed in ((len(prompt), [len(c.ids) - 1 for c in group]) for prompt, group in zip(prompts, groups)):
         own = sum(n * (n + 1) // 2 for n in fed)  # the n-th token attends to n of its row
         stats.update(rows=len(fed), prompt_tokens=p, new_tokens=sum(fed) + len(fed), row_steps=sum(fed),
-                     attended=p * (p + 1) // 2 + p * sum(fed) + own, cached=p * max(fed) + own)
+                     attended=p * (p + 1) // 2 + p * sum(fed) + own, cached=p * max(fed, default=0) + own)
     return stats

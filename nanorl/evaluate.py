@@ -10,16 +10,52 @@ Z_POWER = 0.841621  # its 80% point: found in 4 of 5 cases
 RATES = ("format", "answered_given_format", "correct_given_answered")
 
 
-def outcomes(engine, tokenizer, task, indices, samples, max_new_tokens, temperature, seed=0, progress=None):
+def outcomes(engine, tokenizer, task, indices, samples, max_new_tokens, temperature, seed=0, progress=None, leave_long=False):
     """Sample each problem `samples` times (temperature 0: greedy, once). Returns one dict a problem, with everything
-    that is needed to judge it again: index, prompt, answer, and per sample text, reward, solved, parts, length, finished."""
-    problems = [task.problem(i) for i in indices]
-    keys = [rollout.prompt_key(seed, "eval", i) for i in indices]
-    rollouts = rollout.generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, temperature, progress)
-    return [dict(index=int(i), prompt=r.problem.prompt, answer=r.problem.answer, texts=r.texts,
-                 rewards=[x.total for x in r.rewards], solved=[is_correct(x) for x in r.rewards], parts=[x.parts for x in r.rewards],
+    that is needed to judge it again: index, prompt, answer, and per sample text, reward, solved, parts, length, finished;
+    of multiple choice also chance. leave_long: a prompt that does not fit the model's context is not an error but a problem not solved."""
+    problems, fit = _those_that_fit(engine, tokenizer, task, indices, max_new_tokens, leave_long)
+    keys = [rollout.prompt_key(seed, "eval", i) for i, fits in zip(indices, fit) if fits]
+    rollouts = iter(rollout.generate(engine, tokenizer, task, [p for p, fits in zip(problems, fit) if fits], keys, samples, max_new_tokens, temperature, progress))
+    made = [next(rollouts) if fits else None for fits in fit]
+    return [_unsolved(i, problem, samples) if r is None else
+            dict(_about(i, problem), texts=r.texts, rewards=[x.total for x in r.rewards], solved=[is_correct(x) for x in r.rewards], parts=[x.parts for x in r.rewards],
                  lengths=[len(c.ids) for c in r.completions], finished=[c.finished for c in r.completions])
-            for i, r in zip(indices, rollouts)]
+            for i, problem, r in zip(indices, problems, made)]
+
+
+def by_likelihood(engine, tokenizer, task, indices, progress=None):
+    """Multiple-choice problems, each answered with the label that is likeliest as the answer's first token -> outcomes as above, with the labels' logprobs."""
+    problems, fit = _those_that_fit(engine, tokenizer, task, indices, 0, True)
+    found = iter(rollout.label_logprobs(engine, tokenizer, [p for p, fits in zip(problems, fit) if fits], progress))
+    results = []
+    for i, problem, fits in zip(indices, problems, fit):
+        if not fits:
+            results.append(_unsolved(i, problem, 1))
+            continue
+        logprobs = dict(zip(problem.meta["labels"], next(found)))
+        label = max(logprobs, key=logprobs.get)
+        solved = label == problem.answer
+        results.append(dict(_about(i, problem), texts=[label], rewards=[float(solved)], solved=[solved], parts=[{"correct": float(solved)}], lengths=[1],
+                            finished=[True], logprobs=logprobs))
+    return results
+
+
+def _those_that_fit(engine, tokenizer, task, indices, new_tokens, leave_long):
+    """-> the problems, and which of their prompts fit the context with `new_tokens` more; all, unless those that do not are to be left."""
+    problems = [task.problem(i) for i in indices]
+    context = engine.learner.config.context
+    return problems, [not leave_long or len(tokenizer.render_prompt(p.prompt)) + new_tokens <= context for p in problems]
+
+
+def _about(index, problem):
+    labels = problem.meta.get("labels")
+    return dict(index=int(index), prompt=problem.prompt, answer=problem.answer, **({"chance": 1 / len(labels)} if labels else {}))
+
+
+def _unsolved(index, problem, samples):
+    return dict(_about(index, problem), texts=[""] * samples, rewards=[0.0] * samples, solved=[False] * samples, parts=[{}] * samples, lengths=[0] * samples,
+                finished=[False] * samples, too_long=True)
 
 
 def is_correct(reward):
@@ -88,13 +124,17 @@ def rates(results):
 
 
 def summary(results, ks=(1,)):
-    """Outcomes -> accuracy with its 95% interval, pass@k, mean reward, mean length in tokens, share cut off, and rates()."""
+    """Outcomes -> accuracy with its 95% interval, pass@k, mean reward, mean length in tokens, share cut off, and rates(); of multiple choice also chance,
+    what guessing gets, and centred, the share of the way from there to 1, (accuracy - chance) / (1 - chance)."""
     solved = [o["solved"] for o in results]
     n, samples = len(solved), len(solved[0])
     shares = [sum(s) / samples for s in solved]
     low, high = wilson(sum(map(sum, solved)), n) if samples == 1 else clustered_interval(shares)
     tokens = [length for o in results for length in o["lengths"]]
-    return dict(accuracy=sum(shares) / n, low=low, high=high, n=n, samples=samples,
+    accuracy, chance = sum(shares) / n, sum(o.get("chance", 0.0) for o in results) / n
+    guessed = dict(chance=chance, centred=(accuracy - chance) / (1 - chance)) if chance else {}
+    long = sum(o.get("too_long", False) for o in results)
+    return dict(accuracy=accuracy, **guessed, **({"too_long": long} if long else {}), low=low, high=high, n=n, samples=samples,
                 reward=sum(r for o in results for r in o["rewards"]) / len(tokens),
                 length=sum(tokens) / len(tokens), clipped=1 - sum(f for o in results for f in o["finished"]) / len(tokens),
                 **{f"pass@{k}": sum(pass_at_k(samples, sum(s), k) for s in solved) / n for k in ks if k <= samples}, **rates(results))
@@ -202,7 +242,19 @@ def describe(s, how=""):
     at_k = [f"{name} {share:.1%}" for name, share in s.items() if name.startswith("pass@") and s["samples"] > 1]
     first = (f"{s['accuracy']:6.1%}  95% [{s['low']:.1%}, {s['high']:.1%}]  {s['n']} problems{many}, "
              f"{s['length']:.1f} tokens, {s['clipped']:.1%} cut off")
-    return [line for line in (first, ", ".join(found), "  ".join(at_k)) if line]
+    guessed = f"guessing gets {s['chance']:.1%}; {s['centred']:.1%} of the way from there to 100%" if "chance" in s else ""
+    long = f"{s['too_long']} prompts do not fit the model's context and count as not solved" if "too_long" in s else ""
+    return [line for line in (first, guessed, long, ", ".join(found), "  ".join(at_k)) if line]
+
+
+def benchmark_table(rows):
+    """[(task, how, summary with seconds and tok_per_s)] -> lines of at most 100 columns."""
+    line = "{:13}  {:10}  {:>5}  {:>8}  {:16}  {:>6}  {:>7}  {:>7}  {:>9}"
+    lines = [line.format("benchmark", "how", "n", "accuracy", "95%", "chance", "centred", "seconds", "tokens/s")]
+    for task, how, s in rows:
+        lines.append(line.format(task, how, s["n"], percent(s["accuracy"]), f"[{s['low']:.1%}, {s['high']:.1%}]", percent(s.get("chance")), percent(s.get("centred")),
+                                 f"{s['seconds']:.1f}", f"{s['tok_per_s']:,.0f}"))
+    return lines + ["centred: the share of the way from guessing to 100%. tokens/s: of prompts where the likelihood of labels is taken, else sampled."]
 
 
 def describe_forecast(rollouts, total, seconds):

@@ -40,6 +40,16 @@ def generate(engine, tokenizer, task, problems, keys, samples, max_new_tokens, t
             for i, (problem, prompt, completions, some) in enumerate(zip(problems, prompts, groups, texts))]
 
 
+def label_logprobs(engine, tokenizer, problems, progress=None):
+    """Multiple-choice problems -> of each the log-probs of its labels (meta["labels"]) as the first token of an answer."""
+    token = {label: tokenizer.encode(label) for problem in problems for label in problem.meta["labels"]}
+    long = [label for label, ids in token.items() if len(ids) != 1]
+    if long:
+        raise ValueError(f"the labels {', '.join(long)} are more than one token each in this vocabulary: their likelihoods cannot be compared as one token's")
+    candidates = [[token[label][0] for label in problem.meta["labels"]] for problem in problems]
+    return engine.next_logprobs([tokenizer.render_prompt(problem.prompt) for problem in problems], candidates, progress=progress)
+
+
 def judge(task, pairs):
     """[(problem, text)] -> for each what the task's reward() gave, a Reward, or the Failure if it raised or took too long. A task with a `timeout`
     is asked in worker processes, any other here."""

@@ -39,11 +39,12 @@ def test_one_model(models, capsys):
     said = capsys.readouterr().out
     assert said.startswith("with 30 problems a greedy accuracy is known to about 16.8 points\n")  # before anything else
     assert "30 problems, " in said and "8 problems x 4 at temperature 1, " in said and "pass@4" in said and said.count("(answer ") == 2
-    result, outcomes = written(models[1], "0-20.val.json"), written(models[1], "0-20.val.jsonl")
+    result, outcomes = written(models[1], "summary.json")["0-20"], written(models[1], "0-20.jsonl")
     assert [len(o["texts"]) for o in outcomes] == [1] * 30 + [4] * 8 and [o["temperature"] for o in outcomes] == [0.0] * 30 + [1.0] * 8
     parts = [p for o in outcomes[:30] for p in o["parts"]]
-    assert result["format"] == sum(p["format"] for p in parts) / 30 > 0 and result["sampled"]["format"] < 1
-    assert f"format {result['format']:.1%}, answered given format {result['answered_given_format']:.1%}" in said
+    greedy = result["greedy"]
+    assert greedy["format"] == sum(p["format"] for p in parts) / 30 > 0 and result["sampled"]["format"] < 1
+    assert f"format {greedy['format']:.1%}, answered given format {greedy['answered_given_format']:.1%}" in said
 
 
 def test_compare(models, capsys):
@@ -52,13 +53,13 @@ def test_compare(models, capsys):
     said = capsys.readouterr().out
     assert said.startswith("with 30 problems a greedy difference below 26.2 points (if 10% of the answers change) to 36.2 points (if 50%) "
                            "will likely not show\n")
-    results = [written(stage, f"{TOY_FILE}.val.json") for stage in models]
-    both = written(sft, f"compare.{TOY_FILE}.val.json")
+    results = [written(stage, "summary.json")[TOY.removeprefix("--task=")] for stage in models]
+    both = written(sft, f"compare.{TOY_FILE}.json")
     assert [both["a"], both["b"]] == [r["model"] for r in results] and both["a"].startswith(str(base)) and both["settings"]["samples"] == 4
     greedy, sampled = both["greedy"], both["sampled"]
-    assert [greedy["accuracy_a"], greedy["accuracy_b"]] == [r["accuracy"] for r in results]
+    assert [greedy["accuracy_a"], greedy["accuracy_b"]] == [r["greedy"]["accuracy"] for r in results]
     assert [sampled["accuracy_a"], sampled["accuracy_b"]] == [r["sampled"]["accuracy"] for r in results]
-    solved = [[o["solved"][0] for o in written(stage, f"{TOY_FILE}.val.jsonl")[:30]] for stage in models]
+    solved = [[o["solved"][0] for o in written(stage, f"{TOY_FILE}.jsonl")[:30]] for stage in models]
     assert greedy["only_b"] == sum(b and not a for a, b in zip(*solved)) > 0
     assert greedy["both"] + greedy["only_a"] + greedy["only_b"] + greedy["neither"] == greedy["n"] == 30 and sampled["n"] == 8
     assert said.index(both["a"]) < said.index(both["b"]) < said.index(f"only B {greedy['only_b']}")  # each block, then the comparison
@@ -69,7 +70,7 @@ def test_compare(models, capsys):
 def test_a_model_is_no_better_than_itself(models, capsys):
     """With the same keys it gives the same samples, too. The task has 50 problems, not 60."""
     assert call("eval.py", *EVAL, *FEW, TOY, "--problems=60", f"--compare={models[1]},{models[1]}") is None
-    both = written(models[1], f"compare.{TOY_FILE}.val.json")
+    both = written(models[1], f"compare.{TOY_FILE}.json")
     for kind in ("greedy", "sampled"):
         c = both[kind]
         assert (c["difference"], c["low"], c["high"], c["p"]) == (0, 0, 0, 1) and c["verdict"].startswith(f"no difference that n = {c['n']} can see")
@@ -95,7 +96,7 @@ def test_all_tasks(models, capsys, monkeypatch):
     monkeypatch.setattr("nanorl.tasks.TASKS", {"gsm8k": missing, **QUICK, "toy": Toy, "long": Long})
     assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=all", "--samples=4", "--sample_problems=6") is None
     said = capsys.readouterr().out
-    result = written(models[1], "all.val.json")
+    result = written(models[1], "all.json")
     assert set(result["tasks"]) == set(QUICK) - {"arithmetic"} | {"toy"}  # arithmetic is sum3
     assert result["skipped"]["gsm8k"] == "its files are not at hand" and "do not fit the model's context" in result["skipped"]["long"]
     assert "gsm8k  skipped: its files are not at hand\n" in said
@@ -131,7 +132,7 @@ def test_two_ranks_give_the_results_of_one(models, monkeypatch):
         said = [process.communicate(timeout=120) for process in ranks]
         assert [process.returncode for process in ranks] == [0, 0], said
         assert said[1][0] == ""  # the first rank speaks
-    names = [f"compare.{TOY_FILE}.val.json", "all.val.json"]
+    names = [f"compare.{TOY_FILE}.json", "all.json"]
     two = [written(models[1], name) for name in names]
     assert list(two[1]["skipped"]) == ["binary"] and "0-20" in two[1]["tasks"]
     monkeypatch.setattr("nanorl.tasks.TASKS", {**QUICK, "binary": missing})
@@ -161,4 +162,5 @@ def test_a_mistake_gets_one_line(models, capsys, mistake, words):
 
 def test_file_names_are_safe(models):
     assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=sum3=2,0-20=1", "--problems=3", "--samples=0", "--examples=0") is None
-    assert written(models[1], "sum3=2,0-20=1.val.json")["task"] == "sum3=2,0-20=1"
+    assert written(models[1], "summary.json")["sum3=2,0-20=1"]["task"] == "sum3=2,0-20=1"
+    assert len(written(models[1], "sum3=2,0-20=1.jsonl")) == written(models[1], "summary.json")["sum3=2,0-20=1"]["greedy"]["n"]

@@ -146,7 +146,7 @@ def test_a_hub_id_comes_from_the_hubs_cache(tmp_path, tokenizer):
     save_model(toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32), tokenizer, hub / "snapshots" / commit)
     status, said = evaluate_offline("some/model", tmp_path / "home", tmp_path / "out")
     assert status == 0 and "greedy" in said
-    assert (tmp_path / "out" / "some--model" / "eval" / "0-20.val.json").exists()  # nothing is written into the cache
+    assert (tmp_path / "out" / "some--model" / "eval" / "summary.json").exists()  # nothing is written into the cache
     assert not (hub / "snapshots" / commit / "eval").exists()
 
 

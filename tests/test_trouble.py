@@ -14,7 +14,7 @@ import torch
 
 from conftest import ROOT
 from nanorl.runtime import checkpoint
-from test_pipeline import RL, assert_same_run, call, out, records, rows  # noqa: F401 (out is a fixture)
+from test_pipeline import APART, RL, assert_same_run, call, out, records, rows  # noqa: F401 (out is a fixture)
 
 def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
@@ -50,7 +50,7 @@ def assert_rows_agree(one, two):
     assert [r["step"] for r in one] == [r["step"] for r in two]
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"padding", "occupancy"}:  # each rank packs and decodes its own rows
+        for name in a.keys() - APART:
             assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-11), name
 
 

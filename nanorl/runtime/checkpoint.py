@@ -157,7 +157,7 @@ def load_state(path, mmap=False):
 
 
 # Settings that a run may change when it is resumed: they do not alter the training that has been done.
-FREE_TO_CHANGE = re.compile(r"steps$|save_|eval_|log_|resume$|run$|dry_run$|selfcheck$|device_rows$|recompute$|max_bad_steps$|sample_tokens$")
+FREE_TO_CHANGE = re.compile(r"steps$|save_|after_save$|eval_|log_|resume$|run$|dry_run$|selfcheck$|device_rows$|recompute$|max_bad_steps$|sample_tokens$")
 
 
 def resume_point(directory, resume, settings):

@@ -19,10 +19,13 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 from nanorl.tasks.arithmetic import PRESETS, Arithmetic
 from nanorl.tasks.binary import Binary
+from nanorl.tasks.choice import SOURCES, MultipleChoice
 from nanorl.tasks.comparison import Comparison
 from nanorl.tasks.countdown import Countdown
 from nanorl.tasks.counting import Counting
@@ -33,7 +36,7 @@ from nanorl.tasks.spelling import Spelling
 from nanorl.tasks.templates import Templated
 
 TASKS = {"arithmetic": Arithmetic, **{name: partial(Arithmetic, preset=name) for name in PRESETS}, "counting": Counting,
-         "comparison": Comparison, "binary": Binary, "spelling": Spelling, "countdown": Countdown, "gsm8k": GSM8K}
+         "comparison": Comparison, "binary": Binary, "spelling": Spelling, "countdown": Countdown, "gsm8k": GSM8K, **{name: partial(MultipleChoice, name) for name in SOURCES}}
 
 
 def get_task(name, split="train", **settings):
@@ -85,6 +88,33 @@ def _mixture(text, split, settings):
         for task in [name] if dot else weights:
             own[task][setting] = value
     return Mixture({name: get_task(name, split, **own[name]) for name in weights}, weights, split)
+
+
+class FewShot:
+    """A task whose every prompt begins with `shots` solved problems of another split, as turns of a chat: its first ones, of the same subject where the
+    problems have one. Raises ValueError when there are too few, or no solution() to show."""
+
+    def __init__(self, task, source, shots):
+        if not hasattr(source, "solution"):
+            raise ValueError(f"--shots={shots}: this task has no solution() to show")
+        self.task, self.source, self.shots, self.turns = task, source, shots, {}
+
+    def __len__(self):
+        return len(self.task)
+
+    def __getattr__(self, name):  # reward, timeout and whatever else the task has
+        return getattr(self.task, name)
+
+    def problem(self, index):
+        problem = self.task.problem(index)
+        subject = problem.meta.get("subject", "")
+        if subject not in self.turns:
+            alike = (p for p in map(self.source.problem, range(len(self.source))) if p.meta.get("subject", "") == subject)
+            shown = list(islice(alike, self.shots))
+            if len(shown) < self.shots:
+                raise ValueError(f"--shots={self.shots}: there are only {len(shown)} solved problems to show{f' of {subject}' if subject else ''}")
+            self.turns[subject] = [turn for p in shown for turn in (*p.prompt, {"role": "assistant", "content": self.source.solution(p)})]
+        return replace(problem, prompt=self.turns[subject] + problem.prompt)
 
 
 def get_stages(text, split="train", **settings):

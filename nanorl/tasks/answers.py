@@ -71,3 +71,13 @@ def only_answer(text, words=None):
 def is_close(value, answer, tolerance=0):
     """Whether a parsed number (or None) equals the answer (str or int) within the tolerance."""
     return value is not None and abs(value - Fraction(answer)) <= Fraction(tolerance)
+
+
+def chosen_label(text, labels):
+    """The label that a text chooses, such as B of 'B', 'B. Paris', '(B)', 'The answer is B.': the one that it starts with, else the last one after the
+    word 'answer', else the only one that stands alone in it; else None. ('A dog barks' does not start with a label.)"""
+    some = "|".join(map(re.escape, labels))
+    start = re.match(rf"\W*({some})(?:[).:,\s]*$|[).:,]|\s*\n)", text)
+    after = re.findall(rf"(?i:\banswer)(?i: is| would be| should be)?\W*({some})\b(?![ ][a-z])", text)
+    alone = set(re.findall(rf"\b({some})\b(?![ ][a-z])", text))
+    return start[1] if start else after[-1] if after else alone.pop() if len(alone) == 1 else None
