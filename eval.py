@@ -73,6 +73,9 @@ def main():
         survey(paths[0], place, settings)
         return
     sources = load_tasks()
+    for name, source in sources.items():
+        if not ways_of(source):
+            raise ValueError(f"--how={how} --samples={samples}: in none of these ways {name} can be answered")
     if task != "benchmarks":
         n = len(sources[label(task)])
         dist.say(evaluate.what_n_shows(min(problems or n, n), bool(compare)))
@@ -119,6 +122,12 @@ def load_tasks():
                 raise
             dist.say(f"{name}  skipped: {error}")
     return sources
+
+
+def ways_of(source):
+    """-> {how: (problems, samples of each, temperature)}, in which a task is to be answered and can be."""
+    ways = {"likelihood": (problems, 1, 0.0), "greedy": (problems, 1, 0.0), "sampled": (sample_problems, samples, temperature)}
+    return {kind: way for kind, way in ways.items() if kind in how.split(",") and way[1] and (kind != "likelihood" or "labels" in source.problem(0).meta)}
 
 
 def label(name):
@@ -176,14 +185,8 @@ def evaluate_model(path, sources, place, settings):
     results, rows = {}, []
     for name, source in sources.items():
         new_tokens = max_new_tokens or BENCHMARKS.get(name.removesuffix(f".{split}"), 64)
-        ways = {"likelihood": (problems, 1, 0.0), "greedy": (problems, 1, 0.0), "sampled": (sample_problems, samples, temperature)}
-        if "labels" not in source.problem(0).meta:
-            ways.pop("likelihood")
-        ways = {kind: way for kind, way in ways.items() if kind in how.split(",") and way[1]}
-        if not ways:
-            raise ValueError(f"--how={how} --samples={samples}: in none of these ways {name} can be answered")
         found, summaries = {}, {}
-        for kind, (n, count, heat) in ways.items():
+        for kind, (n, count, heat) in ways_of(source).items():
             begun = time.time()
             found[kind] = sample(engine, tokenizer, source, n, count, heat, f"{name} {kind}", new_tokens, kind)
             seconds, done = time.time() - begun, dist.totals(dict(flops=sum(engine.flops().values()),

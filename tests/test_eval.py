@@ -149,6 +149,10 @@ def test_two_ranks_give_the_results_of_one(models, monkeypatch):
     (["--compare={sft},nowhere"], "no model in nowhere"),
     (["--task=all", "--samples=1"], "--samples=1"),
     (["--task=all", "--samples=0"], "--samples=0"),
+    (["--how=guess"], "--how=guess: it takes some of likelihood, greedy and sampled"),
+    (["--task=0-20", "--model={sft}", "--how=likelihood"], "in none of these ways 0-20 can be answered"),
+    (["--task=benchmarks", "--task_args=a=b"], "--task_args=a=b: settings are one task's, --task=benchmarks"),
+    (["--task=0-20", "--model={sft}", "--shots=-1"], "--shots=-1"),
     (["--task=all", "--temperature=0"], "--temperature=0"),
     (["--task=all", "--task_args=demonstrations=worked"], "--task_args=demonstrations=worked"),
     (["--task=all", "--model={sft}", "--split=tset"], "split is 'tset'"),
@@ -164,3 +168,64 @@ def test_file_names_are_safe(models):
     assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=sum3=2,0-20=1", "--problems=3", "--samples=0", "--examples=0") is None
     assert written(models[1], "summary.json")["sum3=2,0-20=1"]["task"] == "sum3=2,0-20=1"
     assert len(written(models[1], "sum3=2,0-20=1.jsonl")) == written(models[1], "summary.json")["sum3=2,0-20=1"]["greedy"]["n"]
+
+
+@pytest.fixture
+def few_files(tmp_path, monkeypatch):
+    """NANORL_DATA with a few problems of arc_easy and mmlu, and nothing of the other benchmarks but spelling, which has words of its own."""
+    from test_choice import write_files
+    write_files(tmp_path)
+    monkeypatch.setenv("NANORL_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+BENCH = ["--device=cpu", "--dtype=fp64", "--task=benchmarks", "--problems=20", "--samples=2", "--sample_problems=3", "--max_new_tokens=4"]
+
+
+def test_benchmarks(models, few_files, capsys):
+    assert call("eval.py", *BENCH, f"--model={models[0]}") is None
+    said = capsys.readouterr().out
+    assert "gsm8k  skipped: data set 'gsm8k'" in said and "humaneval  skipped: humaneval runs code that the model writes: --allow_code" in said
+    table = said[said.index("benchmark "):].splitlines()
+    rows = [line.split() for line in table[1:-1]]
+    assert [row[:2] for row in rows] == [[name, kind] for name in ("mmlu", "arc_easy") for kind in ("likelihood", "greedy", "sampled")] + [["spelling", "greedy"], ["spelling", "sampled"]]
+    assert all(len(line) <= 100 for line in table[:-1]) and all(len(line) <= 120 for line in said.splitlines() if "skipped" not in line and "out" not in line)
+    summary = written(models[0], "summary.json")
+    assert set(summary) == {"mmlu", "arc_easy", "spelling"}
+    arc = summary["arc_easy"]
+    assert arc["likelihood"]["n"] == arc["greedy"]["n"] == 4 and arc["sampled"]["n"] == 3 and arc["likelihood"]["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4)
+    for name in summary:
+        outcomes = written(models[0], f"{name}.jsonl")
+        for kind in ("likelihood", "greedy", "sampled"):
+            some = [o for o in outcomes if o["how"] == kind]
+            assert len(some) == summary[name].get(kind, {"n": 0})["n"]
+            if some:
+                s = summary[name][kind]
+                assert s["accuracy"] == pytest.approx(sum(map(sum, (o["solved"] for o in some))) / sum(len(o["solved"]) for o in some))
+                assert s["seconds"] > 0 and s["tok_per_s"] > 0 and s["flops"] > 0
+    assert all(sum(o["logprobs"].values()) < 0 and o["texts"][0] == max(o["logprobs"], key=o["logprobs"].get) for o in written(models[0], "mmlu.jsonl") if o["how"] == "likelihood")
+    assert call("eval.py", *BENCH[:2], "--task=0-20", "--problems=2", "--how=greedy", f"--model={models[0]}") is None
+    assert set(written(models[0], "summary.json")) == {*summary, "0-20"}  # another task's results join those that are there
+    assert call("eval.py", *BENCH[:2], "--task=arc_easy", "--shots=2", "--how=likelihood", f"--model={models[0]}") is None
+    shown = written(models[0], "arc_easy.jsonl")
+    assert len(shown) == 4 and all(len(o["prompt"]) == 5 for o in shown)
+    assert set(written(models[0], "summary.json")["arc_easy"]) >= {"likelihood"} and "greedy" not in written(models[0], "summary.json")["arc_easy"]
+
+
+def test_benchmarks_of_two_models_on_two_ranks(models, few_files, monkeypatch):
+    """The likelihoods and all else are those of one rank."""
+    arguments = [*BENCH, f"--compare={models[0]},{models[1]}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29651"}
+    ranks = [subprocess.Popen([sys.executable, "eval.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    said = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    names = ["mmlu.jsonl", "arc_easy.jsonl", "spelling.jsonl", "compare.mmlu.json", "compare.spelling.json"]
+    two = [written(models[1], name) for name in names]
+    assert {"likelihood", "greedy", "sampled"} <= set(two[3]) and two[3]["likelihood"]["n"] == 5
+    assert call("eval.py", *arguments) is None
+    for a, b in zip(two, (written(models[1], name) for name in names)):
+        for x, y in zip(a, b) if isinstance(a, list) else [(a, b)]:
+            if "logprobs" in x:
+                assert list(x.pop("logprobs").values()) == pytest.approx(list(y.pop("logprobs").values()), abs=1e-9)
+            assert x == y

@@ -76,8 +76,8 @@ def is_close(value, answer, tolerance=0):
 def chosen_label(text, labels):
     """The label that a text chooses, such as B of 'B', 'B. Paris', '(B)', 'The answer is B.': the one that it starts with, else the last one after the
     word 'answer', else the only one that stands alone in it; else None. ('A dog barks' does not start with a label.)"""
-    some = "|".join(map(re.escape, labels))
-    start = re.match(rf"\W*({some})(?:[).:,\s]*$|[).:,]|\s*\n)", text)
-    after = re.findall(rf"(?i:\banswer)(?i: is| would be| should be)?\W*({some})\b(?![ ][a-z])", text)
-    alone = set(re.findall(rf"\b({some})\b(?![ ][a-z])", text))
+    some = rf"({'|'.join(map(re.escape, labels))})\b(?!(?<=A)[ ](?!or\b|and\b)[a-z])"  # not the article
+    start = re.match(rf"\W*{some}(?:[).:,*\s]*$|[).:,]|\s*\n)", text)
+    after = re.findall(rf"(?i:\banswer)(?i: is| would be| should be)?\W*\b{some}", text)
+    alone = set(re.findall(rf"\b{some}", text))
     return start[1] if start else after[-1] if after else alone.pop() if len(alone) == 1 else None
