@@ -15,10 +15,11 @@ from collections import Counter
 
 import torch
 
-from nanorl import memory
+from nanorl import evaluate, memory
 from nanorl.corpus import read_conversations
 from nanorl.data import PackedRows, collate, pack
 from nanorl.attention import CausalAttention
+from nanorl.engine import Engine
 from nanorl.hf import load_model, local_model, save_model
 from nanorl.lora import adapted_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
@@ -62,7 +63,9 @@ max_grad_norm = 1.0  # 0: no clipping
 max_bad_steps = 5  # stop after this many updates in a row were skipped for a gradient that is not finite
 # ---- log
 log_every = 20  # steps between lines
-eval_every = 0  # with --data, steps between validations; 0: only before and after
+eval_every = 0  # steps between validations, of --data's held-out conversations or of a task's problems; 0: only before and after
+eval_problems = 0  # of a task's val split, answered greedily at each validation; 0: none
+max_new_tokens = 64  # an answer is cut off here
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 after_save = ""  # a command to run after every save, in the background, such as 'rclone copy {dir} gdrive:runs/{run}' ({dir}: out/<run>)
 
@@ -73,7 +76,8 @@ def main():
     at_least(globals(), 1, "batch_tokens seq_len device_tokens log_every max_bad_steps")
     if optimizer not in ("auto", "muon", "adamw") or optimizer == "muon" and lora_rank:
         raise ValueError(f"--optimizer={optimizer}{f' --lora_rank={lora_rank}' if lora_rank else ''}: it must be auto, muon or adamw, and with LoRA adamw")
-    at_least(globals(), 0, "seed examples steps matrix_lr other_lr lora_rank lora_alpha warmup cooldown max_grad_norm eval_every save_every")
+    at_least(globals(), 0, "seed examples steps matrix_lr other_lr lora_rank lora_alpha warmup cooldown max_grad_norm eval_every eval_problems save_every")
+    at_least(globals(), 1, "max_new_tokens")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
@@ -108,6 +112,7 @@ def main():
         n_examples, example = len(conversations), conversations.__getitem__
     else:
         source, held_out, note = get_task(task, split="train", **parse_settings(task_args)), [], ""
+        val_task = get_task(task, split="val", **parse_settings(task_args)) if eval_problems else None
         if not hasattr(source, "solution"):
             raise ValueError(f"task {task} has no solution(): it cannot make demonstrations; give it conversations with --data=")
         n_examples = len(source)
@@ -164,19 +169,29 @@ def main():
         return zip(*(t.to(place).split(max(1, device_tokens // seq_len)) for t in batch))
 
     @torch.no_grad()
-    def val_loss():
-        """Nats per token that the assistant says, over the held-out conversations; every rank takes its share of their rows."""
+    def validate():
+        """Of --data: nats per token that the assistant says, over the held-out conversations. Of a task: greedy accuracy on the first `eval_problems` problems of
+        its val split. Every rank takes its share."""
+        if not data:
+            engine.refresh()
+            n = min(eval_problems, len(val_task))
+            results = evaluate.outcomes(engine, tokenizer, val_task, range(n)[dist.share(n)], 1, max_new_tokens, 0.0)
+            flops["eval"] += dist.total(sum(engine.flops().values()))
+            results = dist.gather(results)
+            return dist.broadcast({f"val/{name}": value for name, value in evaluate.summary(results).items()} if dist.is_main() else None)
         mine = pack(held_out, seq_len + 1)[dist.rank()::dist.world_size()]
         batch = collate(mine, seq_len, tokenizer.document_end)
         nats = sum(float(loss_sum(*part)) for part in micro_batches(batch)) if mine else 0.0
         said, places = int(dist.total(batch[2].sum())), int(dist.total(batch[2].numel()))
         flops["eval"] += net.config.flops(places, places * seq_len, said)
-        return dist.total(nats) / said
+        return {"val/loss": dist.total(nats) / said}
 
-    if held_out and not point:
-        before = val_loss()
-        log.row(0, **{"val/loss": before}, **flops_so_far(flops))
-        dist.say(f"      held-out loss before: {before:.3f} nats a token")
+    validates = held_out or eval_problems and not data
+    engine = Engine(net) if validates and not data else None
+    if validates and not point:
+        before = validate()
+        log.row(0, **before, **flops_so_far(flops))
+        dist.say(f"      held-out before: {in_words(before)}")
 
     if not point and dist.is_main():
         used = dist.used_memory(place)  # before anything of this is alive
@@ -207,15 +222,15 @@ def main():
         row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": int(trainable), "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
                "tok_per_s/learner": batch_tokens / (time.time() - begun)}
         last = step + 1 == total_steps
-        if held_out and (last or (eval_every and (step + 1) % eval_every == 0)):
-            row["val/loss"] = val_loss()
+        if validates and (last or (eval_every and (step + 1) % eval_every == 0)):
+            row.update(validate())
         row.update({**flops_so_far(flops), "time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
         log.row(step + 1, **row)
         losses.append(loss)
-        if last or "val/loss" in row or (step + 1) % log_every == 0:
+        said = in_words(row)
+        if last or said or (step + 1) % log_every == 0:
             eta = (time.time() - started) / (step + 1 - first_step) * (total_steps - step - 1)
-            nats = f"  val {row['val/loss']:.3f}" if "val/loss" in row else ""
-            dist.say(f"sft   {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}{nats}  grad {norm:.2f}  "
+            dist.say(f"sft   {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}{said and '  val ' + said}  grad {norm:.2f}  "
                      f"packed {row['packing']:.0%}  {row['tok_per_s/learner']:,.0f} tok/s  ETA {duration(eta)}")
             losses = []
         stop = dist.stop_requested()
@@ -260,6 +275,12 @@ def follow(settings):
         settings[name] = globals()[name] = value
     same = all(sft["settings"].get(name) == settings[name] for name in ("task", "task_args", "examples", "data", "seq_len", "seed"))
     return rl["flops"]["train"], sft["data"] if same else None
+
+
+def in_words(row):
+    if "val/loss" in row:
+        return f"{row['val/loss']:.3f} nats a token"
+    return f"{row['val/accuracy']:.1%} [{row['val/low']:.1%}, {row['val/high']:.1%}]" if "val/accuracy" in row else ""
 
 
 def positions_in(document):

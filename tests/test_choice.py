@@ -56,6 +56,7 @@ def test_numbers_as_labels():
     assert chosen_label("3", list("1234")) == "3" and chosen_label("The answer is 2.", list("1234")) == "2" and chosen_label("12", list("1234")) is None
 
 
+@torch.no_grad()
 def slow_logprobs(model, tokenizer, problem):
     """Every label by itself, after the prompt, in a forward pass of its own."""
     found = []

@@ -30,13 +30,14 @@ from nanorl.tasks.comparison import Comparison
 from nanorl.tasks.countdown import Countdown
 from nanorl.tasks.counting import Counting
 from nanorl.tasks.gsm8k import GSM8K
+from nanorl.tasks.humaneval import HumanEval
 from nanorl.tasks.mixture import Mixture
 from nanorl.tasks.problem import Problem, Reward
 from nanorl.tasks.spelling import Spelling
 from nanorl.tasks.templates import Templated
 
 TASKS = {"arithmetic": Arithmetic, **{name: partial(Arithmetic, preset=name) for name in PRESETS}, "counting": Counting,
-         "comparison": Comparison, "binary": Binary, "spelling": Spelling, "countdown": Countdown, "gsm8k": GSM8K, **{name: partial(MultipleChoice, name) for name in SOURCES}}
+         "comparison": Comparison, "binary": Binary, "spelling": Spelling, "countdown": Countdown, "gsm8k": GSM8K, "humaneval": HumanEval, **{name: partial(MultipleChoice, name) for name in SOURCES}}
 
 
 def get_task(name, split="train", **settings):
