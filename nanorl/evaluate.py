@@ -254,7 +254,7 @@ def benchmark_table(rows):
     for task, how, s in rows:
         lines.append(line.format(task, how, s["n"], percent(s["accuracy"]), f"[{s['low']:.1%}, {s['high']:.1%}]", percent(s.get("chance")), percent(s.get("centred")),
                                  f"{s['seconds']:.1f}", f"{s['tok_per_s']:,.0f}"))
-    return lines + ["centred: the share of the way from guessing to 100%. tokens/s: of prompts by likelihood, else sampled."]
+    return lines + ["centred: share of the way from guessing to 100%. tokens/s: of prompts (likelihood) or sampled."]
 
 
 def describe_forecast(rollouts, total, seconds):

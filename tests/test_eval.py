@@ -189,7 +189,7 @@ def test_benchmarks(models, few_files, capsys):
     table = said[said.index("benchmark "):].splitlines()
     rows = [line.split() for line in table[1:-1]]
     assert [row[:2] for row in rows] == [[name, kind] for name in ("mmlu", "arc_easy") for kind in ("likelihood", "greedy", "sampled")] + [["spelling", "greedy"], ["spelling", "sampled"]]
-    assert all(len(line) <= 100 for line in table)
+    assert [line for line in table if len(line) > 100] == []
     summary = written(models[0], "summary.json")
     assert set(summary) == {"mmlu", "arc_easy", "spelling"}
     arc = summary["arc_easy"]
