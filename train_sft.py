@@ -128,8 +128,8 @@ def main():
     def work(document, trainable):
         """A step's rows (rows of this rank, T), and the trainable targets of all ranks -> FLOPs of the step: train, as they run, and causal, those that are
         needed if no padding is computed and of attention only what a token may see."""
-        real, pairs = (int(dist.total(n)) for n in ((document > 0).sum(), (positions_in(document) + 1)[document > 0].sum()))
-        as_they_run = net.config.learning_flops(batch_tokens, batch_tokens * seq_len, trainable, recompute, adapters)
+        places, real, pairs = (int(dist.total(n)) for n in (document.numel(), (document > 0).sum(), (positions_in(document) + 1)[document > 0].sum()))
+        as_they_run = net.config.learning_flops(places, places * seq_len, trainable, recompute, adapters)
         return dict(train=sum(as_they_run.values()), causal=(2 if adapters else 3) * net.config.flops(real, pairs, trainable))
 
     if cursor:
@@ -138,7 +138,8 @@ def main():
     if target:
         ahead = copy.copy(train)
         some = [work(document, int(dist.total(mask.sum())))["train"] for _, _, mask, document in (ahead.next() for _ in range(20))]
-        total_steps = max(1, round(target * len(some) / sum(some)))
+        row_flops = sum(some) / len(some) / rows
+        total_steps = max(1, math.ceil(target / row_flops / rows - 0.5 / rows))
     first_step, bad, flops = state["step"], state["bad"], Counter(state["flops"])
     if point:
         load_states(optimizers, state["optimizers"])
@@ -166,7 +167,7 @@ def main():
         return -net.logprobs(h[said], targets[said])[0].sum()
 
     def micro_batches(batch):
-        return zip(*(t.to(place).split(max(1, device_tokens // seq_len)) for t in batch))
+        return zip(*(t.to(place).split(max(1, device_tokens // seq_len)) for t in batch)) if len(batch[0]) else ()
 
     @torch.no_grad()
     def validate():
@@ -206,6 +207,9 @@ def main():
     for step in range(first_step, total_steps):
         begun = time.time()
         batch = train.next()  # inputs, targets, mask, document, each (rows of this rank, T)
+        if target and step + 1 == total_steps:  # as many rows as make up what is left
+            left = min(rows, max(1, round((target - flops["train"]) / row_flops)))
+            batch = [part[:len(range(dist.rank(), left, dist.world_size()))] for part in batch]
         trainable = dist.total(batch[2].sum())  # over ranks, before the first backward
         loss = 0.0
         for micro_batch in micro_batches(batch):
@@ -219,8 +223,8 @@ def main():
         bad = 0 if math.isfinite(norm) else bad + 1
         flops.update(work(batch[3], int(trainable)))
         loss = dist.total(loss)
-        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": int(trainable), "packing": dist.total((batch[3] > 0).sum()) / (rows * seq_len),
-               "tok_per_s/learner": batch_tokens / (time.time() - begun)}
+        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "tokens": int(trainable), "packing": dist.total((batch[3] > 0).sum()) / dist.total(batch[3].numel()),
+               "tok_per_s/learner": dist.total(batch[3].numel()) / (time.time() - begun)}
         last = step + 1 == total_steps
         if validates and (last or (eval_every and (step + 1) % eval_every == 0)):
             row.update(validate())

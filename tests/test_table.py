@@ -35,8 +35,6 @@ def test_differences_are_paired_by_seed_with_an_interval(tmp_path):
     line, = table.differences(table.read([str(tmp_path / "x")]))
     low, high = stats.t.interval(0.95, 2, 10.0, stats.sem([10.0, 5.0, 15.0]))
     assert f"greedy after +10.0 [{low:+.1f}, {high:+.1f}]" in line and line.endswith("3 seeds")
-    for df, t in table.T.items():
-        assert t == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
 
 
 def test_runs_that_have_not_made_a_step_are_left_out_and_names_must_differ(tmp_path):

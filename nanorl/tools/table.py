@@ -9,6 +9,8 @@ import os
 import re
 import sys
 
+from nanorl.tools.versus import student_t
+
 
 def read(directories):
     """-> {what: {seed: rows}} of the runs in the folders."""
@@ -51,9 +53,6 @@ def table(runs):
     return lines
 
 
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # 97.5% points by degrees of freedom
-
-
 def differences(runs):
     """{what: {seed: rows}} -> lines: each row's difference from the first over the seeds that both have."""
     (first, base), *others = runs.items()
@@ -67,7 +66,7 @@ def differences(runs):
             if len(d) < 2:
                 cells.append(f"{name} {mean:+.1f} (one seed: no interval)" if d else f"{name}: no seed in common")
                 continue
-            half = T.get(len(d) - 1, 1.96) * (sum((x - mean) ** 2 for x in d) / (len(d) - 1) / len(d)) ** 0.5
+            half = student_t(0.05, len(d) - 1) * (sum((x - mean) ** 2 for x in d) / (len(d) - 1) / len(d)) ** 0.5
             cells.append(f"{name} {mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]")
         lines.append(f"{what} - {first}, points: {'; '.join(cells)}; {len(both)} seeds")
     return lines
