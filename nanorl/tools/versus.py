@@ -47,7 +47,8 @@ def over_seeds(of, against):
     """Outcomes of two ways of training, {seed: outcomes} each, on the same problems -> how far `of` is above `against`, and two answers to whether by chance:
 
     problems: the mean over seeds, p and 95% interval by paired_bootstrap over problems, of each the mean over seeds. It holds for these seeds and other problems.
-    seeds: 95% interval and p of Student's t over the seeds' differences. It holds for other seeds too; of one seed there is none.
+    seeds: 95% interval and p of Student's t over the seeds' differences. It holds for other seeds too; of one seed there is none. Their standard error is taken
+    to be no less than that of the problems, since a few seeds may differ by exactly as much by chance.
     each: of every seed, as compare() gives it. smallest: the smallest difference that the seeds (of one seed, the problems) would show in 4 of 5 cases, two-sided 5%:
     (t + t') s / sqrt(S), t and t' Student's for 5% two-sided and 20% one-sided, s the seeds' deviation; at least what the problems can show."""
     seeds = sorted(of)
@@ -62,11 +63,10 @@ def over_seeds(of, against):
                  smallest=smallest_effect(len(a), float(np.mean((b - a) ** 2)), samples))
     if S > 1:
         differences = np.array([each[seed]["difference"] for seed in seeds])
-        error, df = float(differences.std(ddof=1)) / math.sqrt(S), S - 1
+        df, error = S - 1, max(float(differences.std(ddof=1)) / math.sqrt(S), float((b - a).std(ddof=1)) / math.sqrt(len(a)) if len(a) > 1 else 0.0)
         half = student_t(0.05, df) * error
-        p_seeds = student_p(mean / error, df) if error > 1e-12 else float(abs(mean) < 1e-12)
-        found.update(seeds_low=mean - half, seeds_high=mean + half, p_seeds=p_seeds,
-                     smallest=max(found["smallest"], (student_t(0.05, df) + student_t(0.4, df)) * error))
+        found.update(seeds_low=mean - half, seeds_high=mean + half, p_seeds=student_p(mean / error, df) if error > 1e-12 else 1.0 if mean == 0 else found["p"],
+                     smallest=min(1.0, max(found["smallest"], (student_t(0.05, df) + student_t(0.4, df)) * error)))
     return found
 
 
