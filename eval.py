@@ -14,7 +14,6 @@ Writes <model>/eval/<task>.jsonl (one outcome a problem, to be judged again) and
 compare.<task>.json, with the second; of all tasks all.json alone. Of another split than val: <task>.<split>."""
 import json
 import os
-import re
 import time
 
 import torch
@@ -214,7 +213,10 @@ def report(path, name, found, summaries, settings):
             print(f"  {o['prompt'][-1]['content']!r} -> {o['texts'][0]!r}  (answer {o['answer']}, reward {o['rewards'][0]:g})")
     records = [{"how": kind, "temperature": temperature if kind == "sampled" else 0.0, **o} for kind, some in found.items() for o in some]
     write(path, f"{name}.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    summary = read_summary(path)
+    summary, old = {}, checkpoint.eval_file(path, "summary.json")
+    if os.path.exists(old):
+        with open(old, encoding="utf-8") as f:
+            summary = json.load(f)
     summary[name] = dict(model=path, task=name.removesuffix(f".{split}"), task_args=task_args, split="test" if name == "humaneval" else split, **summaries, settings=settings)
     write(path, "summary.json", json.dumps(summary, indent=2))
 
@@ -258,24 +260,8 @@ def block(label, lines):
     return [f"  {text:10}  {line}" for text, line in zip([label] + [""] * len(lines), lines)]
 
 
-def file_of(path, name):
-    """<model>/eval/<name>, where a task's name may hold what a file's may not. What is in the hub's cache is not ours to write in: such a model's
-    results go to out/<owner>--<model>/eval."""
-    cached = re.search(r"models--([^/]+)/snapshots/", path)
-    folder = checkpoint.stage_directory(cached[1], "eval") if cached else os.path.join(path, "eval")
-    return os.path.join(folder, re.sub(r"[^A-Za-z0-9._=,@-]", "_", name))
-
-
-def read_summary(path):
-    file = file_of(path, "summary.json")
-    if not os.path.exists(file):
-        return {}
-    with open(file, encoding="utf-8") as f:
-        return json.load(f)
-
-
 def write(path, name, text):
-    file = file_of(path, name)
+    file = checkpoint.eval_file(path, name)
     os.makedirs(os.path.dirname(file), exist_ok=True)
     with open(file + ".tmp", "w", encoding="utf-8") as f:
         f.write(text)

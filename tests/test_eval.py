@@ -176,7 +176,7 @@ def few_files(tmp_path, monkeypatch):
     from test_choice import write_files
     write_files(tmp_path)
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "datasets", None)  # no hub
 
 
 BENCH = ["--device=cpu", "--dtype=fp64", "--task=benchmarks", "--problems=20", "--samples=2", "--sample_problems=3", "--max_new_tokens=4"]
@@ -191,10 +191,11 @@ def test_benchmarks(models, few_files, capsys):
     assert [row[:2] for row in rows] == [[name, kind] for name in ("mmlu", "arc_easy") for kind in ("likelihood", "greedy", "sampled")] + [["spelling", "greedy"], ["spelling", "sampled"]]
     assert [line for line in table if len(line) > 100] == []
     summary = written(models[0], "summary.json")
-    assert set(summary) == {"mmlu", "arc_easy", "spelling"}
+    new = ("mmlu", "arc_easy", "spelling")
+    assert set(summary) >= set(new)
     arc = summary["arc_easy"]
     assert arc["likelihood"]["n"] == arc["greedy"]["n"] == 4 and arc["sampled"]["n"] == 3 and arc["likelihood"]["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4)
-    for name in summary:
+    for name in new:
         outcomes = written(models[0], f"{name}.jsonl")
         for kind in ("likelihood", "greedy", "sampled"):
             some = [o for o in outcomes if o["how"] == kind]
@@ -215,7 +216,7 @@ def test_benchmarks(models, few_files, capsys):
 def test_benchmarks_of_two_models_on_two_ranks(models, few_files, monkeypatch):
     """The likelihoods and all else are those of one rank."""
     arguments = [*BENCH, f"--compare={models[0]},{models[1]}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29651"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29651", "HF_HUB_OFFLINE": "1"}
     ranks = [subprocess.Popen([sys.executable, "eval.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                               env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
     said = [process.communicate(timeout=120) for process in ranks]

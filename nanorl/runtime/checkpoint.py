@@ -42,6 +42,14 @@ def resolve(path):
     return path if is_model(path) else latest(path) or path
 
 
+def eval_file(path, name):
+    """<model>/eval/<name>: where eval.py writes, a task's name may hold what a file's may not. What is in the hub's cache is not ours to write in: such a
+    model's results go to out/<owner>--<model>/eval."""
+    cached = re.search(r"models--([^/]+)/snapshots/", path)
+    folder = stage_directory(cached[1], "eval") if cached else os.path.join(path, "eval")
+    return os.path.join(folder, re.sub(r"[^A-Za-z0-9._=,@-]", "_", name))
+
+
 def _sync(path):
     fd = os.open(path, os.O_RDONLY)
     try:

@@ -3,7 +3,6 @@
 Reads what train_*.py and eval.py wrote; prints a table and completions before and after RL; writes summary.json."""
 import json
 import os
-import re
 import sys
 
 from nanorl.runtime import checkpoint
@@ -16,17 +15,17 @@ STAGES = ("base", "sft", "rl")
 def stage_result(directory):
     """A stage's directory -> (the greedy summary of the first task that its newest checkpoint was evaluated on, with `sampled` and with `seconds` of
     training; its greedy outcomes)."""
-    folder = os.path.join(checkpoint.latest(directory) or "", "eval")
-    if not os.path.exists(os.path.join(folder, "summary.json")):
+    path = checkpoint.latest(directory) or ""
+    if not os.path.exists(checkpoint.eval_file(path, "summary.json")):
         raise SystemExit(f"error: no evaluated checkpoint in {directory}: run `python eval.py --model={directory}`")
-    with open(os.path.join(folder, "summary.json"), encoding="utf-8") as f:
+    with open(checkpoint.eval_file(path, "summary.json"), encoding="utf-8") as f:
         name, found = next(iter(json.load(f).items()))
     result = {**found.pop("greedy"), **found}
     with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
     result["seconds"] = round(sum(row.get("time/step", 0.0) for row in rows), 1)
     result["peak_gb"] = max(row.get("memory/peak_gb", 0.0) for row in rows)
-    with open(os.path.join(folder, re.sub(r"[^A-Za-z0-9._=,@-]", "_", name) + ".jsonl"), encoding="utf-8") as f:
+    with open(checkpoint.eval_file(path, name + ".jsonl"), encoding="utf-8") as f:
         outcomes = [json.loads(line) for line in f]
     return result, [o for o in outcomes if o["how"] == "greedy"]
 

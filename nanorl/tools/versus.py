@@ -122,12 +122,12 @@ def read_seed(folder):
         raise ValueError(f"{folder}: A started from {starts['A']['path']} and B from {starts['B']['path']}, which are not the same weights")
     found["start"] = dict(path=starts["A"]["path"])
     for arm in found.values():
-        summary_file = os.path.join(arm["path"], "eval", "summary.json")
+        summary_file = checkpoint.eval_file(arm["path"], "summary.json")
         if not os.path.exists(summary_file):
             raise ValueError(f"{arm['path']} has not been evaluated: `bash runs/rl_vs_sft.sh` does it")
         arm["summary"], arm["results"] = read_json(summary_file), {}
         for name in arm["summary"]:
-            for o in read_lines(os.path.join(arm["path"], "eval", re.sub(r"[^A-Za-z0-9._=,@-]", "_", name) + ".jsonl")):
+            for o in read_lines(checkpoint.eval_file(arm["path"], name + ".jsonl")):
                 arm["results"].setdefault((name, o["how"]), []).append(o)
     return found
 
