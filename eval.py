@@ -11,7 +11,7 @@ Multiple choice (mmlu, arc_easy, arc_challenge) is judged by the likelihood of t
 nanorl/tasks/sandbox.py.
 
 Writes <model>/eval/<task>.jsonl (one outcome a problem, to be judged again) and summary.json, of all tasks evaluated so far; of two models also
-compare.<task>.json, with the second; of all tasks all.json alone. Of another split than val: <task>.<split>."""
+compare.<task>.json, with the second; of all tasks all.json alone. Of another split than val <task>.<split>, with shots <task>.5shot."""
 import json
 import os
 import time
@@ -56,6 +56,7 @@ step = 0  # of this step; 0: the last
 prompt = -1  # and only of the prompt with this number
 
 
+WAYS = how
 BENCHMARKS = {"gsm8k": 256, "mmlu": 16, "arc_easy": 16, "arc_challenge": 16, "humaneval": 384, "spelling": 64}  # and the tokens that an answer may take
 
 
@@ -70,19 +71,8 @@ def main():
     paths = [model_directory(name) for name in names]
     if task == "all":
         survey(paths[0], place, settings)
-        return
-    sources = load_tasks()
-    for name, source in sources.items():
-        if not ways_of(source):
-            raise ValueError(f"--how={how} --samples={samples}: in none of these ways {name} can be answered")
-    if task != "benchmarks":
-        n = len(sources[label(task)])
-        dist.say(evaluate.what_n_shows(min(problems or n, n), bool(compare)))
-    results = []
-    for path in paths:  # one after the other: never two models in memory
-        results.append(evaluate_model(path, sources, place, settings))
-    if compare and dist.is_main():
-        report_differences(paths, results, settings)
+    else:
+        evaluate_all(paths, load_tasks(), place, settings)
     for path in paths:
         folder = os.path.dirname(os.path.dirname(path)) if os.path.exists(os.path.join(path, "DONE")) else path  # of a checkpoint out/<run>/<stage>/step_000040
         sent = AfterSave(after_save, folder, dist.is_main())
@@ -90,7 +80,21 @@ def main():
         sent.finish()
 
 
+def evaluate_all(paths, sources, place, settings):
+    """One model, or two and their difference, on some tasks."""
+    for name, source in sources.items():
+        if not ways_of(source):
+            raise ValueError(f"--how={how} --samples={samples}: in none of these ways {name} can be answered")
+    if task != "benchmarks":
+        n = len(sources[label(task)])
+        dist.say(evaluate.what_n_shows(min(problems or n, n), bool(compare)))
+    results = [evaluate_model(path, sources, place, settings) for path in paths]  # one after the other: never two models in memory
+    if compare and dist.is_main():
+        report_differences(paths, results, settings)
+
+
 def check_settings():
+    check_split(split)
     at_least(globals(), 0, "problems samples sample_problems device_rows temperature examples step shots max_new_tokens")
     at_least(globals(), -1, "prompt")
     if compare and (compare.count(",") != 1 or not all(compare.split(","))):
@@ -101,7 +105,9 @@ def check_settings():
         raise SystemExit(f"--task_args={task_args}: settings are one task's, --task={task} runs every task as it is")
     if task == "all" and (samples < 2 or temperature == 0):
         raise SystemExit(f"--samples={samples} --temperature={temperature:g}: --task=all needs at least 2 samples, and a temperature above 0")
-    if not set(how.split(",")) <= {"likelihood", "greedy", "sampled"}:
+    if task == "all" and (shots or how != WAYS):
+        raise SystemExit(f"--task=all with {f'--shots={shots}' if shots else f'--how={how}'}: it samples every task as it is")
+    if not set(how.split(",")) <= set(WAYS.split(",")):
         raise SystemExit(f"--how={how}: it takes some of likelihood, greedy and sampled, with commas between")
 
 
@@ -109,29 +115,40 @@ def load_tasks():
     """-> {label: task} of --task; of the benchmarks those whose data is at hand."""
     sources = {}
     for name in BENCHMARKS if task == "benchmarks" else [task]:
-        own, code = "test" if name == "humaneval" and task == "benchmarks" else split, {"allow_code": True} if name == "humaneval" and allow_code else {}
+        its = {**parse_settings(task_args), **({"allow_code": True} if name == "humaneval" and allow_code else {})}
+        if name == "humaneval" and shots:
+            dist.say(f"humaneval  without --shots={shots}: it has no train split to show problems of")
 
         def load():
-            source = get_task(name, split=own, **parse_settings(task_args), **code)
-            return FewShot(source, get_task(name, split="train", **parse_settings(task_args), **code), shots) if shots and name != "humaneval" else source
+            source = get_task(name, split="test" if name == "humaneval" and split == "val" else split, **its)
+            if shots and name != "humaneval":
+                source = FewShot(source, get_task(name, split="train", **its), shots)
+                source.problem(0)  # raises if there are too few to show
+            return source
         try:
             sources[label(name)] = together(load)
         except ValueError as error:
             if task != "benchmarks":
                 raise
             dist.say(f"{name}  skipped: {error}")
+    if not sources:
+        raise ValueError("none of the benchmarks can be run")
     return sources
 
 
 def ways_of(source):
     """-> {how: (problems, samples of each, temperature)}, in which a task is to be answered and can be."""
     ways = {"likelihood": (problems, 1, 0.0), "greedy": (problems, 1, 0.0), "sampled": (sample_problems, samples, temperature)}
-    return {kind: way for kind, way in ways.items() if kind in how.split(",") and way[1] and (kind != "likelihood" or "labels" in source.problem(0).meta)}
+    n = min(problems or len(source), len(source))
+    if not all("labels" in source.problem(i).meta for i in range(n)):  # a mixture's may differ
+        ways.pop("likelihood")
+    return {kind: way for kind, way in ways.items() if kind in how.split(",") and way[1]}
 
 
 def label(name):
-    """What a task's results are filed under."""
-    return name if split == "val" or name == "humaneval" else f"{name}.{split}"
+    """What a task's results are filed under; an evaluation takes the place of the last one with the same label."""
+    shown = f".{shots}shot" if shots and name != "humaneval" else ""
+    return name + shown if split == "val" or name == "humaneval" else f"{name}{shown}.{split}"
 
 
 def model_directory(name):
@@ -183,7 +200,8 @@ def evaluate_model(path, sources, place, settings):
     engine, tokenizer = load(path, place)
     results, rows = {}, []
     for name, source in sources.items():
-        new_tokens = max_new_tokens or BENCHMARKS.get(name.removesuffix(f".{split}"), 64)
+        own_name = name.removesuffix(f".{split}").removesuffix(f".{shots}shot")
+        new_tokens = max_new_tokens or BENCHMARKS.get(own_name, 64)
         found, summaries = {}, {}
         for kind, (n, count, heat) in ways_of(source).items():
             begun = time.time()
@@ -195,14 +213,14 @@ def evaluate_model(path, sources, place, settings):
                 summaries[kind] = dict(**evaluate.summary(found[kind], ks), seconds=seconds, tok_per_s=done["tokens"] / seconds, flops=done["flops"])
                 rows.append((name, kind, summaries[kind]))
         if dist.is_main():
-            report(path, name, found, summaries, {**settings, "max_new_tokens": new_tokens})
+            report(path, name, own_name, found, summaries, {**settings, "max_new_tokens": new_tokens, "shots": 0 if own_name == "humaneval" else shots})
         results[name] = found
     if task == "benchmarks" and dist.is_main():
         print("", path, *evaluate.benchmark_table(rows), sep="\n", flush=True)
     return results
 
 
-def report(path, name, found, summaries, settings):
+def report(path, name, own_name, found, summaries, settings):
     """A task's results: in words, unless a table of the benchmarks comes, and on disk."""
     if task != "benchmarks":
         print(f"{path}  {name}, {sum(s['seconds'] for s in summaries.values()):.1f} s")
@@ -217,7 +235,7 @@ def report(path, name, found, summaries, settings):
     if os.path.exists(old):
         with open(old, encoding="utf-8") as f:
             summary = json.load(f)
-    summary[name] = dict(model=path, task=name.removesuffix(f".{split}"), task_args=task_args, split="test" if name == "humaneval" else split, **summaries, settings=settings)
+    summary[name] = dict(model=path, task=own_name, task_args=task_args, split="test" if own_name == "humaneval" else split, **summaries, settings=settings)
     write(path, "summary.json", json.dumps(summary, indent=2))
 
 

@@ -205,6 +205,8 @@ def main():
             dist.barrier()
         if validates and sample_tokens and dist.is_main():
             show_samples(3 if last else 1)
+        if stop or bad >= max_bad_steps:
+            sent.finish()
         if bad >= max_bad_steps:
             raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved: "
                              f"start again with a lower --matrix_lr or --other_lr and another --run")

@@ -327,6 +327,8 @@ def main():
                 print(report + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
                 sent()
             dist.barrier()
+        if stop or bad >= max_bad_steps:
+            sent.finish()
         if bad >= max_bad_steps:
             raise ValueError(f"in {bad} steps in a row updates were skipped because the gradient was not finite; the state is saved in {directory}: "
                              f"go on from it with --model={checkpoint.latest(directory)} --run=<name> and a lower --lr, or --dtype=fp32")

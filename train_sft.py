@@ -65,7 +65,7 @@ max_bad_steps = 5  # stop after this many updates in a row were skipped for a gr
 log_every = 20  # steps between lines
 eval_every = 0  # steps between validations, of --data's held-out conversations or of a task's problems; 0: only before and after
 eval_problems = 0  # of a task's val split, answered greedily at each validation; 0: none
-max_new_tokens = 64  # an answer is cut off here
+eval_new_tokens = 64  # an answer is cut off here
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 after_save = ""  # a command to run after every save, in the background, such as 'rclone copy {dir} gdrive:runs/{run}' ({dir}: out/<run>)
 
@@ -77,7 +77,7 @@ def main():
     if optimizer not in ("auto", "muon", "adamw") or optimizer == "muon" and lora_rank:
         raise ValueError(f"--optimizer={optimizer}{f' --lora_rank={lora_rank}' if lora_rank else ''}: it must be auto, muon or adamw, and with LoRA adamw")
     at_least(globals(), 0, "seed examples steps matrix_lr other_lr lora_rank lora_alpha warmup cooldown max_grad_norm eval_every eval_problems save_every")
-    at_least(globals(), 1, "max_new_tokens")
+    at_least(globals(), 1, "eval_new_tokens")
     place = dist.setup(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, place)
     settings["run"] = run or f"d{depth}"
@@ -139,6 +139,9 @@ def main():
         ahead = copy.copy(train)
         some = [work(document, int(dist.total(mask.sum())))["train"] for _, _, mask, document in (ahead.next() for _ in range(20))]
         row_flops = sum(some) / len(some) / rows
+        if row_flops > 0.02 * target:  # the last step takes whole rows, so it may miss by half of one
+            raise ValueError(f"--match_flops={match_flops}: a row of --seq_len={seq_len} is {row_flops / target:.0%} of that run's {target:.3g} FLOPs, too much to match "
+                             "them within 1%: lower --seq_len, or compare with a longer run")
         total_steps = max(1, math.ceil(target / row_flops / rows - 0.5 / rows))
     first_step, bad, flops = state["step"], state["bad"], Counter(state["flops"])
     if point:
@@ -176,7 +179,7 @@ def main():
         if not data:
             engine.refresh()
             n = min(eval_problems, len(val_task))
-            results = evaluate.outcomes(engine, tokenizer, val_task, range(n)[dist.share(n)], 1, max_new_tokens, 0.0)
+            results = evaluate.outcomes(engine, tokenizer, val_task, range(n)[dist.share(n)], 1, eval_new_tokens, 0.0)
             flops["eval"] += dist.total(sum(engine.flops().values()))
             results = dist.gather(results)
             return dist.broadcast({f"val/{name}": value for name, value in evaluate.summary(results).items()} if dist.is_main() else None)
@@ -245,6 +248,8 @@ def main():
                 print(checkpoint.save(directory, step + 1, lambda path: save_model(net, tokenizer, path), whole), flush=True)
                 sent()
             dist.barrier()
+        if stop or bad >= max_bad_steps:
+            sent.finish()
         if bad >= max_bad_steps:
             raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved: "
                              f"start again with a lower --matrix_lr or --other_lr and another --run")
@@ -255,26 +260,35 @@ def main():
         dist.say(f"      {flops['train']:.4g} FLOPs, {flops['train'] / target:.2%} of the RL run's")
 
 
-KEPT = "batch_tokens seq_len optimizer matrix_lr other_lr warmup cooldown max_grad_norm"  # SFT goes on as it was
+KEPT = ("batch_tokens", "seq_len", "optimizer", "matrix_lr", "other_lr", "warmup", "cooldown", "max_grad_norm")  # SFT goes on as it was
 
 
 def follow(settings):
     """--match_flops: set the constants by that RL run and by the SFT that it started from; what the command line gives stays where it may differ.
     -> (the RL run's FLOPs, where in its data that SFT stopped, or None if it had other data)."""
     path = checkpoint.resolve(match_flops)
+    if not checkpoint.is_model(path):
+        raise ValueError(f"--match_flops={match_flops}: no checkpoint there; name an RL run's folder, such as out/d4/rl")
     rl = checkpoint.load_state(path)
     if "samples_per_prompt" not in rl["settings"]:
         raise ValueError(f"--match_flops={match_flops}: {path} is no checkpoint of RL")
+    if rl["step"] < rl["settings"]["steps"]:
+        raise ValueError(f"--match_flops={match_flops}: that run is at step {rl['step']} of {rl['settings']['steps']}: let it end first")
+    if ";" in rl["settings"]["task"]:
+        raise ValueError(f"--match_flops={match_flops}: its task is a curriculum, {rl['settings']['task']}, which SFT has none of")
     checkpoint.must_be(rl["start"])
     theirs, before = rl["settings"], rl["start"]["path"]
+    settings["match_flops"] = os.path.normpath(match_flops)
     sft = checkpoint.load_state(before, mmap=True) if os.path.exists(os.path.join(before, "trainer.pt")) else dict(settings={})
     fixed = dict(model=before, data="", task=theirs["task"], task_args=theirs["task_args"], examples=theirs["problems"], steps=0)
     others = sorted(name for name in fixed.keys() & given() if globals()[name] != fixed[name])
     if others:
         raise ValueError(f"{' '.join(f'--{name}={globals()[name]}' for name in others)} with --match_flops={match_flops}: it goes on from that run's start, on its "
                          f"{fixed['examples'] or 'training'} problems of {fixed['task']}, for its FLOPs; leave these out")
-    usual = dict(run=theirs["run"], stage="sft_more", seed=theirs["seed"], **{name: theirs[name] for name in ("lora_rank", "lora_alpha", "lora_targets")})
-    usual.update({name: sft["settings"][name] for name in KEPT.split() if name in sft["settings"] and "examples" in sft["settings"]})
+    usual = dict(run=theirs["run"], stage="sft_more", **{name: theirs[name] for name in ("seed", "dtype", "lora_rank", "lora_alpha", "lora_targets")})
+    kept = [name for name in KEPT if name in sft["settings"] and "examples" in sft["settings"]]
+    as_before = sft["settings"].get("lora_rank", 0) == usual["lora_rank"]  # else other rates are right
+    usual.update({name: sft["settings"][name] for name in kept if as_before or name not in ("optimizer", "matrix_lr", "other_lr")})
     for name, value in {**fixed, **{name: value for name, value in usual.items() if name not in given()}}.items():
         settings[name] = globals()[name] = value
     same = all(sft["settings"].get(name) == settings[name] for name in ("task", "task_args", "examples", "data", "seq_len", "seed"))

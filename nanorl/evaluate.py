@@ -131,12 +131,13 @@ def summary(results, ks=(1,)):
     shares = [sum(s) / samples for s in solved]
     low, high = wilson(sum(map(sum, solved)), n) if samples == 1 else clustered_interval(shares)
     tokens = [length for o in results for length in o["lengths"]]
+    cut_off = sum(not finished for o in results if not o.get("too_long") for finished in o["finished"])
     accuracy, chance = sum(shares) / n, sum(o.get("chance", 0.0) for o in results) / n
     guessed = dict(chance=chance, centred=(accuracy - chance) / (1 - chance)) if chance else {}
     long = sum(o.get("too_long", False) for o in results)
     return dict(accuracy=accuracy, **guessed, **({"too_long": long} if long else {}), low=low, high=high, n=n, samples=samples,
                 reward=sum(r for o in results for r in o["rewards"]) / len(tokens),
-                length=sum(tokens) / len(tokens), clipped=1 - sum(f for o in results for f in o["finished"]) / len(tokens),
+                length=sum(tokens) / len(tokens), clipped=cut_off / len(tokens),
                 **{f"pass@{k}": sum(pass_at_k(samples, sum(s), k) for s in solved) / n for k in ks if k <= samples}, **rates(results))
 
 

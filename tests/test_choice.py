@@ -48,13 +48,18 @@ def test_three_to_five_choices_with_letters_or_numbers(files, monkeypatch):
 @pytest.mark.parametrize("text, label", [
     ("B", "B"), (" B.", "B"), ("(C)", "C"), ("B. Paris", "B"), ("**D**", "D"), ("A\nbecause", "A"), ("The answer is C.", "C"), ("The correct answer is (B) dog", "B"),
     ("Answer: D", "D"), ("First A, but the answer would be B", "B"), ("The answer is A or rather the answer is D.", "D"), ("I choose D!", "D"),
-    ("A dog barks", None), ("", None), ("B or C", None), ("A or B", None), ("It is B in my view", "B"), ("none", None), ("ABC", None), ("Because", None), ("b", None), ("The answer is a dog", None), ("E", None)])
+    ("A dog barks", None), ("", None), ("B or C", None), ("A or B", None), ("It is B in my view", "B"),
+    ("The answer is A because it is cold.", "A"), ("A is correct.", "A"), ("Option A is correct.", "A"), ("The correct answer is A since x", "A"), ("I think A is the right choice", "A"),
+    ("A. Incorrect, since rocks melt.\nB. Correct.\nThe answer is B.", "B"), ("A) wrong\nC) right\nAnswer: C", "C"), ("A: wrong. The correct answer is D", "D"), ("(b)", "B"),
+    ("The answer is A or B", None), ("The answer is A, B, C and D", None), ("Answer with A, B, C or D.", None), ("Answer with A, B, C or D.\nB", "B"), ("Vitamin D helps bones", None),
+    ("The answer is: **C**", "C"), ("B is a city and A is a river", "B"), ("A good choice is C", "C"), ("none", None), ("ABC", None), ("Because", None), ("b", "B"), ("The answer is a dog", None), ("E", None)])
 def test_labels_in_texts(text, label):
     assert chosen_label(text, list("ABCD")) == label
 
 
 def test_numbers_as_labels():
     assert chosen_label("3", list("1234")) == "3" and chosen_label("The answer is 2.", list("1234")) == "2" and chosen_label("12", list("1234")) is None
+    assert [chosen_label(text, list("1234")) for text in ("1.5 grams", "2,000 m", "The answer is 3.5 m", "2. dog", "0.4")] == [None, None, None, "2", None]
 
 
 @torch.no_grad()
@@ -117,10 +122,12 @@ def test_a_label_of_several_tokens_is_refused(tokenizer):
 def test_solved_problems_come_before_of_the_same_subject(files):
     task = FewShot(get_task("mmlu", "val"), get_task("mmlu", "train"), 2)
     law, logic = task.problem(0), task.problem(4)
-    assert [m["role"] for m in law.prompt] == ["user", "assistant"] * 2 + ["user"] and [m["content"] for m in law.prompt[1::2]] == ["A", "B"]
+    assert [m["role"] for m in law.prompt] == ["user", "assistant"] * 2 + ["user"] and [m["content"] for m in law.prompt[1::2]] == ["B", "C"]  # dev's first is this very one
     assert all(m["content"].startswith("logic") for m in logic.prompt[::2]) and all(m["content"].startswith("law") for m in law.prompt[::2])
     assert task.reward(law, law.answer).total == 1 and len(task) == 5 and law.answer == get_task("mmlu", "val").problem(0).answer
-    with pytest.raises(ValueError, match="only 5 solved problems to show of law"):
+    same = get_task("mmlu", "train")
+    assert all(same.problem(i).prompt[0] not in FewShot(same, same, 2).problem(i).prompt[:-1] for i in range(10))  # never the problem itself
+    with pytest.raises(ValueError, match="only 4 solved problems to show of law"):
         FewShot(get_task("mmlu", "val"), get_task("mmlu", "train"), 6).problem(0)
 
 

@@ -153,6 +153,10 @@ def test_two_ranks_give_the_results_of_one(models, monkeypatch):
     (["--task=0-20", "--model={sft}", "--how=likelihood"], "in none of these ways 0-20 can be answered"),
     (["--task=benchmarks", "--task_args=a=b"], "--task_args=a=b: settings are one task's, --task=benchmarks"),
     (["--task=0-20", "--model={sft}", "--shots=-1"], "--shots=-1"),
+    (["--task=0-20", "--model={sft}", "--split=tset"], "split is 'tset'"),
+    (["--task=all", "--model={sft}", "--shots=3"], "--task=all with --shots=3"),
+    (["--task=all", "--model={sft}", "--how=greedy"], "--task=all with --how=greedy"),
+    (["--task=sum3=1,0-20=1", "--model={sft}", "--how=likelihood"], "in none of these ways"),
     (["--task=all", "--temperature=0"], "--temperature=0"),
     (["--task=all", "--task_args=demonstrations=worked"], "--task_args=demonstrations=worked"),
     (["--task=all", "--model={sft}", "--split=tset"], "split is 'tset'"),
@@ -208,9 +212,10 @@ def test_benchmarks(models, few_files, capsys):
     assert call("eval.py", *BENCH[:2], "--task=0-20", "--problems=2", "--how=greedy", f"--model={models[0]}") is None
     assert set(written(models[0], "summary.json")) == {*summary, "0-20"}  # another task's results join those that are there
     assert call("eval.py", *BENCH[:2], "--task=arc_easy", "--shots=2", "--how=likelihood", f"--model={models[0]}") is None
-    shown = written(models[0], "arc_easy.jsonl")
-    assert len(shown) == 4 and all(len(o["prompt"]) == 5 for o in shown)
-    assert set(written(models[0], "summary.json")["arc_easy"]) >= {"likelihood"} and "greedy" not in written(models[0], "summary.json")["arc_easy"]
+    shown = written(models[0], "arc_easy.2shot.jsonl")
+    assert len(shown) == 4 and all(len(o["prompt"]) == 5 and o["prompt"][-1] not in o["prompt"][:-1] for o in shown)
+    after = written(models[0], "summary.json")
+    assert after["arc_easy"] == arc and after["arc_easy.2shot"]["settings"]["shots"] == 2 and "greedy" not in after["arc_easy.2shot"]
 
 
 def test_benchmarks_of_two_models_on_two_ranks(models, few_files, monkeypatch):

@@ -35,6 +35,12 @@ WHOLE = "from typing import List\ndef total(xs: List[int]):\n    return sum(xs)\
     ("    return sum(xs)\nprint(total('x'))\n", (0, 1, 1)),
     ("```python\n    return sum(xs)\n```", (1, 1, 1)),
     ("    return 3\n", (0, 1, 0)),
+    ("```python\nreturn sum(xs)\n```", (1, 1, 1)),  # the body alone, at column 0
+    (f"The question:\n```python\n{ROWS[0]['prompt']}```\nMy answer:\n```python\n{WHOLE}```", (1, 1, 1)),  # the last one counts
+    (f"```python\ndef total(xs):\n    return 0\n```\nWait, better:\n```python\n{WHOLE}```", (1, 1, 1)),
+    ("1. Code:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```", (1, 1, 1)),  # in a list
+    (f"Here is the function:\n\n{WHOLE}\nIt adds them up, doesn't it?", (0, 1, 1)),  # no fence, words around it
+    ("import math\ndef total(xs):\n    return math.fsum(xs)\nExplanation: fsum is exact", (0, 1, 1)),
     ("```python\ndef total(xs):\n    return sum(xs) +\n```", (1, 1, 0)),
     ("```python\ndef sum_up(xs):\n    return sum(xs)\n```", (1, 0, 0)),
     ("I do not know.", (0, 0, 0)),

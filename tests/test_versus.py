@@ -89,8 +89,8 @@ def test_seeds_that_agree_by_chance_are_not_certain():
 def arms(out):  # noqa: F811
     """A run of RL from the SFT model of `out`, on its task, and the SFT that follows it."""
     rl = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--run=arms", "--max_new_tokens=12", "--seed=0"]
-    assert call("train_rl.py", *rl, "--prompts_per_step=8", "--problems=300", "--device_rows=32") is None
-    assert call("train_sft.py", f"--match_flops={out / 'arms' / 'rl'}", "--dtype=fp64", "--save_every=2", "--eval_problems=10") is None
+    assert call("train_rl.py", *rl, "--prompts_per_step=8", "--problems=300", "--device_rows=32", "--steps=8") is None
+    assert call("train_sft.py", f"--match_flops={out / 'arms' / 'rl'}", "--save_every=2", "--eval_problems=10") is None
     return out / "arms"
 
 
@@ -104,6 +104,7 @@ def test_as_many_flops_from_the_same_start(arms):
     assert sft["flops"]["train"] == pytest.approx(rl["flops"]["train"], rel=0.01)
     logged = rows(arms / "sft_more")
     assert logged[-1]["flops_total"] == sft["flops"]["train"] and logged[0]["step"] == 0 and "val/accuracy" in logged[0] and "val/accuracy" in logged[-1]
+    assert sft["settings"]["dtype"] == rl["settings"]["dtype"] == "fp64"
     assert (sft["settings"]["task"], sft["settings"]["examples"], sft["settings"]["batch_tokens"], sft["settings"]["seq_len"]) == ("0-20", 300, 512, 64)
 
 
@@ -116,14 +117,14 @@ def test_killed_and_resumed_it_ends_the_same(arms, out):  # noqa: F811
         state = torch.load(path)
         state["settings"]["stage"] = "again"
         torch.save(state, path)
-    assert call("train_sft.py", f"--match_flops={arms / 'rl'}", "--dtype=fp64", "--save_every=2", "--eval_problems=10", "--stage=again") is None
+    assert call("train_sft.py", f"--match_flops={arms / 'rl'}/", "--save_every=2", "--eval_problems=10", "--stage=again") is None
     assert rows(arms / "again") == rows(arms / "sft_more") and state_of(arms / "again")["flops"] == state_of(arms / "sft_more")["flops"]
 
 
 def test_it_goes_on_in_the_data_where_sft_stopped(out, tmp_path, capsys):  # noqa: F811
     """On all of SFT's own examples: its cursor. On other ones: from the first pass."""
     capsys.readouterr()
-    options = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--steps=1"]
+    options = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--steps=8", "--prompts_per_step=8", "--eval_every=0"]
     assert call("train_rl.py", *options, "--run=some", "--problems=400") is None  # as many as SFT had
     assert call("train_sft.py", f"--match_flops={out / 'some' / 'rl'}", "--dtype=fp64") is None
     assert "after what that SFT has seen" in capsys.readouterr().out
@@ -143,7 +144,18 @@ def test_what_the_rl_run_gives_cannot_be_set(arms, mistake, words):
 
 def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):  # noqa: F811
     assert "is no checkpoint of RL" in call("train_sft.py", f"--match_flops={out / 'a' / 'sft'}")
-    assert "has no trainer.pt" in call("train_sft.py", f"--match_flops={tmp_path}")
+    assert "no checkpoint there" in call("train_sft.py", f"--match_flops={tmp_path}")
+    shutil.copytree(arms / "rl", tmp_path / "rl")
+    path = os.path.join(checkpoint.latest(tmp_path / "rl"), "trainer.pt")
+    for change, words in ((dict(steps=100), "is at step 8 of 100: let it end first"), (dict(steps=8, task="0-20 until 2; sum3"), "its task is a curriculum")):
+        state = torch.load(path)
+        state["settings"].update(change)
+        torch.save(state, path)
+        assert words in call("train_sft.py", f"--match_flops={tmp_path / 'rl'}")
+    state["settings"]["task"] = "0-20"
+    state["flops"]["train"] /= 100
+    torch.save(state, path)
+    assert "too much to match them within 1%: lower --seq_len" in call("train_sft.py", f"--match_flops={tmp_path / 'rl'}", "--run=tiny")
 
 
 # ---- the report ------------------------------------------------------------------------------------------------

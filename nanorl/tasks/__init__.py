@@ -93,12 +93,12 @@ def _mixture(text, split, settings):
 
 class FewShot:
     """A task whose every prompt begins with `shots` solved problems of another split, as turns of a chat: its first ones, of the same subject where the
-    problems have one. Raises ValueError when there are too few, or no solution() to show."""
+    problems have one, and never the problem itself. Raises ValueError when there are too few, or no solution() to show."""
 
     def __init__(self, task, source, shots):
         if not hasattr(source, "solution"):
             raise ValueError(f"--shots={shots}: this task has no solution() to show")
-        self.task, self.source, self.shots, self.turns = task, source, shots, {}
+        self.task, self.source, self.shots, self.shown = task, source, shots, {}
 
     def __len__(self):
         return len(self.task)
@@ -109,13 +109,13 @@ class FewShot:
     def problem(self, index):
         problem = self.task.problem(index)
         subject = problem.meta.get("subject", "")
-        if subject not in self.turns:
+        if subject not in self.shown:
             alike = (p for p in map(self.source.problem, range(len(self.source))) if p.meta.get("subject", "") == subject)
-            shown = list(islice(alike, self.shots))
-            if len(shown) < self.shots:
-                raise ValueError(f"--shots={self.shots}: there are only {len(shown)} solved problems to show{f' of {subject}' if subject else ''}")
-            self.turns[subject] = [turn for p in shown for turn in (*p.prompt, {"role": "assistant", "content": self.source.solution(p)})]
-        return replace(problem, prompt=self.turns[subject] + problem.prompt)
+            self.shown[subject] = [(p.prompt, [*p.prompt, {"role": "assistant", "content": self.source.solution(p)}]) for p in islice(alike, self.shots + 1)]
+        others = [turns for prompt, turns in self.shown[subject] if prompt != problem.prompt][:self.shots]
+        if len(others) < self.shots:
+            raise ValueError(f"--shots={self.shots}: there are only {len(others)} solved problems to show{f' of {subject}' if subject else ''}")
+        return replace(problem, prompt=[turn for turns in others for turn in turns] + problem.prompt)
 
 
 def get_stages(text, split="train", **settings):

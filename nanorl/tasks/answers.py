@@ -74,10 +74,15 @@ def is_close(value, answer, tolerance=0):
 
 
 def chosen_label(text, labels):
-    """The label that a text chooses, such as B of 'B', 'B. Paris', '(B)', 'The answer is B.': the one that it starts with, else the last one after the
-    word 'answer', else the only one that stands alone in it; else None. ('A dog barks' does not start with a label.)"""
-    some = rf"({'|'.join(map(re.escape, labels))})\b(?!(?<=A)[ ](?!or\b|and\b)[a-z])"  # not the article
-    start = re.match(rf"\W*{some}(?:[).:,*\s]*$|[).:,]|\s*\n)", text)
-    after = re.findall(rf"(?i:\banswer)(?i: is| would be| should be)?\W*\b{some}", text)
-    alone = set(re.findall(rf"\b{some}", text))
-    return start[1] if start else after[-1] if after else alone.pop() if len(alone) == 1 else None
+    """The label that a text chooses, or None: the last one after 'answer' ('The answer is B.'), else the one that it starts with ('B', 'B. Paris', '(B)'), else
+    the only one after words such as 'option' or 'is' ('It is B.'). Two labels side by side ('A or B') are no choice, nor is the article ('A dog')."""
+    text = re.sub(r"Answer with [^\n]*", "", text)  # the question's last line, said again
+    some = rf"(?<![\d.,])({'|'.join(map(re.escape, labels))})\b(?![.,]?\d)"
+    either = rf"(?!\W*(?:,|or|and)\W*(?:{'|'.join(map(re.escape, labels))})\b)"
+    verb = r"(?:is|was|because|since|as|would|seems|looks|must)\b"
+    if whole := re.fullmatch(rf"\W*(?i:{some})\W*", text):
+        return whole[1].upper()
+    after = re.findall(rf"(?i:\banswer|\boption|\bchoice)(?i: is| would be| should be| must be)?[\s:*(\"']*{some}{either}", text)
+    start = re.match(rf"\W*{some}{either}(?:[).:,*]|\s*\n|\s+{verb})", text)
+    cued = set(re.findall(rf"(?i:\b(?:is|be|choose|pick|select|say|think))[\s:*(\"']*{some}{either}(?!\s+(?!{verb}|in\b|for\b)[a-z])", text))
+    return after[-1] if after else start[1] if start else cued.pop() if len(cued) == 1 else None

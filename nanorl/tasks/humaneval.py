@@ -1,5 +1,6 @@
 """HumanEval: Python functions to write from their signature and docstring, judged by hidden tests (Chen et al. 2021)."""
 import re
+import textwrap
 
 from nanorl.tasks.files import load_rows
 from nanorl.tasks.problem import Problem, judged, one_of
@@ -41,12 +42,26 @@ class HumanEval:
 
 
 def find_code(text, name):
-    """A completion -> (what to put after the prompt, whether it was in a fence): the first fenced block that defines the function (examples of its use may
-    follow), else the first block, else the whole text. Code that does not define the function is the rest of the prompt's: see body()."""
+    """A completion -> (what to put after the prompt, whether it was in a fence): the last fenced block that defines the function (an outline or the question may
+    come before), else the first block, else the whole text. Code that does not define the function is the rest of the prompt's: see body(). Of a text
+    without a fence, the words before and after the code are left out."""
     blocks = re.findall(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
     defines = re.compile(rf"^def {re.escape(name)}\b", re.MULTILINE)
-    code = next(filter(defines.search, blocks), blocks[0] if blocks else text)
-    return code if defines.search(code) else body(code), bool(blocks)
+    code = next(filter(defines.search, map(textwrap.dedent, reversed(blocks))), blocks[0] if blocks else text)
+    if not defines.search(code):
+        return textwrap.indent(code, "    ") if blocks and re.search(r"^return\b", code, re.MULTILINE) else body(code), bool(blocks)
+    return code if blocks else without_words(code), bool(blocks)
+
+
+CODE = re.compile(r"(import|from|def|async|class|if|elif|else|for|while|try|except|finally|with)\b|[@#)\]}]|\w+\s*[=(\[.]")  # how a line of code begins at column 0
+
+
+def without_words(text):
+    """From the first line that imports or defines something up to the next line at column 0 that does not begin as code does."""
+    lines = text.split("\n")
+    lines = lines[next(i for i, line in enumerate(lines) if re.match(r"(import|from|def|class)\b|@", line)):]
+    end = next((i for i, line in enumerate(lines) if re.match(r"\S", line) and not CODE.match(line)), len(lines))
+    return "\n".join(lines[:end])
 
 
 def body(code):

@@ -141,7 +141,8 @@ def tester(commands, answers, out):
         name, text = value
         error = getattr(builtins, name, None)
         try:
-            error = error(text) if isinstance(error, type) and issubclass(error, Exception) else None
+            plain = isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, (StopIteration, StopAsyncIteration))  # those end a test's loop
+            error = error(text) if plain else None
         except TypeError:  # it takes more than a text
             error = None
         raise error or Exception(f"{name}: {text}")

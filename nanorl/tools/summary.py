@@ -13,13 +13,13 @@ STAGES = ("base", "sft", "rl")
 
 
 def stage_result(directory):
-    """A stage's directory -> (the greedy summary of the first task that its newest checkpoint was evaluated on, with `sampled` and with `seconds` of
+    """A stage's directory -> (the summary of the first task that its newest checkpoint has answered greedily, with `sampled` and with `seconds` of
     training; its greedy outcomes)."""
     path = checkpoint.latest(directory) or ""
     if not os.path.exists(checkpoint.eval_file(path, "summary.json")):
         raise SystemExit(f"error: no evaluated checkpoint in {directory}: run `python eval.py --model={directory}`")
     with open(checkpoint.eval_file(path, "summary.json"), encoding="utf-8") as f:
-        name, found = next(iter(json.load(f).items()))
+        name, found = next((name, found) for name, found in json.load(f).items() if "greedy" in found)
     result = {**found.pop("greedy"), **found}
     with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]

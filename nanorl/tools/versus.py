@@ -9,11 +9,12 @@ import platform
 import re
 import sys
 import time
+from statistics import NormalDist
 
 import numpy as np
 import torch
 
-from nanorl.evaluate import compare, paired_bootstrap, percent, smallest_effect
+from nanorl.evaluate import Z_POWER, compare, paired_bootstrap, percent, smallest_effect
 from nanorl.runtime import checkpoint
 from nanorl.runtime.log import duration
 
@@ -59,7 +60,7 @@ def over_seeds(of, against):
     a, b, S = share(against), share(of), len(seeds)
     mean, low, high, p = paired_bootstrap(a, b)
     samples = S * len(of[seeds[0]][0]["solved"])
-    found = dict(n=len(a), seeds=S, of=float(b.mean()), against=float(a.mean()), difference=mean, low=low, high=high, p=p, each=each,
+    found = dict(n=len(a), seeds=S, samples=samples, mean_square=float(np.mean((b - a) ** 2)), of=float(b.mean()), against=float(a.mean()), difference=mean, low=low, high=high, p=p, each=each,
                  smallest=smallest_effect(len(a), float(np.mean((b - a) ** 2)), samples))
     if S > 1:
         differences = np.array([each[seed]["difference"] for seed in seeds])
@@ -133,11 +134,14 @@ def read_seed(folder):
 
 
 def check_flops(seeds):
-    """Raises ValueError unless both arms of every seed took as many FLOPs, to within FLOPS_APART."""
+    """Raises ValueError unless both arms of every seed took as many FLOPs, to within FLOPS_APART, in the same precision."""
     for seed, arms in seeds.items():
         a, b = (arms[arm]["state"]["flops"]["train"] for arm in ARMS)
         if abs(b / a - 1) > FLOPS_APART:
-            raise ValueError(f"seed {seed}: RL took {a:.4g} FLOPs and SFT {b:.4g}, {b / a - 1:+.1%}: no comparison at equal FLOPs. A lower --batch_tokens for SFT comes closer")
+            raise ValueError(f"seed {seed}: RL took {a:.4g} FLOPs and SFT {b:.4g}, {b / a - 1:+.1%}: no comparison at equal FLOPs. Has one of the two not ended?")
+        kinds = [arms[arm]["card"]["dtype"] for arm in ARMS]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"seed {seed}: RL ran in {kinds[0]} and SFT in {kinds[1]}: FLOPs of two kinds")
 
 
 # ---- the report ------------------------------------------------------------------------------------------------
@@ -165,20 +169,25 @@ def benchmark_lines(seeds, keys):
     found = {key: comparisons(seeds, key) for key in keys}
     tests = [(key, pair) for key in keys for pair in ("A - start", "B - start", "A - B")]
     adjusted = dict(zip(tests, holm([found[key][pair]["p"] for key, pair in tests])))
+    z = NormalDist().inv_cdf(1 - 0.025 / max(1, len(tests))) + Z_POWER  # of the least p, which must be below 0.05 / tests
+
+    def visible(d):
+        return min(1.0, max(z * math.sqrt(d["mean_square"] / d["n"]), z * z / d["n"] / d["samples"]))
     rows, said = [], []
     for key in keys:
         c = found[key]
         chance = np.mean([o.get("chance", 0.0) for o in next(iter(seeds.values()))["start"]["results"][key]])
         cell = lambda pair: f"{points(c[pair]['difference'])} (p {p_value(adjusted[key, pair])})"
         rows.append((key[0], key[1], c["A - B"]["n"], percent(float(chance)) if chance else "-", percent(c["A - start"]["against"]), percent(c["A - start"]["of"]), percent(c["B - start"]["of"]),
-                     cell("A - start"), cell("B - start"), cell("A - B"), f"{100 * max(c[pair]['smallest'] for pair in c):.1f}"))
+                     cell("A - start"), cell("B - start"), cell("A - B"), f"{100 * max(map(visible, c.values())):.1f}"))
         for arm in ARMS:
             d = c[f"{arm} - start"]
             if adjusted[key, f"{arm} - start"] < 0.05:
-                said.append(f"{arm} {'lost' if d['difference'] < 0 else 'gained'} {abs(100 * d['difference']):.1f} points on {key[0]} ({key[1]})")
+                other = f"over seeds p = {d['p_seeds']:.2g}" if d["seeds"] > 1 else "one seed"
+                said.append(f"{arm} {'lost' if d['difference'] < 0 else 'gained'} {abs(100 * d['difference']):.1f} points on {key[0]} ({key[1]}; {other})")
     lines = table(["benchmark", "how", "n", "chance", "start", "A: RL", "B: more SFT", "A - start", "B - start", "A - B", "smallest visible"], rows)
     lost = [text for text in said if " lost " in text]
-    verdict = ("regression: " if lost else "no regression that these n can see" + ("; " if said else "")) + "; ".join(lost + [text for text in said if text not in lost])
+    verdict = ("regression in these models: " if lost else "no regression that these n can see" + ("; " if said else "")) + "; ".join(lost + [text for text in said if text not in lost])
     return lines, verdict, {f"{key[0]} {key[1]}": {**c, "holm": {pair: adjusted[key, pair] for pair in c}} for key, c in found.items()}
 
 
@@ -209,9 +218,9 @@ def plot(seeds, task, path):
     return True
 
 
-def report(folder):
-    """-> (lines of the report, what it says as numbers)."""
-    names = sorted((name for name in os.listdir(folder) if re.fullmatch(r"seed\d+", name)), key=lambda name: int(name[4:]))
+def report(folder, only=()):
+    """-> (lines of the report, what it says as numbers, the seeds, the task). only: these seeds; empty: all that are there."""
+    names = [f"seed{seed}" for seed in only] or sorted((name for name in os.listdir(folder) if re.fullmatch(r"seed\d+", name)), key=lambda name: int(name[4:]))
     if not names:
         raise ValueError(f"no seed0, seed1, ... in {folder}: `bash runs/rl_vs_sft.sh` makes them")
     seeds = {int(name[4:]): read_seed(os.path.join(folder, name)) for name in names}
@@ -220,7 +229,10 @@ def report(folder):
     settings, card = first["A"]["state"]["settings"], first["A"]["card"]
     task = settings["task"] + (f" ({settings['task_args']})" if settings["task_args"] else "")
     main_keys = [key for key in first["A"]["results"] if key[0] == settings["task"]]
-    others = [key for key in first["A"]["results"] if key[0] in BENCHMARKS and key[1] == ("likelihood" if (key[0], "likelihood") in first["A"]["results"] else "greedy")]
+    everywhere = set.intersection(*(set(arm["results"]) for arms in seeds.values() for arm in arms.values()))
+    main_keys = [key for key in main_keys if key in everywhere]
+    others = [key for key in first["A"]["results"] if key in everywhere and key[0] in BENCHMARKS and key[0] != settings["task"]
+              and key[1] == ("likelihood" if (key[0], "likelihood") in everywhere else "greedy")]
     main_found = {key: comparisons(seeds, key) for key in main_keys}
     greedy = main_found[settings["task"], "greedy"]
     verdict = verdict_over_seeds(greedy["A - B"], "A (RL)", "B (more SFT)")
@@ -229,7 +241,7 @@ def report(folder):
 
     lines = [f"# RL or more SFT? {task}", "", f"**{verdict[0].upper() + verdict[1:]}.**", "",
              f"On the six benchmarks: {regression}." if others else "The benchmarks were not evaluated.", "",
-             f"The smallest difference between A and B that this experiment would show in 4 of 5 cases is {100 * d['smallest']:.1f} points ({d['seeds']} seeds, {d['n']} problems).", "",
+             f"The smallest difference between A and B that this experiment would show in 4 of 5 cases is {100 * d['smallest']:.1f} points ({d['seeds']} seed{'s' * (d['seeds'] > 1)}, {d['n']} problems).", "",
              f"A: RL with a checkable reward. B: SFT on the same task's demonstrations goes on. Both from the same SFT model, on the same training problems, for as many FLOPs. "
              f"{card['params']:,} parameters, {card['dtype'].removeprefix('torch.')} on {card['world_size']} x {card['device'].split(':')[0]}, torch {card['torch']}, "
              f"commit {(card['commit'] or 'unknown')[:7]}, {time.strftime('%Y-%m-%d')}, {platform.machine()}.", "", "## The task", ""]
@@ -242,10 +254,10 @@ def report(folder):
             rows.append((seed, *map(cell, one.values()), f"{points(each['difference'])} [{points(each['low'])}, {points(each['high'])}], p {p_value(each['p'])}",
                          " / ".join(f"{s['length']:.1f}" for s in one.values())))
         mean = lambda pair: f"{points(c[pair]['difference'])}" + (f" [{points(c[pair]['seeds_low'])}, {points(c[pair]['seeds_high'])}], p {p_value(c[pair]['p_seeds'])}" if d["seeds"] > 1 else "")
-        rows.append(("**mean**", percent(c["A - start"]["against"]), f"**{percent(c['A - B']['of'])}**", f"**{percent(c['A - B']['against'])}**", f"**{mean('A - B')}** over seeds", ""))
+        rows.append(("**mean**", percent(c["A - start"]["against"]), f"**{percent(c['A - B']['of'])}**", f"**{percent(c['A - B']['against'])}**", f"**{mean('A - B')}**" + " over seeds" * (d["seeds"] > 1), ""))
         lines += [f"{key[1].capitalize()}, {c['A - B']['n']} held-out problems; 95% intervals; p of each seed over problems, paired.", ""]
         lines += table(["seed", "start", "A: RL", "B: more SFT", "A - B, points", "tokens (start / A / B)"], rows)
-        lines += [f"Against the common start, over seeds: A {mean('A - start')}; B {mean('B - start')}.", ""]
+        lines += [f"Against the common start{', over seeds' * (d['seeds'] > 1)}: A {mean('A - start')}; B {mean('B - start')}.", ""]
     lines += ["![accuracy against FLOPs](accuracy.png)", "", "## What both arms took", ""]
     rows = []
     for seed, arms in seeds.items():
@@ -256,18 +268,19 @@ def report(folder):
     lines += table(["seed", "FLOPs of A", "FLOPs of B", "B to A", "B to A, causal", "steps of A", "steps of B", "time (A / B)"], rows)
     lines += ["FLOPs as they ran, without evaluation and without the optimizer's own. Causal: of attention only what a token may see, and no padding. Time is the steps', with their evaluations.", ""]
     if others:
-        lines += ["## The six benchmarks", "", "Means over seeds. p: over problems, adjusted for all tests of the table (Holm). Smallest visible: in points, of the three differences.", "", *bench_lines]
+        lines += ["## The six benchmarks", "", "Means over seeds. p: over problems, for these models, adjusted for all tests of the table (Holm). Smallest visible: in points, the largest of the "
+                  "three differences' that would be found in 4 of 5 cases after that adjustment.", "", *bench_lines]
     lines += ["## To read", "", "The same held-out problems, greedy, " + f"seed {next(iter(seeds))}:", ""]
     shown = [first[arm]["results"][settings["task"], "greedy"][:3] for arm in ("start", "A", "B")]
     for start, a, b in zip(*shown):
         lines += [f"* `{start['prompt'][-1]['content']!r}`, answer {start['answer']}", *(f"  * {name}: `{o['texts'][0]!r}`" for name, o in zip(("start", "A: RL", "B: more SFT"), (start, a, b)))]
     numbers = dict(task=task, verdict=verdict, regression=regression, comparison={f"{key[0]} {key[1]}": c for key, c in main_found.items()}, benchmarks=bench_found, curves=curves(seeds),
                    flops={seed: {arm: arms[arm]["state"]["flops"] for arm in ARMS} for seed, arms in seeds.items()}, torch=torch.__version__)
-    return lines, numbers, (seeds, task)
+    return lines, numbers, seeds, task
 
 
-def main(folder):
-    lines, numbers, (seeds, task) = report(folder)
+def main(folder, only=""):
+    lines, numbers, seeds, task = report(folder, [int(seed) for seed in only.split(",") if seed])
     if not plot(seeds, task, os.path.join(folder, "accuracy.png")):
         lines[lines.index("![accuracy against FLOPs](accuracy.png)")] = "(No plot: matplotlib is not installed. `pip install matplotlib`, and run this again.)"
     with open(os.path.join(folder, "report.md"), "w", encoding="utf-8") as f:
@@ -278,9 +291,9 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not os.path.isdir(sys.argv[1]):
-        sys.exit("usage: python -m nanorl.tools.versus <folder>, such as out/versus/sum3")
+    if len(sys.argv) not in (2, 3) or not os.path.isdir(sys.argv[1]) or not re.fullmatch(r"[\d,]*", "".join(sys.argv[2:])):
+        sys.exit("usage: python -m nanorl.tools.versus <folder, such as out/versus/sum3> [seeds, such as 0,1,2]")
     try:
-        main(sys.argv[1])
+        main(*sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")
