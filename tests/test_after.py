@@ -1,10 +1,12 @@
 """--after_save: what runs, when, and that nothing it does stops a run."""
+import os
+import sys
 import threading
 import time
 
 import pytest
 
-from nanorl.runtime import after
+from nanorl.runtime import after, dist
 from nanorl.runtime.after import AfterSave
 from test_pipeline import RL, SMALL, call, out  # noqa: F401
 
@@ -19,6 +21,23 @@ def test_the_folder_is_filled_in_whatever_its_name(tmp_path, monkeypatch):
     assert (folder / "told").read_text() == "a 'b' $c\n"
     monkeypatch.setenv("NANORL_OUT", str(tmp_path / "elsewhere"))
     assert AfterSave("{run}", str(folder)).command == "'a '\"'\"'b'\"'\"' $c'"  # a model that is no run has its own name
+
+
+def test_it_has_a_session_of_its_own(tmp_path):
+    """So that Ctrl-C in the terminal does not reach it."""
+    sent = AfterSave(f"{sys.executable} -c 'import os; print(os.getsid(0))' > {{dir}}/session", str(tmp_path))
+    sent()
+    sent.finish()
+    assert int((tmp_path / "session").read_text()) != os.getsid(0)
+
+
+@pytest.mark.parametrize("script, arguments", [("train_base.py", [*SMALL, "--documents=300", "--vocab_size=300", "--batch_tokens=512", "--seq_len=64"]),
+                                               ("train_sft.py", [*SMALL, "--batch_tokens=512", "--seq_len=64", "--examples=400"]), ("train_rl.py", RL)])
+def test_the_last_save_before_a_stop_is_sent(out, tmp_path, monkeypatch, script, arguments):  # noqa: F811
+    monkeypatch.setattr(dist, "_stop", 15)  # SIGTERM has come
+    model = [] if script == "train_base.py" else [f"--model={out / 'a' / ('base' if 'sft' in script else 'sft')}"]
+    assert call(script, *arguments, *model, "--run=stopped", f"--after_save=sleep 0.5; echo sent > {tmp_path}/sent") == 0
+    assert (tmp_path / "sent").exists()
 
 
 def test_saves_while_it_runs_make_it_run_once_more(tmp_path):

@@ -423,3 +423,10 @@ def test_it_loads_little():
     """Without torch or numpy: the module is the script of every process it starts."""
     code = f"import sys; sys.argv = ['x']; import importlib.util as u; s = u.spec_from_file_location('sandbox', {sandbox.__file__!r}); m = u.module_from_spec(s); s.loader.exec_module(m); print('numpy' in sys.modules, 'subprocess' in sys.modules)"
     assert subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True).stdout.split() == ["False", "False"]
+
+
+def test_a_test_that_loops_over_calls_is_not_ended_by_the_program():
+    """StopIteration would end map() as if all had been seen."""
+    for check in ("def check(f):\n    assert all(map(lambda x: f(x) == x + 1, [1, 2, 3]))", "def check(f):\n    for y in map(f, [1, 2]):\n        assert y == 5"):
+        assert not run("def f(x):\n    raise StopIteration", "f", check).passed
+        assert not run("def f(x):\n    raise StopAsyncIteration", "f", check).passed

@@ -74,6 +74,7 @@ def test_verdicts():
     said = words(scattered, arm(bad, bad, bad))
     assert said.startswith("A > B with each of these 3 seeds (p at most 0.02 each, over 60 problems)") and "how much it is with other seeds, 3 cannot say" in said
     assert words(arm(good, bad), arm(half, half)).startswith("no difference that 2 seeds of 60 problems can see")  # the seeds disagree
+    assert words(arm([1] + bad[1:], [1] + bad[1:]), arm(bad, bad)).startswith("no difference that 2 seeds")  # they agree, and neither shows anything
     assert words(arm(half, half), arm(half, half)) == "no difference that 2 seeds of 60 problems can see (+0.0 points); one below about 6.5 points would likely not show"
 
 
@@ -81,6 +82,9 @@ def test_seeds_that_agree_by_chance_are_not_certain():
     """Two seeds that each gain one and the same problem of 60: equal differences, and yet no proof."""
     d = over_seeds(arm([1] + [0] * 59, [1] + [0] * 59), arm([0] * 60, [0] * 60))
     assert d["p_seeds"] > 0.3 and d["p"] > 0.3
+    few = lambda n: [1] * n + [0] * (200 - n)
+    d = over_seeds(arm(few(5), few(6), few(5)), arm(few(0), few(0), few(0)))  # nearly equal; by the seeds alone p would be 0.004
+    assert d["p_seeds"] > 0.1
 
 
 # ---- SFT for as many FLOPs -------------------------------------------------------------------------------------
