@@ -81,3 +81,27 @@ def test_gsm8k_end_to_end(real_data, tmp_path, monkeypatch, capfd):
     assert "WARNING" in said and "without signal" in said
     assert call("eval.py", f"--model={tmp_path / 'g' / 'rl'}", "--task=gsm8k", "--problems=0", "--samples=0", "--max_new_tokens=48") is None
     assert "473 problems" in capfd.readouterr().out
+
+
+def test_rl_or_more_sft_in_one_command(tmp_path):
+    """The recipe at its smallest, two seeds: equal FLOPs, benchmarks, a report with a verdict and a plot; a second call finds all done."""
+    from test_choice import write_files
+    write_files(tmp_path)
+    environment = {**os.environ, "NANORL_OUT": str(tmp_path / "out"), "NANORL_DATA": str(tmp_path), "HF_HUB_OFFLINE": "1", "VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV", sys.prefix),
+                   "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    rows = "--batch_tokens=512 --seq_len=64"
+    command = ["bash", "runs/rl_vs_sft.sh", "--depth=1", "--task=0-20", "--seeds=0,1", "--name=tiny run", "--problems=40", "--bench=4", "--new_tokens=12", f"--sft=--steps=40 {rows}",
+               f"--base=--documents=300 --vocab_size=300 --steps=20 --sample_tokens=0 {rows}", "--rl=--steps=5 --eval_problems=20 --probe_prompts=4"]
+    folder, made = tmp_path / "out" / "versus" / "tiny_run", []
+    for _ in range(2):
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        made.append(json.loads((folder / "report.json").read_text()))
+    assert made[0] == made[1] and result.stdout.count("greedy        ") == 0  # nothing was evaluated again
+    assert made[0]["verdict"] in result.stdout and (folder / "accuracy.png").stat().st_size > 10_000
+    assert all(abs(seed["B"]["train"] / seed["A"]["train"] - 1) < 0.01 for seed in made[0]["flops"].values()) and list(made[0]["flops"]) == ["0", "1"]
+    assert {"mmlu likelihood", "arc_easy likelihood", "spelling greedy"} <= set(made[0]["benchmarks"])
+    text = (folder / "report.md").read_text()
+    assert "| **mean** |" in text and "(accuracy.png)" in text and all(words in text for words in ("## The task", "## What both arms took", "## The six benchmarks", "## To read"))
+    mistake = subprocess.run(["bash", "runs/rl_vs_sft.sh", "--taks=sum3"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert mistake.returncode == 1 and mistake.stderr.startswith("error: --taks=sum3")
