@@ -184,7 +184,7 @@ def load(path, place):
 
 
 def sample(engine, tokenizer, source, n, samples, temperature, name, new_tokens, kind="sampled", leave_long=True):
-    """Outcomes of the first n problems (0: all), each rank its share; all of them on the first rank. Engine tokens and FLOPs of all ranks."""
+    """Outcomes of the first n problems (0: all), each rank its share; all of them on the first rank."""
     n = min(n or len(source), len(source))
     mine = range(n)[dist.share(n)]
     with tqdm(total=len(mine) * samples, desc=name, disable=None, leave=False) as bar:
