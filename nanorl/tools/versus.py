@@ -208,10 +208,12 @@ def plot(seeds, task, path):
     for (arm, some), colour, label in zip(curves(seeds).items(), ("#d1495b", "#30638e"), ("A: RL", "B: more SFT")):
         for i, curve in enumerate(some):
             axes.plot(*zip(*curve), color=colour, marker=("o", "s", "^", "D", "v")[i % 5], markersize=4, linewidth=1.5, alpha=0.85, label=label if i == 0 else None)
-    axes.set(xlabel="training FLOPs since the common start (evaluation apart)", ylabel=f"greedy accuracy, {task}, held out", ylim=(-0.02, 1.02))
+    lowest = min(y for some in curves(seeds).values() for curve in some for _, y in curve)
+    axes.set(xlabel="training FLOPs since the common start (evaluation apart)", ylabel="greedy accuracy, held out", ylim=(max(0.0, lowest - 0.1) - 0.02, 1.02))
+    axes.set_title(f"{task}, a line a seed", fontsize=10)
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f}%")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path)
