@@ -45,7 +45,7 @@ def test_prefill_and_decode(max_rows):
     model = toy_model()
     engine, found = Engine(model, max_rows), []
     with counted(found):
-        engine.generate(PROMPTS, 4, 40, stop_ids=range(0, 70, 20))
+        engine.generate(PROMPTS, 4, 24, stop_ids=range(0, 70, 20))
     parts = engine.flops()
     close(sum(parts.values()), found[0])
     with counted(found):
@@ -93,7 +93,7 @@ def last_row(directory):
 
 SFT = [*SMALL, "--batch_tokens=512", "--seq_len=64", "--examples=400", "--dtype=fp32"]
 BASE = [*SMALL, "--documents=300", "--vocab_size=300", "--batch_tokens=512", "--seq_len=64", "--dtype=fp32", "--sample_tokens=0", "--eval_every=3"]
-FEW = ["--eval_problems=2", "--probe_prompts=1", "--prompts_per_step=2", "--eval_every=2"]
+FEW = ["--eval_problems=2", "--probe_prompts=1", "--prompts_per_step=2", "--eval_every=2", "--max_new_tokens=6"]
 SCRIPTS = {"base": ["train_base.py", *BASE], "sft": ["train_sft.py", *SFT], "sft lora": ["train_sft.py", *SFT, "--lora_rank=2"],
            "rl lora kl": ["train_rl.py", *RL, *FEW, "--lora_rank=2", "--kl_coef=0.1", "--recompute"],
            "rl kl": ["train_rl.py", *RL, *FEW, "--kl_coef=0.1", "--updates_per_rollout=2"]}
