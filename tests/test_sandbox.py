@@ -36,6 +36,18 @@ def processes(marker):
     return found
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_folder_for_temporary_files():
+    """So that what another process leaves there is not taken for ours."""
+    with tempfile.TemporaryDirectory(prefix="sandbox-tests-") as folder:
+        os.chmod(folder, 0o711)  # programs run as another user
+        patch = pytest.MonkeyPatch()
+        patch.setattr(tempfile, "tempdir", folder)
+        patch.setenv("TMPDIR", folder)
+        yield
+        patch.undo()
+
+
 def homes():
     return set(glob.glob(os.path.join(tempfile.gettempdir(), "nanorl-*")))
 
