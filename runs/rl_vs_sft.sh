@@ -24,14 +24,14 @@ launch=(python)
 [ -z "${NPROC:-}" ] || launch=(torchrun --nproc_per_node="$NPROC" --)
 
 judge() {  # a stage's folder, or a model: its newest checkpoint on the six benchmarks and on the task, once
-    local newest done
+    local newest mark
     newest=$(ls -d "$1"/step_* 2>/dev/null | tail -1) || true
-    done=$out/$folder/judged-$(echo "$1 $newest $problems $bench $new_tokens ${NANORL_DATA:-}" | cksum | tr " " -)
-    [ ! -e "$done" ] || return 0
+    mark=$out/$folder/judged-$(echo "$1 $newest $problems $bench $new_tokens ${NANORL_DATA:-}" | cksum | tr " " -)
+    [ ! -e "$mark" ] || return 0
     "${launch[@]}" eval.py --model="$1" --task=benchmarks --how=likelihood,greedy --problems="$bench" --allow_code
     "${launch[@]}" eval.py --model="$1" --task="$task" --task_args="$task_args" --problems="$problems" --samples=8 --max_new_tokens="$new_tokens" --examples=0
     mkdir -p "$out/$folder"
-    touch "$done"
+    touch "$mark"
 }
 
 for seed in ${seeds//,/ }; do
