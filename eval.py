@@ -115,18 +115,10 @@ def load_tasks():
     """-> {label: task} of --task; of the benchmarks those whose data is at hand."""
     sources = {}
     for name in BENCHMARKS if task == "benchmarks" else [task]:
-        its = {**parse_settings(task_args), **({"allow_code": True} if name == "humaneval" and allow_code else {})}
         if name == "humaneval" and shots:
             dist.say(f"humaneval  without --shots={shots}: it has no train split to show problems of")
-
-        def load():
-            source = get_task(name, split="test" if name == "humaneval" and split == "val" else split, **its)
-            if shots and name != "humaneval":
-                source = FewShot(source, get_task(name, split="train", **its), shots)
-                source.problem(0)  # raises if there are too few to show
-            return source
         try:
-            sources[label(name)] = together(load)
+            sources[label(name)] = together(lambda: load_task(name))
         except ValueError as error:
             if task != "benchmarks":
                 raise
@@ -134,6 +126,16 @@ def load_tasks():
     if not sources:
         raise ValueError("none of the benchmarks can be run")
     return sources
+
+
+def load_task(name):
+    """A task as --split, --task_args, --shots and --allow_code want it."""
+    its = {**parse_settings(task_args), **({"allow_code": True} if name == "humaneval" and allow_code else {})}
+    source = get_task(name, split="test" if name == "humaneval" and split == "val" else split, **its)
+    if shots and name != "humaneval":
+        source = FewShot(source, get_task(name, split="train", **its), shots)
+        source.problem(0)  # raises if there are too few to show
+    return source
 
 
 def ways_of(source):
@@ -252,13 +254,12 @@ def report_differences(paths, results, settings):
 
 def survey(path, place, settings):
     """Every built-in task, sampled: where RL has something to learn from."""
-    check_split(split)
     engine, tokenizer = load(path, place)
     rows, skipped = {}, {}
     for name in [name for name in TASKS if name != "arithmetic"]:  # that is its default preset, sum3
         try:
-            source = together(lambda: get_task(name, split=split))
-            results = sample(engine, tokenizer, source, sample_problems, samples, temperature, name, max_new_tokens or 64, leave_long=False)
+            source = together(lambda: load_task(name))
+            results = sample(engine, tokenizer, source, sample_problems, samples, temperature, name, max_new_tokens or BENCHMARKS.get(name, 64), leave_long=False)
         except ValueError as error:  # no files, or prompts that do not fit the context
             skipped[name] = str(error)
             dist.say(f"{name}  skipped: {error}")

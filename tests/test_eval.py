@@ -85,6 +85,14 @@ class Long(Toy):
         return Problem([{"role": "user", "content": "word " * 5000}], "even")
 
 
+class Code(Toy):
+    """Like humaneval: it wants allow_code, and has a test split alone."""
+    def __init__(self, split="test", allow_code=False):
+        if split != "test" or not allow_code:
+            raise ValueError(f"split {split}, allow_code {allow_code}")
+        super().__init__()
+
+
 def missing(split):
     raise ValueError("its files are not at hand")
 
@@ -100,6 +108,10 @@ def test_all_tasks(models, capsys, monkeypatch):
     assert set(result["tasks"]) == set(QUICK) - {"arithmetic"} | {"toy"}  # arithmetic is sum3
     assert result["skipped"]["gsm8k"] == "its files are not at hand" and "do not fit the model's context" in result["skipped"]["long"]
     assert "gsm8k  skipped: its files are not at hand\n" in said
+    monkeypatch.setattr("nanorl.tasks.TASKS", {"humaneval": Code, "toy": Toy})
+    for allow, skipped in (([], ["humaneval"]), (["--allow_code"], [])):
+        assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=all", "--samples=4", "--sample_problems=6", *allow) is None
+        assert list(written(models[1], "all.json")["skipped"]) == skipped
     lines = said.splitlines()
     table = [line for line in lines if line.split()[0] in result["tasks"]]
     assert [line.split()[0] for line in table] == list(result["tasks"])  # every task, once

@@ -217,6 +217,15 @@ def test_another_start_is_refused(experiment, tmp_path):
 def test_what_is_missing_is_said(experiment, tmp_path):
     with pytest.raises(ValueError, match="no seed0, seed1"):
         versus.main(str(tmp_path))
+    shutil.copytree(experiment, tmp_path / "b")
+    path = os.path.join(checkpoint.latest(tmp_path / "b" / "seed1" / "rl"), "eval", "summary.json")
+    with open(path) as f:
+        summary = json.load(f)
+    del summary["0-20"]
+    with open(path, "w") as f:
+        json.dump(summary, f)
+    with pytest.raises(ValueError, match="were evaluated on 0-20, greedily"):
+        versus.main(str(tmp_path / "b"))
     shutil.copytree(experiment, tmp_path / "a")
     os.remove(os.path.join(checkpoint.latest(tmp_path / "a" / "seed0" / "rl"), "eval", "summary.json"))
     with pytest.raises(ValueError, match="has not been evaluated"):

@@ -211,7 +211,7 @@ def plot(seeds, task, path):
     lowest = min(y for some in curves(seeds).values() for curve in some for _, y in curve)
     axes.set(xlabel="training FLOPs since the common start (evaluation apart)", ylabel="greedy accuracy, held out", ylim=(max(0.0, lowest - 0.1) - 0.02, 1.02))
     axes.set_title(f"{task}, a line a seed", fontsize=10)
-    axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f}%")
+    axes.yaxis.set_major_formatter(lambda y, _: f"{round(100 * y, 1):g}%")  # 97.5 is not 98
     axes.grid(alpha=0.25)
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
@@ -230,9 +230,10 @@ def report(folder, only=()):
     first = next(iter(seeds.values()))
     settings, card = first["A"]["state"]["settings"], first["A"]["card"]
     task = settings["task"] + (f" ({settings['task_args']})" if settings["task_args"] else "")
-    main_keys = [key for key in first["A"]["results"] if key[0] == settings["task"]]
     everywhere = set.intersection(*(set(arm["results"]) for arms in seeds.values() for arm in arms.values()))
-    main_keys = [key for key in main_keys if key in everywhere]
+    main_keys = [key for key in first["A"]["results"] if key in everywhere and key[0] == settings["task"]]
+    if (settings["task"], "greedy") not in main_keys:
+        raise ValueError(f"not all models in {folder} were evaluated on {settings['task']}, greedily: `bash runs/rl_vs_sft.sh` does it")
     others = [key for key in first["A"]["results"] if key in everywhere and key[0] in BENCHMARKS and key[0] != settings["task"]
               and key[1] == ("likelihood" if (key[0], "likelihood") in everywhere else "greedy")]
     main_found = {key: comparisons(seeds, key) for key in main_keys}
