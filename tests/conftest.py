@@ -1,5 +1,6 @@
 """A toy model, a toy tokenizer and a toy task: small enough for fp64 and exact arithmetic."""
 import os
+import shutil
 import sys
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.tokenizer import Tokenizer
+from scripts import BASE, ROOT, SFT, call
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL_DATA, REAL_MODEL = os.environ.get("NANORL_DATA"), os.environ.get("NANORL_MODEL")  # now: tests change them
 sys.path.insert(0, ROOT)  # the scripts are modules there
 # One thread, here and in the scripts that tests start: for models this small more are slower, and a sum's last bits depend on their number.
@@ -48,3 +49,25 @@ def real_model():
     if not REAL_MODEL:
         pytest.skip("NANORL_MODEL is not set")
     return REAL_MODEL
+
+
+@pytest.fixture(scope="session")
+def first_models(tmp_path_factory):
+    """An out/ folder with a base and an SFT model, run a; to be copied, not changed. In fp64, so that
+    what tests see of these models does not depend on the processor."""
+    folder = tmp_path_factory.mktemp("first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANORL_OUT", str(folder))
+        assert call("train_base.py", *BASE, "--run=a", "--steps=6", "--save_every=2") is None
+        assert call("train_sft.py", *SFT, "--run=a", "--steps=30", "--save_every=10") is None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out(first_models, tmp_path_factory):
+    """An out/ folder of the module's own with those models; NANORL_OUT names it."""
+    folder = tmp_path_factory.mktemp("out")
+    shutil.copytree(first_models, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANORL_OUT", str(folder))
+        yield folder

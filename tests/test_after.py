@@ -8,7 +8,7 @@ import pytest
 
 from nanorl.runtime import after, dist
 from nanorl.runtime.after import AfterSave
-from test_pipeline import RL, SMALL, call, out  # noqa: F401
+from scripts import RL, SMALL, call
 
 
 def test_the_folder_is_filled_in_whatever_its_name(tmp_path, monkeypatch):
@@ -33,7 +33,7 @@ def test_it_has_a_session_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("script, arguments", [("train_base.py", [*SMALL, "--documents=300", "--vocab_size=300", "--batch_tokens=512", "--seq_len=64"]),
                                                ("train_sft.py", [*SMALL, "--batch_tokens=512", "--seq_len=64", "--examples=400"]), ("train_rl.py", RL)])
-def test_the_last_save_before_a_stop_is_sent(out, tmp_path, monkeypatch, script, arguments):  # noqa: F811
+def test_the_last_save_before_a_stop_is_sent(out, tmp_path, monkeypatch, script, arguments):
     monkeypatch.setattr(dist, "_stop", 15)  # SIGTERM has come
     model = [] if script == "train_base.py" else [f"--model={out / 'a' / ('base' if 'sft' in script else 'sft')}"]
     assert call(script, *arguments, *model, "--run=stopped", f"--after_save=sleep 0.5; echo sent > {tmp_path}/sent") == 0
@@ -41,15 +41,19 @@ def test_the_last_save_before_a_stop_is_sent(out, tmp_path, monkeypatch, script,
 
 
 def test_saves_while_it_runs_make_it_run_once_more(tmp_path):
-    sent = AfterSave(f"sleep 0.5; echo x >> {tmp_path}/runs", str(tmp_path))
-    begun = time.time()
+    """The command waits for the test, so that a call which returns has not waited for it."""
+    go = tmp_path / "go"
+    wait = f"while [ ! -e {go} ]; do sleep 0.01; done"
+    sent = AfterSave(f"echo begun >> {tmp_path}/told; {wait}; echo done >> {tmp_path}/told", str(tmp_path))
     sent()
-    time.sleep(0.1)  # it runs
+    while not (tmp_path / "told").exists():
+        time.sleep(0.01)
     for _ in range(4):
         sent()
-    assert time.time() - begun < 0.4  # in the background
+    assert (tmp_path / "told").read_text() == "begun\n"  # the five calls are over, it is not
+    go.touch()
     sent.finish()
-    assert (tmp_path / "runs").read_text() == "x\nx\n"
+    assert (tmp_path / "told").read_text() == "begun\ndone\n" * 2
 
 
 @pytest.mark.parametrize("command, words", [("echo no room >&2; exit 7", "exit status 7: no room"), ("kill -9 $$", "exit status -9"),
@@ -65,22 +69,24 @@ def test_a_failure_warns_and_the_next_save_tries_again(tmp_path, capsys, command
 
 def test_one_that_hangs_is_left_to_itself(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(after, "PATIENCE", 0.2)
-    sent = AfterSave("sleep 3", str(tmp_path))
+    go = tmp_path / "go"
+    sent = AfterSave(f"while [ ! -e {go} ]; do sleep 0.01; done", str(tmp_path))
     sent()
-    sent.finish()
+    sent.finish()  # it comes back, though the command still waits
+    go.touch()
     assert "still runs after 0 s and is left to itself" in capsys.readouterr().out
 
 
 def test_other_ranks_and_no_command_do_nothing(tmp_path):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for sent in (AfterSave(f"touch {tmp_path}/told", str(tmp_path), active=False), AfterSave("", str(tmp_path))):
         sent()
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before
         sent.finish()
     assert not (tmp_path / "told").exists()
 
 
-def test_every_stage_and_eval_run_it_and_go_on_when_it_fails(out, tmp_path, capsys):  # noqa: F811
+def test_every_stage_and_eval_run_it_and_go_on_when_it_fails(out, tmp_path, capsys):
     """The command copies what is there: after the last save the copy has the last checkpoint whole."""
     copy = "--after_save=mkdir -p '%s'/{run} && cp -r {dir}/. '%s'/{run}; exit %d"
     for status, name in ((0, "good"), (3, "bad")):

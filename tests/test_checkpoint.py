@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from nanorl.runtime import checkpoint
+from nanorl.runtime.config import read_constants
+from scripts import ROOT
 
 SETTINGS = dict(steps=40, lr=2e-4, seed=0, task="sum3", save_every=10, save_reward_above=1.0, eval_every=10, log_every=5,
                 run="d4", resume="auto", dry_run=False, device_rows=0, max_bad_steps=5, device_tokens=16384)
@@ -94,6 +96,32 @@ def test_prune_keeps_first_best_and_last_two_and_reports_the_others(tmp_path):
     path = str(tmp_path / "step_00000")
     assert removed == {1: "", 2: "", 3: "", 4: f"{path}2", 5: "", 6: f"{path}4", 7: f"{path}5"}
     assert checkpoint.prune(str(tmp_path), best_step=None) == [f"{path}3"]
+
+
+def test_all_is_on_disk_before_it_takes_its_name_and_then_the_name(tmp_path, monkeypatch):
+    """A machine may lose power: every file is flushed as it stays, then the folder, then it is
+    renamed, then the folder above is flushed."""
+    log, sync, rename = [], os.fsync, os.rename
+
+    def syncing(fd):
+        sync(fd)
+        log.append((os.fstat(fd).st_ino, os.fstat(fd).st_size))
+
+    def renaming(*names):
+        rename(*names)
+        log.append("renamed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", syncing)
+        patch.setattr(os, "rename", renaming)
+        save(tmp_path, 1)
+    before, after = log[: log.index("renamed")], log[log.index("renamed") + 1 :]
+    made = tmp_path / "step_000001"
+    files = [(path.stat().st_ino, path.stat().st_size) for path in made.iterdir()]
+    assert len(files) == 4 and set(files) < set(before)
+    assert before[-1][0] == made.stat().st_ino and after[0][0] == tmp_path.stat().st_ino
+    done = (made / "DONE").stat().st_ino
+    assert [number for number, _ in before].index(done) == len(before) - 2  # the last of the files
 
 
 # ---- death at any moment ------------------------------------------------------------------------------------
@@ -187,14 +215,30 @@ def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
         assert "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said and "--run=" in said
 
 
-def test_constants_that_may_change(tmp_path):
-    save(tmp_path, 5)
-    changed = dict(steps=80, save_every=1, save_reward_above=0.5, eval_every=1, log_every=1, run="x", resume="must", dry_run=True, device_rows=8,
-                   max_bad_steps=1)
-    assert checkpoint.resume_point(str(tmp_path), "auto", {**SETTINGS, **changed}) == str(tmp_path / "step_000005")
-    for name in SETTINGS.keys() - changed.keys():
-        with pytest.raises(ValueError, match=f"other constants \\({name}: "):
-            checkpoint.resume_point(str(tmp_path), "auto", {**SETTINGS, name: "other"})
+RUN = {"steps", "save_every", "after_save", "run", "resume", "max_bad_steps", "eval_every"}
+MAY_CHANGE = {
+    "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens"},
+    "train_sft.py": RUN | {"log_every", "eval_problems", "eval_new_tokens", "recompute"},
+    "train_rl.py": RUN
+    | {"eval_problems", "save_reward_above", "device_rows", "recompute", "dry_run", "selfcheck"},
+}
+
+
+@pytest.mark.parametrize("script", MAY_CHANGE)
+def test_constants_that_may_change(tmp_path, script):
+    """Every constant of the script itself: these may differ when a run is resumed, all others not."""
+    with open(os.path.join(ROOT, script), encoding="utf-8") as f:
+        settings = {name: value for name, (value, *_) in read_constants(f.read()).items()}
+    save(tmp_path, 5, settings=settings)
+    refused = set()
+    for name in settings:
+        try:
+            resume = checkpoint.resume_point(str(tmp_path), "auto", {**settings, name: "other"})
+            assert resume == str(tmp_path / "step_000005")
+        except ValueError as error:
+            assert f"other constants ({name}: " in str(error)
+            refused.add(name)
+    assert settings.keys() - refused == MAY_CHANGE[script]
 
 
 def test_a_model_is_not_a_run(tmp_path):

@@ -18,7 +18,7 @@ from nanorl.hf import load_model
 from nanorl.tasks.files import find_files
 from nanorl.tasks.problem import content_hash
 from nanorl.tokenizer import Tokenizer
-from test_pipeline import assert_same_run, call, rows
+from scripts import assert_same_run, call, rows
 
 
 def texts_of(patterns, **settings):

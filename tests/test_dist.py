@@ -1,9 +1,10 @@
-"""What a script's end tells its user."""
+"""What ranks do together, and what a script's end tells its user."""
 import errno
 
 import pytest
 
 from nanorl.runtime import dist
+from scripts import finish_ranks, ranks
 
 
 @pytest.mark.parametrize("error, words", [
@@ -24,3 +25,44 @@ def test_a_defect_keeps_its_traceback(error):
         raise error
     with pytest.raises(type(error)):
         dist.run(main)
+
+
+# What each rank runs, with values that differ, so that a wrong operation gives a wrong number.
+TOGETHER = """
+import torch
+from nanorl.runtime import dist
+
+dist.setup("cpu")
+r = dist.rank()
+assert (dist.total(r + 1), dist.total(r + 1, "max"), dist.total(r + 1, "min")) == (6, 3, 1)
+values = {"a": r, "b": 10 - r}
+assert dist.totals(values) == {"a": 3, "b": 27}
+assert dist.totals(values, "max") == {"a": 2, "b": 10}
+assert dist.totals(values, "min") == {"a": 0, "b": 8}
+assert dist.gather([r] * r) == ([1, 2, 2] if r == 0 else [])
+assert dist.broadcast(f"from {r}") == "from 0"
+n = 7
+assert dist.total(len(range(n)[dist.share(n)])) == n
+assert dist.gather(list(range(n)[dist.share(n)])) == (list(range(n)) if r == 0 else [])
+
+params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+params[0].grad = torch.full((2, 3), 1.0 + r)
+if r == 1:  # the others have none for this one
+    params[1].grad = torch.arange(4.0)
+dist.sum_gradients(params)
+assert torch.equal(params[0].grad, torch.full((2, 3), 6.0))
+assert torch.equal(params[1].grad, torch.arange(4.0))
+
+assert dist.stop_requested() == 0
+if r == 2:
+    dist._on_signal(15, None)
+assert dist.stop_requested() == 15
+print("said by", r)
+dist.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_ranks_agree():
+    with ranks(["-c", TOGETHER], n=3) as processes:
+        assert finish_ranks(processes) == [f"said by {r}\n" for r in range(3)]

@@ -1,14 +1,12 @@
 """eval.py as a person runs it: one model, two compared, all tasks, two ranks."""
 import json
 import os
-import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT
 from nanorl.tasks import TASKS, Problem
-from test_pipeline import SMALL, TOY, call
+from scripts import BASE, ROOT, SFT, TOY, call, finish_ranks, ranks
 from toy_task import Toy
 
 TOY_FILE = TOY.removeprefix("--task=").replace("/", "_").replace(":", "_")  # how the toy task is called in file names
@@ -22,8 +20,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     patch = pytest.MonkeyPatch()
     patch.setenv("NANORL_OUT", str(folder))
-    assert call("train_base.py", *SMALL, "--run=e", "--documents=200", "--vocab_size=300", "--steps=3", "--batch_tokens=512", "--seq_len=64") is None
-    assert call("train_sft.py", *SMALL, "--run=e", "--steps=20", "--batch_tokens=512", "--seq_len=64", "--examples=200") is None
+    assert call("train_base.py", *BASE, "--run=e", "--documents=200", "--steps=3") is None
+    assert call("train_sft.py", *SFT, "--run=e", "--steps=20", "--examples=200") is None
     yield folder / "e" / "base", folder / "e" / "sft"
     patch.undo()
 
@@ -136,14 +134,11 @@ def test_two_ranks_give_the_results_of_one(models, monkeypatch):
     """One problem for two ranks: the one without any takes part in what they do together. What one cannot load, both skip."""
     few = [*EVAL, "--examples=0", "--samples=2", "--sample_problems=1"]
     runs = [[*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"], [*few, "--task=all", f"--model={models[1]}"]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "PYTHONPATH": os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])}
-    for port, arguments in enumerate(runs, 29641):
-        ranks = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps(arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                  env={**environment, "RANK": str(r), "LOCAL_RANK": str(r), "MASTER_PORT": str(port)}) for r in range(2)]
-        said = [process.communicate(timeout=120) for process in ranks]
-        assert [process.returncode for process in ranks] == [0, 0], said
-        assert said[1][0] == ""  # the first rank speaks
+    path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    for arguments in runs:
+        with ranks(["-c", RANK, json.dumps(arguments)], PYTHONPATH=path) as processes:
+            said = finish_ranks(processes)
+        assert said[1] == ""  # the first rank speaks
     names = [f"compare.{TOY_FILE}.json", "all.json"]
     two = [written(models[1], name) for name in names]
     assert list(two[1]["skipped"]) == ["binary"] and "0-20" in two[1]["tasks"]
@@ -233,11 +228,8 @@ def test_benchmarks(models, few_files, capsys):
 def test_benchmarks_of_two_models_on_two_ranks(models, few_files, monkeypatch):
     """The likelihoods and all else are those of one rank."""
     arguments = [*BENCH, f"--compare={models[0]},{models[1]}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29651", "HF_HUB_OFFLINE": "1"}
-    ranks = [subprocess.Popen([sys.executable, "eval.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
-    said = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
+    with ranks(["eval.py", *arguments], HF_HUB_OFFLINE="1") as processes:
+        finish_ranks(processes)
     names = ["mmlu.jsonl", "arc_easy.jsonl", "spelling.jsonl", "compare.mmlu.json", "compare.spelling.json"]
     two = [written(models[1], name) for name in names]
     assert {"likelihood", "greedy", "sampled"} <= set(two[3]) and two[3]["likelihood"]["n"] == 5

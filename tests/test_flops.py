@@ -13,7 +13,7 @@ from nanorl.attention import CausalAttention, MaskedAttention, SharedPrefixAtten
 from nanorl.engine import Engine
 from nanorl.lora import LoRA
 from nanorl.rollout import Rollout, micro_batches
-from test_pipeline import RL, SMALL, call, out  # noqa: F401
+from scripts import RL, SMALL, call
 
 BOUND = 0.02
 
@@ -100,7 +100,7 @@ SCRIPTS = {"base": ["train_base.py", *BASE], "sft": ["train_sft.py", *SFT], "sft
 
 
 @pytest.mark.parametrize("what", SCRIPTS)
-def test_what_a_script_logs(what, out):  # noqa: F811
+def test_what_a_script_logs(what, out):
     """Two runs of one seed, one of them longer: what is done before the first step is the same in both, so the difference is that of the logged sums."""
     found, logged, stage = [], [], what.split()[0]
     model = [] if stage == "base" else [f"--model={out / 'a' / ('base' if stage == 'sft' else 'sft')}"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ROOT, toy_model
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
-from nanorl.hf import load_model, local_model, save_model
+from nanorl.hf import load_model, local_model, save_model, write_config
 from nanorl.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -43,18 +43,18 @@ THEIRS = {"Llama": dict(), "Llama tied": dict(tie_word_embeddings=True, num_key_
           "Qwen2 tied": dict(tie_word_embeddings=True), "Qwen3": dict(head_dim=32)}
 
 
-def published(kind, path, **save):
+def published(kind, path, max_shard_size="5GB", **settings):
     """A random model of transformers' own making, saved."""
     name = kind.split()[0]
     config = getattr(transformers, name + "Config")(
         vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=1300,
-        **{"num_key_value_heads": 2, "head_dim": 16, **THEIRS[kind]})
+        **{"num_key_value_heads": 2, "head_dim": 16, **THEIRS[kind], **settings})
     torch.manual_seed(0)
     theirs = getattr(transformers, name + "ForCausalLM")(config).eval()
     for p in theirs.parameters():
         p.data = torch.randn_like(p) * 0.2 + (p.dim() == 1)  # their initial weights are too small to tell mistakes apart
     theirs.tie_weights()
-    theirs.save_pretrained(path, **save)
+    theirs.save_pretrained(path, max_shard_size=max_shard_size)
     return theirs
 
 
@@ -73,6 +73,31 @@ def check_against(theirs, ours, ids, greedy=200):
 def test_what_transformers_writes_we_read(kind, tmp_path):
     theirs = published(kind, tmp_path)
     check_against(theirs, load_model(tmp_path), torch.randint(0, 96, (1, 1000), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_the_norms_eps_is_the_files(kind, tmp_path):
+    """Models of the same family have 1e-5 or 1e-6: here 1e-3, so that it shows, in both doors."""
+    theirs = published(kind, tmp_path / "in", rms_norm_eps=1e-3)
+    ids = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0))
+    ours = load_model(tmp_path / "in")
+    check_against(theirs, ours, ids, greedy=20)
+    other = load_model(tmp_path / "in")
+    for norm in (m for m in other.modules() if hasattr(m, "eps")):
+        norm.eps = 1e-6
+    assert (ours(ids) - other(ids)).abs().max() > 1e-2
+    write_config(ours.config, tmp_path, torch.float32)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).rms_norm_eps == 1e-3
+
+
+def test_all_stop_ids_are_in_the_generation_config(tmp_path, tokenizer):
+    """A turn may end with either: who generates with one of them alone runs on past the other."""
+    assert len(tokenizer.stop_ids) > 1
+    model = toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32)
+    save_model(model, tokenizer, tmp_path)
+    config = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert config.eos_token_id == tokenizer.stop_ids
+    assert config.pad_token_id == tokenizer.document_end
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])

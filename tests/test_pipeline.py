@@ -2,7 +2,6 @@
 import gzip
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -13,80 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT
 from nanorl.runtime import checkpoint
 from nanorl.tokenizer import Tokenizer
-
-SMALL = ["--depth=1", "--task=0-20", "--device=cpu"]
-TOY = "--task=" + os.path.join(ROOT, "tests", "toy_task.py") + ":Toy"
-RL = SMALL + [TOY, "--prompts_per_step=4", "--samples_per_prompt=4", "--max_new_tokens=12", "--eval_problems=10", "--probe_prompts=4", "--steps=6",
-              "--device_rows=8", "--eval_every=2", "--save_every=1", "--lr=1e-3", "--dtype=fp64"]
-# Each rank packs and decodes its own rows, so padding differs, and with it what is computed.
-APART = {"padding", "occupancy", "flops_total", "flops_eval_total", *(f"flops/{part}" for part in ("prefill", "decode", "reference", "forward", "backward", "recompute"))}
-MEASURED = ("time", "tok_per_s/", "time/", "memory/", "mfu", "mbu")  # fields of the clock and the machine
-
-
-def call(script, *arguments):
-    """Run a script in this process; returns its exit message or code (None: it returned)."""
-    argv, sys.argv = sys.argv, [script, *arguments]
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers):
-            signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """An out/ folder with a base and an SFT model."""
-    folder = tmp_path_factory.mktemp("out")
-    os.environ["NANORL_OUT"] = str(folder)
-    assert call("train_base.py", *SMALL, "--run=a", "--documents=300", "--vocab_size=300", "--steps=6", "--batch_tokens=512", "--seq_len=64",
-                "--save_every=2", "--dtype=fp32") is None  # not auto: what later tests see of this model must not depend on the processor
-    assert call("train_sft.py", *SMALL, "--run=a", "--steps=30", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=10",
-                "--dtype=fp32") is None
-    yield folder
-    del os.environ["NANORL_OUT"]
-
-
-def rows(directory):
-    with open(directory / "metrics.jsonl", encoding="utf-8") as f:
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith(MEASURED)} for line in f]
-
-
-def records(path):
-    """A file of rollouts, without the time."""
-    with gzip.open(path, "rt", encoding="utf-8") as f:
-        return [{k: v for k, v in json.loads(line).items() if k != "time"} for line in f]
-
-
-def assert_same_run(a, b, last):
-    """Weights, optimizer, metrics rows and rollouts are bitwise the same, fields of the clock apart."""
-    assert rows(a) == rows(b)
-    weights = [load_file(d / last / "model.safetensors") for d in (a, b)]
-    assert weights[0].keys() == weights[1].keys() and all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    states = [torch.load(d / last / "trainer.pt", weights_only=True) for d in (a, b)]
-    for state in states:
-        state["settings"].pop("run"), state["settings"].pop("resume"), state.get("start", {}).pop("path", None)
-    assert str(states[0]) == str(states[1])
-    for name in sorted(os.listdir(a / "rollouts")) if (a / "rollouts").exists() else []:
-        assert records(a / "rollouts" / name) == records(b / "rollouts" / name)
-
-
-def start_and_kill(script, arguments, directory, steps):
-    """kill -9 once at least `steps` checkpoints have been whole; returns how many there were at the end."""
-    process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    marker = directory / f"step_{steps:06d}" / "DONE"
-    deadline = time.time() + 120
-    while not marker.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert marker.exists()
+from scripts import BASE, RL, ROOT, SFT, SMALL, assert_same_run, call, call_on_ranks, assert_rows_agree, records, rows, start_and_kill
 
 
 def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
@@ -176,29 +104,25 @@ def test_a_published_model_in_sft(out, capsys):
 def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
     """Resumed from a checkpoint in the middle: what came after it is taken away, as if the process had died there."""
     for script, stage, keep, last, arguments in [
-            ("train_base.py", "base", "step_000002", "step_000006", ["--documents=300", "--vocab_size=300", "--steps=6", "--batch_tokens=512", "--seq_len=64", "--save_every=2", "--dtype=fp32"]),
-            ("train_sft.py", "sft", "step_000010", "step_000030", ["--steps=30", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=10", "--dtype=fp32"])]:
+            ("train_base.py", "base", "step_000002", "step_000006", [*BASE, "--steps=6", "--save_every=2"]),
+            ("train_sft.py", "sft", "step_000010", "step_000030", [*SFT, "--steps=30", "--save_every=10"])]:
         shutil.copytree(out / "a" / stage, out / "before" / stage)
         for name in os.listdir(out / "a" / stage):
             if name.startswith("step_") and name != keep:
                 shutil.rmtree(out / "a" / stage / name)
-        assert call(script, *SMALL, "--run=a", "--resume=must", *arguments) is None
+        assert call(script, *arguments, "--run=a", "--resume=must") is None
         assert_same_run(out / "before" / stage, out / "a" / stage, last)
 
 
 def test_two_ranks_give_the_rows_of_one(out):
     model = f"--model={out / 'a' / 'sft'}"
     assert call("train_rl.py", *RL, "--run=one", model) is None
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611", "--", "train_rl.py", *RL, "--run=two", model],
-                   cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    one, two = rows(out / "one" / "rl"), rows(out / "two" / "rl")
-    assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(7))
-    for a, b in zip(one, two):
-        assert a.keys() == b.keys()
-        for name in a.keys() - APART:
-            assert a[name] == pytest.approx(b[name], rel=1e-9, abs=1e-11), name
-    texts = lambda run: [json.loads(line)["completion"] for line in gzip.open(out / run / "rl" / "rollouts" / "step_000006.jsonl.gz", "rt")]
-    assert texts("one") == texts("two")
+    call_on_ranks(["train_rl.py", *RL, "--run=two", model])
+    one, two = (out / name / "rl" for name in ("one", "two"))
+    assert [r["step"] for r in rows(one)] == list(range(7))
+    assert_rows_agree(rows(one), rows(two))
+    texts = [[r["completion"] for r in records(run / "rollouts" / "step_000006.jsonl.gz")] for run in (one, two)]
+    assert texts[0] == texts[1]
 
 
 def test_what_a_run_leaves(out):
@@ -214,16 +138,6 @@ def test_what_a_run_leaves(out):
     assert {"completion", "reward", "parts", "advantage", "finish", "tokens"} <= records[0].keys()
     assert sorted(os.listdir(directory / "step_000003")) == sorted([
         "DONE", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "trainer.pt"])
-
-
-def test_weights_move_only_where_there_is_signal(out):
-    """A model that solves nothing gets no gradient, and nothing at all changes: no momentum, no decay."""
-    hard = ["--task=chain4", "--run=hard", f"--model={out / 'a' / 'base'}", "--steps=2", "--weight_decay=0.1"]
-    assert call("train_rl.py", *RL, *hard) is None
-    assert [r["updated"] for r in rows(out / "hard" / "rl")[1:]] == [0.0, 0.0]
-    start = load_file(out / "a" / "base" / "step_000006" / "model.safetensors")
-    end = load_file(out / "hard" / "rl" / "step_000002" / "model.safetensors")
-    assert all(torch.equal(start[k].double(), end[k]) for k in start)
 
 
 def test_forecast_warns_when_the_task_is_too_hard(out, capsys):

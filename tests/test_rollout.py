@@ -5,8 +5,6 @@ import torch
 from conftest import toy_model
 from nanorl import grpo, rollout
 from nanorl.engine import Completion, Engine
-from nanorl.attention import SharedPrefixAttention, pick
-from nanorl.gpt import token_logprobs
 from nanorl.tasks import Problem, Reward, get_task
 from nanorl.tasks.countdown import Countdown
 
@@ -39,37 +37,6 @@ def test_targets_are_exactly_the_sampled_tokens(budget):
             assert (adv == adv[0]).all()
     expected = [(r.prompt_ids + c.ids, c.ids, float(x), 1 / len(c.ids), c.logprobs) for r, g in zip(ROLLOUTS, a) for c, x in zip(r.completions, g)]
     assert sorted(seen) == sorted(expected)
-
-
-def step_gradient(model, rollouts, budget, kind="token"):
-    """The gradient of one RL step, as train_rl.py takes it."""
-    model.zero_grad()
-    a = grpo.advantages(rollout.reward_table(rollouts, 2))
-    lengths = rollout.length_table(rollouts, 2)
-    n = grpo.denominator(lengths, kind)
-    for batch in rollout.micro_batches(rollouts, a, grpo.token_weights(lengths, kind, 8), budget, "cpu"):
-        h = model.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, "cpu"))
-        logprobs, _ = model.logprobs(pick(h[0], batch.predictors), batch.targets, 0.9)
-        grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, n).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-@pytest.mark.parametrize("kind", ["token", "sequence", "constant"])
-def test_gradient_does_not_depend_on_the_micro_batch_and_equals_a_row_at_a_time(kind):
-    model = toy_model()
-    whole = step_gradient(model, ROLLOUTS, 1000, kind)
-    assert (step_gradient(model, ROLLOUTS, 1, kind) - whole).abs().max() <= 1e-10
-    model.zero_grad()
-    loss = 0.0
-    for r in ROLLOUTS:
-        rewards = [x.total for x in r.rewards]
-        for c, reward in zip(r.completions, rewards):
-            ids = torch.tensor([r.prompt_ids + c.ids])
-            lp = token_logprobs(model(ids)[0, len(r.prompt_ids) - 1:-1], torch.tensor(c.ids), 0.9).sum()
-            scale = {"token": 1 / 13, "sequence": 1 / len(c.ids) / 4, "constant": 1 / 8 / 4}[kind]
-            loss = loss - (reward - sum(rewards) / 2) * lp * scale
-    loss.backward()
-    assert (torch.cat([p.grad.flatten() for p in model.parameters()]) - whole).abs().max() <= 1e-10
 
 
 class Bad:

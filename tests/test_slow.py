@@ -9,7 +9,7 @@ import time
 import pytest
 
 from conftest import ROOT
-from test_pipeline import RL, assert_same_run, call, out  # noqa: F401 (out is a fixture)
+from scripts import RL, assert_same_run, call, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -25,10 +25,10 @@ def kill_tree(pid):
 
 
 @pytest.mark.parametrize("ranks,kills", [(1, 20), (2, 6)])
-def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(out, ranks, kills):  # noqa: F811
+def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(out, ranks, kills):
     """kill -9 at random moments, inside saves too: a step with its save takes some 30 ms, each kill comes up to 60 ms after
     a step. With two ranks the uninterrupted run has two as well: sums over ranks differ in the last bits from those of one."""
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "--"]
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "--"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks)}
     steps = 5 * kills
     arguments = ["train_rl.py", *RL, f"--model={out / 'a' / 'sft'}", f"--steps={steps}"]

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from nanorl.tools import table
+from scripts import ROOT
 
 
 def run(folder, name, rewards, before, after):
@@ -47,5 +48,5 @@ def test_runs_that_have_not_made_a_step_are_left_out_and_names_must_differ(tmp_p
 
 
 def test_a_folder_that_is_not_there_gets_one_line(tmp_path):
-    ended = subprocess.run([sys.executable, "-m", "nanorl.tools.table", str(tmp_path / "no")], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-m", "nanorl.tools.table", str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 1 and ended.stderr.startswith("usage:") and "Traceback" not in ended.stderr

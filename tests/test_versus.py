@@ -11,7 +11,7 @@ import torch
 from nanorl.runtime import checkpoint
 from nanorl.tools import versus
 from nanorl.tools.versus import holm, over_seeds, student_p, student_t, verdict_over_seeds
-from test_pipeline import RL, SMALL, call, out, rows  # noqa: F401
+from scripts import RL, SMALL, call, rows
 
 
 @pytest.mark.parametrize("df", range(1, 13))
@@ -90,7 +90,7 @@ def test_seeds_that_agree_by_chance_are_not_certain():
 # ---- SFT for as many FLOPs -------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def arms(out):  # noqa: F811
+def arms(out):
     """A run of RL from the SFT model of `out`, on its task, and the SFT that follows it."""
     rl = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--run=arms", "--max_new_tokens=12", "--seed=0"]
     assert call("train_rl.py", *rl, "--prompts_per_step=8", "--problems=300", "--device_rows=32", "--steps=8") is None
@@ -112,7 +112,7 @@ def test_as_many_flops_from_the_same_start(arms):
     assert (sft["settings"]["task"], sft["settings"]["examples"], sft["settings"]["batch_tokens"], sft["settings"]["seq_len"]) == ("0-20", 300, 512, 64)
 
 
-def test_killed_and_resumed_it_ends_the_same(arms, out):  # noqa: F811
+def test_killed_and_resumed_it_ends_the_same(arms, out):
     shutil.copytree(arms / "sft_more", out / "arms" / "again")
     for path in sorted((arms / "again").glob("step_*"))[1:]:
         shutil.rmtree(path)
@@ -125,7 +125,7 @@ def test_killed_and_resumed_it_ends_the_same(arms, out):  # noqa: F811
     assert rows(arms / "again") == rows(arms / "sft_more") and state_of(arms / "again")["flops"] == state_of(arms / "sft_more")["flops"]
 
 
-def test_it_goes_on_in_the_data_where_sft_stopped(out, tmp_path, capsys):  # noqa: F811
+def test_it_goes_on_in_the_data_where_sft_stopped(out, tmp_path, capsys):
     """On all of SFT's own examples: its cursor. On other ones: from the first pass."""
     capsys.readouterr()
     options = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--steps=8", "--prompts_per_step=8", "--eval_every=0"]
@@ -146,7 +146,7 @@ def test_what_the_rl_run_gives_cannot_be_set(arms, mistake, words):
     assert words in call("train_sft.py", f"--match_flops={arms / 'rl'}", "--run=mistake", *mistake)
 
 
-def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):  # noqa: F811
+def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):
     assert "is no checkpoint of RL" in call("train_sft.py", f"--match_flops={out / 'a' / 'sft'}")
     assert "no checkpoint there" in call("train_sft.py", f"--match_flops={tmp_path}")
     shutil.copytree(arms / "rl", tmp_path / "rl")
@@ -165,7 +165,7 @@ def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):  # noqa: F811
 # ---- the report ------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def experiment(arms, out, tmp_path_factory):  # noqa: F811
+def experiment(arms, out, tmp_path_factory):
     """The arms as two seeds of an experiment, each model evaluated."""
     for model in (out / "a" / "sft", arms / "rl", arms / "sft_more"):
         assert call("eval.py", "--device=cpu", "--dtype=fp64", f"--model={model}", "--task=0-20", "--problems=20", "--samples=2", "--sample_problems=10", "--max_new_tokens=12") is None
@@ -176,7 +176,7 @@ def experiment(arms, out, tmp_path_factory):  # noqa: F811
     return folder
 
 
-def test_the_report(experiment, arms, out, capsys):  # noqa: F811
+def test_the_report(experiment, arms, out, capsys):
     versus.main(str(experiment))
     said = capsys.readouterr().out
     text, numbers = (experiment / "report.md").read_text(), json.loads((experiment / "report.json").read_text())

@@ -38,6 +38,8 @@ LAYERS = ("uid", "namespaces", "calls")  # tests take them away, one by one
 ANSWER = 1 << 20  # bytes that one answer of the program may have
 MARGIN = 5.0  # seconds after the deadline that the supervisor may take to clean up
 TIMEOUT = 124  # the supervisor's exit status; others are the signal that ended the program
+GONE = 3  # the tester's exit status when the program has closed its pipes
+REAPED = 1.0  # seconds that a program which has closed its pipes may take to end
 
 
 def run(program, entry_point, test, helpers="", seconds=10.0, memory=512 << 20, layers=LAYERS):
@@ -115,9 +117,9 @@ def unpack(data):
 
 def tester(commands, answers, out):
     """Reads the job, runs the tests and writes the secret, or why it does not."""
-    def say(text):  # and the test cannot go on, whatever it catches
+    def say(text, status=0):  # and the test cannot go on, whatever it catches
         os.write(out, text.encode("utf-8", "replace")[:300])
-        os._exit(0)
+        os._exit(status)
 
     def ask(message):
         try:
@@ -127,7 +129,9 @@ def tester(commands, answers, out):
         except BrokenPipeError:
             line = b""
         if not line.endswith(b"\n"):
-            say("answer too long" if len(line) > ANSWER else "died")
+            if len(line) > ANSWER:
+                say("answer too long")
+            say("died", GONE)
         try:
             kind, *value = json.loads(line)
             return (kind, *map(unpack, value)) if kind == "value" else (kind, *map(str, value))
@@ -307,13 +311,22 @@ def supervise(seconds, memory, layers):
     program = child(untrusted)
     for fd in (to_program, from_tester, to_tester, from_program):
         os.close(fd)
-    late = False
-    while os.waitpid(trusted, os.WNOHANG) == (0, 0) and os.getppid() == caller:  # or the caller has been killed
+    late, ended, status = False, 0, 0
+    while not ended and os.getppid() == caller:  # or the caller has been killed
         if late := time.monotonic() > deadline:
             break
         time.sleep(0.003)
+        ended, status = os.waitpid(trusted, os.WNOHANG)
+    if not ended:
+        _kill(os.kill, trusted)
+
+    # A program that dies closes its pipes a moment before one can ask what it died of.
+    patience = REAPED if os.waitstatus_to_exitcode(status) == GONE else 0.0
+    until = time.monotonic() + patience
     pid, status = os.waitpid(program, os.WNOHANG)
-    _kill(os.kill, trusted)
+    while pid == 0 and time.monotonic() < until:
+        time.sleep(0.001)
+        pid, status = os.waitpid(program, os.WNOHANG)
     if pid == 0:  # not yet waited for, so the number is still its own
         _kill(os.killpg, program)
         _kill(os.kill, program)  # the first process of its namespace takes the others with it
