@@ -151,6 +151,18 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_and_after_some_the_run_s
     assert all(torch.equal(before[name].double(), after[name]) for name in before)  # nothing had moved
 
 
+def test_bad_steps_are_counted_on_after_a_resume(out, tmp_path, monkeypatch):
+    """Two before the run was stopped, one after it: three in a row."""
+    (tmp_path / "explodes.py").write_text(EXPLODES)
+    monkeypatch.syspath_prepend(os.path.join(ROOT, "tests"))
+    task = f"--task={tmp_path / 'explodes.py'}:Always"
+    run = [*RL, task, "--run=counted", f"--model={out / 'a' / 'sft'}", "--max_bad_steps=3"]
+    assert call("train_rl.py", *run, "--steps=2") is None
+    said = call("train_rl.py", *run, "--steps=50")
+    assert "in 3 steps in a row updates were skipped" in said
+    assert [r["bad_steps"] for r in rows(out / "counted" / "rl")[1:]] == [1, 2, 3]
+
+
 # ---- files ----------------------------------------------------------------------------------------------------
 
 def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays(out, monkeypatch, capfd):
