@@ -1,94 +1,214 @@
-"""Who sees whom: attention for rows as they are, for documents packed into a row, and for samples that share a prompt.
+"""Who sees whom: attention for rows as they are, documents in a row, samples that share a prompt.
 
-Each is an `attend(layer, q, k, v)` for GPT.hidden, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The letters are gpt.py's."""
+CausalAttention and SharedPrefixAttention are an `attend(layer, q, k, v)` for GPT.hidden:
+q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The letters are gpt.py's.
+"""
+
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
+# Up to so many keys, bf16 on a CPU is faster by plain matrix products (docs/log.md).
+SHORT = 512
+
 
 class MaskedAttention:
-    """Attention where `allowed` (B, 1, T, S), bool, lets query t see key s; None: causal, T = S. One mask, in the kernel's own form, serves all layers:
-    given a bool one, each layer would keep a copy for its backward."""
+    """Attention where `allowed` (B, 1, T, T_keys), bool, lets query t see a key; None: causal.
+
+    One mask in the kernel's own form serves all layers: of a bool one each layer would make and
+    keep a copy for its backward.
+    """
 
     def __init__(self, allowed=None):
-        self.allowed, self.bias = allowed, None
+        self.allowed = allowed
+        self.bias = None  # the mask as it is added to the scores: 0 or -inf
 
     def __call__(self, q, k, v):
-        """q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)."""
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.size(2) <= 512:
-            return self._by_matrix_products(q, k, v)
-        if self.allowed is not None and self.bias is None:  # (B, 1, T, S), rows of a multiple of 8 apart: kernels on a GPU copy it otherwise
-            self.bias = q.new_zeros(*self.allowed.shape[:3], -(-self.allowed.size(3) // 8) * 8)[..., :self.allowed.size(3)]
-            self.bias.masked_fill_(~self.allowed, float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, is_causal=self.allowed is None, enable_gqa=q.size(1) != k.size(1))
+        """q (B, H, T, D), k and v (B, K, T_keys, D) -> (B, H, T, D)."""
+        on_cpu_in_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if on_cpu_in_bf16 and k.size(2) <= SHORT:
+            return self.by_matrix_products(q, k, v)
+        if self.allowed is not None and self.bias is None:
+            self.bias = self.make_bias(q)
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=self.bias,
+            is_causal=self.allowed is None,
+            enable_gqa=q.size(1) != k.size(1),
+        )
 
-    def _by_matrix_products(self, q, k, v):
-        """The same, spelled out: on a CPU in bf16, on short rows, 1.6 to 4 times faster than the fused kernel
-        (docs/log.md)."""
-        (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-        if self.bias is None:  # (B*K, H/K*T, S): all queries of a key/value head in one product
-            allowed = torch.ones(T, S, dtype=torch.bool).tril() if self.allowed is None else self.allowed
-            bias = torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
-            self.bias = bias.expand(B, H, T, S).reshape(B * K, H // K * T, S)
-        q, k, v = q.reshape(B * K, H // K * T, D), k.reshape(B * K, S, D), v.reshape(B * K, S, D)
-        scores = torch.baddbmm(self.bias, q, k.transpose(1, 2), alpha=D ** -0.5)  # (B*K, H/K*T, S)
+    def make_bias(self, q):
+        """-> (B, 1, T, T_keys), its rows a multiple of 8 apart: else a GPU's kernels copy it."""
+        *shape, T_keys = self.allowed.shape
+        padded = -(-T_keys // 8) * 8
+        bias = q.new_zeros(*shape, padded)[..., :T_keys]
+        return bias.masked_fill_(~self.allowed, float("-inf"))
+
+    def by_matrix_products(self, q, k, v):
+        """The same, spelled out: on a CPU in bf16, on short rows, 1.6 to 4 times as fast as the
+        fused kernel (docs/log.md). All queries of a key/value head are in one product."""
+        (B, H, T, D), (K, T_keys) = q.shape, k.shape[1:3]
+        together = H // K * T
+        if self.bias is None:
+            allowed = self.allowed
+            if allowed is None:
+                allowed = torch.ones(T, T_keys, dtype=torch.bool).tril()
+            bias = torch.zeros(allowed.shape, dtype=q.dtype)
+            bias.masked_fill_(~allowed, float("-inf"))
+            self.bias = bias.expand(B, H, T, T_keys).reshape(B * K, together, T_keys)
+        q = q.reshape(B * K, together, D)
+        k = k.reshape(B * K, T_keys, D)
+        v = v.reshape(B * K, T_keys, D)
+        scores = torch.baddbmm(self.bias, q, k.transpose(1, 2), alpha=D**-0.5)
         return torch.bmm(scores.softmax(-1), v).view(B, H, T, D)
 
 
 class CausalAttention:
-    """Causal attention, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). Rows padded on the right need no mask:
-    a token only looks to its left. With `document` (B, T), which numbers each token's document, attention stays
-    inside the document."""
+    """A token sees itself and those before it. Rows padded on the right need no mask then.
+
+    document (B, T) numbers each token's document, and attention stays inside the document.
+    """
 
     def __init__(self, document=None):
         allowed = None
         if document is not None:
-            causal = torch.ones(document.size(1), document.size(1), dtype=torch.bool, device=document.device).tril()
-            allowed = ((document[:, :, None] == document[:, None, :]) & causal)[:, None]  # (B, 1, T, T)
+            T = document.size(1)
+            causal = torch.ones(T, T, dtype=torch.bool, device=document.device).tril()
+            same = document[:, :, None] == document[:, None, :]  # (B, T, T)
+            allowed = (same & causal)[:, None]  # (B, 1, T, T)
         self.masked = MaskedAttention(allowed)
 
     def __call__(self, layer, q, k, v):
-        return self.masked(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        y = self.masked(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return y.transpose(1, 2)
 
 
-def pick(x, at):
-    """Rows of x (N, ...) at the places `at`, an integer tensor of any shape -> (*at.shape, ...). As a look-up in a table, because of the ways to
-    write it this is the one whose backward pass is fast on a CPU and has a fixed order of summation. A row that is picked often gets the sum of as many
-    gradients: that is taken in fp32 or better (in bf16 a sum of 1,000 ones is 256)."""
-    table = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    return F.embedding(at, table).to(x.dtype).unflatten(-1, x.shape[1:])
+# ---- rows packed into one, with shared beginnings ------------------------------------------------
+
+
+@dataclass
+class Block:
+    """b rows of like length in one rectangle: t queries a row, each with u + t keys.
+
+    Rows shorter than t, and prefixes shorter than u, are padded on the right.
+    """
+
+    query_slots: torch.Tensor  # (b, t) the slot of the packed row that each query comes from
+    key_slots: torch.Tensor  # (b, u + t) the same of keys: the prefix's, then the row's own
+    attend: MaskedAttention
 
 
 class SharedPrefixAttention:
-    """Causal attention over rows packed into one, q (1, N, H, D), k and v (1, N, K, D), in which rows may share their beginning: the keys and values
-    of a prompt are computed once for all its samples, and gradients flow back into them from each.
+    """Causal attention in a packed row, q (1, T, H, D), k and v (1, T, K, D) -> (1, T, H, D).
 
-    rows: (start, length, prefix start, prefix length) of each, a prefix being earlier places of the packed row that it goes on from (length 0: none).
-    Rows of like length make a block, padded to its longest; `padded` counts the places, padding and all, and `pairs` the (query, key) pairs computed."""
+    rows: runs of slots with start, length, prefix_start and prefix_length (batch.Row), which see
+    their prefix and themselves. A prompt's keys and values are computed once for all its samples,
+    and gradients flow back into them from each. The rows are cut out, put into rectangles, one
+    kernel call each, and what comes out is put back. For the picture in batch.py:
+
+        block 1   a1 a2    query_slots [[3, 4]]       key_slots [[0, 1, 2, 3, 4]]
+        block 2   a3, b1   query_slots [[5], [8]]     key_slots [[0, 1, 2, 5], [6, 7, _, 8]]
+        block 3   A A A    query_slots [[0, 1, 2]]    key_slots [[0, 1, 2]]
+        block 4   B B      query_slots [[6, 7]]       key_slots [[6, 7]]
+
+    The prompt B is shorter than A: the place _ is padding, which the mask hides. The outputs, one
+    block after the other, are those of slots 3 4 5 8 0 1 2 6 7, so that slot 0's is number 4:
+
+        output_at  [4, 5, 6, 0, 1, 2, 7, 8, 3]
+    """
 
     def __init__(self, rows, device):
-        rows = sorted((row for row in rows if row[1]), key=lambda row: (row[3] > 0, row[1]), reverse=True)
-        blocks = []
-        for row in rows:
-            if not blocks or (row[3] > 0) != (blocks[-1][0][3] > 0) or row[1] < 0.8 * blocks[-1][0][1]:
-                blocks.append([])
-            blocks[-1].append(row)
-        n, self.padded, self.pairs, self.blocks = sum(row[1] for row in rows), 0, 0, []
-        back = torch.zeros(n, dtype=torch.long)  # (N,) where each token's output lies among all blocks' outputs
-        for block in blocks:
-            start, length, prefix_start, prefix_length = torch.tensor(block).T[:, :, None]  # (b, 1) each
-            t, tp = torch.arange(int(length.max())), torch.arange(int(prefix_length.max()))
-            here, before = t < length, tp < prefix_length  # (b, T), (b, Tp): not padding
-            at = (start + t).where(here, start)  # (b, T)
-            keys_at = torch.cat([(prefix_start + tp).where(before, prefix_start), at], 1)  # (b, Tp + T)
-            allowed = torch.cat([before[:, None].expand(-1, len(t), -1), (t <= t[:, None]).expand(len(at), -1, -1)], 2)[:, None]  # (b, 1, T, Tp + T)
-            back[at[here]] = self.padded + torch.arange(at.numel()).view(at.shape)[here]
-            self.padded += at.numel()
-            self.pairs += at.numel() * keys_at.size(1)
-            self.blocks.append((at.to(device), keys_at.to(device), MaskedAttention(allowed.to(device))))
-        self.back = back.to(device)
+        # What is computed, padding included.
+        self.computed_slots = 0
+        self.computed_pairs = 0  # of a query and a key
+
+        self.blocks = []
+        # Where each slot's output is among the outputs of all blocks.
+        output_at = torch.zeros(sum(row.length for row in rows), dtype=torch.long)  # (T,)
+        for some_rows in rows_of_like_length(rows):
+            query_slots, key_slots, allowed, is_real = rectangle(some_rows)
+            b, t = query_slots.shape
+            outputs = self.computed_slots + torch.arange(b * t).view(b, t)
+            output_at[query_slots[is_real]] = outputs[is_real]
+            self.computed_slots += b * t
+            self.computed_pairs += b * t * key_slots.size(1)
+            block = Block(
+                query_slots=query_slots.to(device),
+                key_slots=key_slots.to(device),
+                attend=MaskedAttention(allowed.to(device)),
+            )
+            self.blocks.append(block)
+        self.output_at = output_at.to(device)
 
     def __call__(self, layer, q, k, v):
-        heads_first = lambda x, at: pick(x[0], at).transpose(1, 2)  # (b, heads, T, D)
-        y = [attend(heads_first(q, at), heads_first(k, keys_at), heads_first(v, keys_at)).transpose(1, 2).flatten(0, 1)
-             for at, keys_at, attend in self.blocks]  # (b * T, H, D) each
-        return pick(torch.cat(y), self.back)[None]  # (1, N, H, D)
+        outputs = []
+        for block in self.blocks:
+            # (b, heads, t or u + t, D) each
+            block_q = pick(q[0], block.query_slots).transpose(1, 2)
+            block_k = pick(k[0], block.key_slots).transpose(1, 2)
+            block_v = pick(v[0], block.key_slots).transpose(1, 2)
+            y = block.attend(block_q, block_k, block_v)
+            outputs.append(y.transpose(1, 2).flatten(0, 1))  # (b * t, H, D)
+        return pick(torch.cat(outputs), self.output_at)[None]
+
+
+def rows_of_like_length(rows):
+    """Rows -> lists of rows to be padded to one length: completions, then prompts, longest first.
+
+    A row is at least 0.8 times as long as the first one of its list, so padding stays small.
+    """
+    blocks = []
+    present = [row for row in rows if row.length]
+    present.sort(key=lambda row: (row.prefix_length > 0, row.length), reverse=True)
+    for row in present:
+        if not blocks or not alike(row, blocks[-1][0]):
+            blocks.append([])
+        blocks[-1].append(row)
+    return blocks
+
+
+def alike(row, longest):
+    """Whether a row may be padded to this one's length."""
+    both_have_a_prefix_or_none = (row.prefix_length > 0) == (longest.prefix_length > 0)
+    return both_have_a_prefix_or_none and row.length >= 0.8 * longest.length
+
+
+def rectangle(rows):
+    """b rows -> their query slots (b, t), key slots (b, u + t), mask (b, 1, t, u + t) and which
+    queries are real (b, t): the rest is padding."""
+    start = torch.tensor([[row.start] for row in rows])  # (b, 1), as the next three
+    length = torch.tensor([[row.length] for row in rows])
+    prefix_start = torch.tensor([[row.prefix_start] for row in rows])
+    prefix_length = torch.tensor([[row.prefix_length] for row in rows])
+    in_row = torch.arange(int(length.max()))  # (t,)
+    in_prefix = torch.arange(int(prefix_length.max()))  # (u,)
+
+    # Padding stands for the first slot, which always exists: no real query sees it.
+    is_real = in_row < length  # (b, t)
+    query_slots = (start + in_row).where(is_real, start)
+    prefix_is_real = in_prefix < prefix_length  # (b, u)
+    prefix_slots = (prefix_start + in_prefix).where(prefix_is_real, prefix_start)
+    key_slots = torch.cat([prefix_slots, query_slots], 1)
+
+    # A query sees the whole prefix, itself and what is before it in its own row. A row's padding
+    # comes after all real queries, so that this hides it too.
+    b, t = query_slots.shape
+    sees_prefix = prefix_is_real[:, None].expand(-1, t, -1)  # (b, t, u)
+    sees_own = (in_row <= in_row[:, None]).expand(b, -1, -1)  # (b, t, t)
+    allowed = torch.cat([sees_prefix, sees_own], 2)[:, None]
+    return query_slots, key_slots, allowed, is_real
+
+
+def pick(x, at):
+    """Rows of x (n, ...) at the places `at`, integers of any shape -> (*at.shape, ...).
+
+    It is written as a look-up in a table, because of the ways to write it this is the one whose
+    backward pass is fast on a CPU and has a fixed order of summation. A row that is picked often
+    gets the sum of as many gradients, which is taken in fp32 or better: in bf16 a sum of 1,000
+    ones is 256.
+    """
+    table = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    return F.embedding(at, table).to(x.dtype).unflatten(-1, x.shape[1:])

@@ -2,8 +2,10 @@
 import math
 
 import numpy as np
+from tqdm import tqdm
 
 from nanorl import rollout
+from nanorl.runtime import dist
 
 Z = 1.959964  # 97.5% point of the normal distribution: 95% intervals, two-sided tests at 5%
 Z_POWER = 0.841621  # its 80% point: found in 4 of 5 cases
@@ -16,12 +18,25 @@ def outcomes(engine, tokenizer, task, indices, samples, max_new_tokens, temperat
     of multiple choice also chance. leave_long: a prompt that does not fit the model's context is not an error but a problem not solved."""
     problems, fit = _those_that_fit(engine, tokenizer, task, indices, max_new_tokens, leave_long)
     keys = [rollout.prompt_key(seed, "eval", i) for i, fits in zip(indices, fit) if fits]
-    rollouts = iter(rollout.generate(engine, tokenizer, task, [p for p, fits in zip(problems, fit) if fits], keys, samples, max_new_tokens, temperature, progress))
+    some = [problem for problem, fits in zip(problems, fit) if fits]
+    rollouts = iter(rollout.generate(engine, tokenizer, task, some, keys, samples_per_prompt=samples,
+                                     max_new_tokens=max_new_tokens, temperature=temperature, progress=progress))
     made = [next(rollouts) if fits else None for fits in fit]
     return [_unsolved(i, problem, samples) if r is None else
             dict(_about(i, problem), texts=r.texts, rewards=[x.total for x in r.rewards], solved=[is_correct(x) for x in r.rewards], parts=[x.parts for x in r.rewards],
                  lengths=[len(c.ids) for c in r.completions], finished=[c.finished for c in r.completions])
             for i, problem, r in zip(indices, problems, made)]
+
+
+def held_out(engine, tokenizer, task, n, max_new_tokens):
+    """Greedy accuracy on a task's first n problems, over all ranks -> metrics, and the FLOPs it took."""
+    n = min(n, len(task))
+    mine = range(n)[dist.share(n)]
+    with tqdm(total=len(mine), desc="held-out", disable=None, leave=False) as bar:
+        results = outcomes(engine, tokenizer, task, mine, 1, max_new_tokens, 0.0, progress=bar.update)
+    flops = dist.total(sum(engine.flops().values()))
+    results = dist.gather(results)
+    return dist.broadcast({f"val/{k}": v for k, v in summary(results).items()} if dist.is_main() else None), flops
 
 
 def by_likelihood(engine, tokenizer, task, indices, progress=None):
@@ -256,27 +271,6 @@ def benchmark_table(rows):
         lines.append(line.format(task, how, s["n"], percent(s["accuracy"]), f"[{s['low']:.1%}, {s['high']:.1%}]", percent(s.get("chance")), percent(s.get("centred")),
                                  f"{s['seconds']:.1f}", f"{s['tok_per_s']:,.0f}"))
     return lines + ["centred: share of the way from guessing to 100%. tokens/s: of prompts (likelihood) or sampled."]
-
-
-def describe_forecast(rollouts, total, seconds):
-    """Rollouts of a few problems, tried before a run that will take `total` ('1m15s'), `seconds` a step -> lines: whether it can learn something."""
-    m, G = rollout.metrics(rollouts), len(rollouts[0].rewards)
-    n = len(rollouts) * G
-    solved = sum(is_correct(r) for group in rollouts for r in group.rewards)
-    dead = m["frac_reward_zero_std"]
-    lines = [f"probe: {solved} of {n} samples solved ({solved / n:.1%}), {m['completions/mean_length']:.1f} tokens, {m['completions/clipped_ratio']:.0%} cut off",
-             f"forecast: {dead:.0%} of the groups without signal (all {G} rewards equal), {m['tokens_with_signal']:.0%} of the tokens in groups "
-             f"that teach; about {seconds:.1f} s a step, {total} in all, without evaluations"]
-    failures = [f for group in rollouts for f in group.failures if f]
-    if failures:
-        lines.append(f"WARNING: the task's reward failed on {len(failures)} of {n} samples, such as: {failures[0].text}")
-    if solved == 0:
-        lines += ["WARNING: no sample was solved, so this task is too hard for this model: most steps will change nothing.",
-                  "Train it further (SFT), take an easier task, or raise --samples_per_prompt."]
-    elif dead > 0.5:
-        lines += [f"WARNING: more than half of the groups teach nothing: the task is too {'hard' if solved < n / 2 else 'easy'} for this model, "
-                  f"or --samples_per_prompt={G} too few."]
-    return lines
 
 
 def describe_difference(c):

@@ -7,7 +7,7 @@ Letters used everywhere in nanorl:
     H query heads   K key/value heads   D head dim   V vocabulary
 
 Attention is an argument: `attend(layer, q, k, v) -> y`. Training passes causal attention, inside documents
-where rows are packed, and the sampler passes functions that read and write its caches (nanorl/engine.py), so there
+where rows are packed, and the sampler passes functions that read and write its caches (nanorl/cache.py), so there
 is one forward pass and no cache inside the model.
 """
 import math

@@ -2,11 +2,13 @@
 parameters, caches from their shapes; what backward needs of the activations is counted on one small forward pass, tensor by tensor."""
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from nanorl.attention import SharedPrefixAttention, pick
-from nanorl.rollout import micro_batches
+from nanorl import learner
+from nanorl.batch import pack
+from nanorl.runtime import dist
 
 # On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their shapes differ. Peak over what is needed, as measured
 # (docs/log.md); on a GPU torch's own allocator keeps less, which is not measured.
@@ -53,17 +55,13 @@ def passes(model, rollouts):
 
     def times(n):
         ones = torch.ones(n, len(group.completions), dtype=torch.float64)  # as advantages and weights
-        batch, = micro_batches([group] * n, ones, ones, math.inf, model.cos.device)
-
-        def forward():
-            h = model.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, model.cos.device))
-            return model.logprobs(pick(h[0], batch.predictors), batch.targets)
-        return forward, batch.ids.numel()
+        batch, = pack([group] * n, ones, ones, math.inf, model.cos.device)
+        return partial(learner.forward, model, batch), batch.ids.numel()
     return times(1), times(2)
 
 
 def cache_bytes(config, itemsize, prompts, prompt_tokens, rows, new_tokens):
-    """Bytes of the sampler's caches (nanorl/engine.py): prompts x prompt_tokens, rows x new_tokens."""
+    """Bytes of the sampler's caches (nanorl/cache.py): prompts x prompt_tokens, rows x new_tokens."""
     return 2 * config.n_layer * config.n_kv_head * config.head_dim * itemsize * (prompts * prompt_tokens + rows * new_tokens)
 
 
@@ -87,3 +85,10 @@ def describe(parts, free):
     if to_come > free:
         lines.append(f"WARNING: {gb(to_come)} GB of that are still to be taken and {gb(free)} are free: lower --device_tokens, or --recompute, or --lora_rank=16")
     return lines
+
+
+def rows_that_fit(engine, params, samples, new_tokens):
+    """How many rows half of the free memory holds, beside gradients and AdamW's moments: the same on every rank."""
+    to_come = 12 * sum(p.numel() for p in params)
+    half = (dist.free_memory(engine.learner.cos.device) - to_come) // 2
+    return max(samples, int(dist.total(half // engine.bytes_per_row(new_tokens), "min")))

@@ -1,9 +1,22 @@
 """What decides a token: inverse-CDF sampling from a uniform that is a pure function of (prompt key, sample, position). So a sample does not depend on who
 shared its batch, on row order, refill or world size: exactly so in fp64; in fp32 and bf16 the logits' last bits change with the batch's shape, and a token
 may flip."""
+from collections import namedtuple
+
 import torch
 
 from nanorl.gpt import scaled
+
+# ids include the stop token; logprobs has one float per id; finished is False when max_new_tokens cut it off.
+Completion = namedtuple("Completion", "ids logprobs finished")
+
+
+def completion(ids, logprobs, stop_ids):
+    """A row's tokens up to its first stop token, which is kept: it was sampled, and is trained."""
+    for t, id in enumerate(ids):
+        if id in stop_ids:
+            return Completion(ids[: t + 1], logprobs[: t + 1], True)
+    return Completion(ids, logprobs, False)
 
 
 def _mix(x):

@@ -14,11 +14,12 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanorl import grpo  # noqa: E402
-from nanorl.attention import SharedPrefixAttention, pick  # noqa: E402
+from nanorl.batch import pack  # noqa: E402
 from nanorl.engine import Engine  # noqa: E402
 from nanorl.hf import load_model  # noqa: E402
 from nanorl.optim import make_optimizers, update  # noqa: E402
-from nanorl.rollout import Rollout, length_table, micro_batches  # noqa: E402
+from nanorl.learner import forward  # noqa: E402
+from nanorl.rollout import Rollout, length_table  # noqa: E402
 from nanorl.runtime.config import configure  # noqa: E402
 from nanorl.tasks import get_task  # noqa: E402
 from nanorl.tools import bench  # noqa: E402
@@ -67,11 +68,10 @@ def main():
         rollouts = [Rollout(None, prompt, group, None, None, None) for prompt, group in zip(ids, groups)]
         lengths = length_table(rollouts, samples)
         flops = engine.causal_flops()
-        for batch in micro_batches(rollouts, grpo.advantages(rewards), grpo.token_weights(lengths), device_tokens, "cpu"):
-            h = net.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, "cpu"))
-            logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, with_entropy=True)
-            grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, lengths.sum()).backward()
-            flops += 3 * net.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
+        for batch in pack(rollouts, grpo.advantages(rewards), grpo.token_weights(lengths), device_tokens, "cpu"):
+            gain = grpo.reinforce(forward(net, batch, with_entropy=True).logprobs, batch.advantages)  # (S,)
+            grpo.policy_loss(gain, batch.token_weights, lengths.sum()).backward()
+            flops += 3 * net.config.flops(batch.ids.numel(), batch.visible_pairs, len(gain))
         update(optimizers, params, 1.0, 1.0)
         engine.refresh()
         return dict(seconds=time.perf_counter() - begun, rollout_s=rollout_s, tokens=int(lengths.sum()), tflop=flops / 1e12)

@@ -19,11 +19,12 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanorl import grpo  # noqa: E402
-from nanorl.attention import SharedPrefixAttention, pick  # noqa: E402
-from nanorl.engine import Completion  # noqa: E402
+from nanorl.batch import pack  # noqa: E402
 from nanorl.hf import load_model, local_model  # noqa: E402
-from nanorl.rollout import Rollout, length_table, micro_batches  # noqa: E402
+from nanorl.learner import forward  # noqa: E402
+from nanorl.rollout import Rollout, length_table  # noqa: E402
 from nanorl.runtime.config import configure  # noqa: E402
+from nanorl.sampling import Completion  # noqa: E402
 from nanorl.tasks import get_task  # noqa: E402
 
 model = ""  # a model directory or hub id with a chat template
@@ -87,11 +88,10 @@ def main():
         off = lambda a, b: float((sum((a[name] - b[name]).double().square().sum() for name in b) / sum(b[name].double().square().sum() for name in b)).sqrt())
         for form in ("clipped", "reinforce"):
             loss = 0.0
-            for batch in micro_batches(rollouts, advantages, weights, 16384, "cpu"):
-                h = net.hidden(batch.ids, batch.positions, SharedPrefixAttention(batch.rows, "cpu"))
-                logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, temperature)
+            for batch in pack(rollouts, advantages, weights, 16384, "cpu"):
+                logprobs = forward(net, batch, temperature).logprobs
                 objective = grpo.clipped(logprobs, logprobs.detach(), batch.advantages) if form == "clipped" else grpo.reinforce(logprobs, batch.advantages)
-                part = grpo.policy_loss(objective, batch.weights, denominator)
+                part = grpo.policy_loss(objective, batch.token_weights, denominator)
                 part.backward()
                 loss += float(part.detach())
             found, expected = {name: p.grad for name, p in net.named_parameters()}, dict(seen["gradient"])

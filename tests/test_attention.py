@@ -4,6 +4,7 @@ import torch
 
 from conftest import toy_model
 from nanorl.attention import CausalAttention, SharedPrefixAttention, pick
+from nanorl.batch import Row
 
 
 def test_packed_documents_do_not_see_each_other():
@@ -45,11 +46,11 @@ def packed_groups(groups):
     ids, positions, rows, alone = [], [], [], []
     for n, samples in groups:
         start, prompt = len(ids), draw(n)
-        rows.append((start, n, start, 0))
+        rows.append(Row(start, n, start, 0))
         ids, positions = ids + prompt, positions + list(range(n))
         for m in samples:
             first, sample = len(ids), draw(m)
-            rows.append((first, m, start, n))
+            rows.append(Row(first, m, start, n))
             ids, positions = ids + sample, positions + list(range(n, n + m))
             alone.append((prompt + sample, [*range(start, start + n), *range(first, first + m)]))
     return torch.tensor([ids]), torch.tensor([positions]), rows, alone
@@ -77,8 +78,8 @@ def test_prompts_computed_once_give_what_each_row_alone_gives(groups, kv_heads):
 def test_padding_is_a_small_part_also_of_a_skewed_mix():
     """Only attention sees padding, and a long row does not widen the short ones' block."""
     lengths = [4] * 60 + [5] * 30 + [60] * 2
-    attend = SharedPrefixAttention([(0, 10, 0, 0)] + [(10 + sum(lengths[:i]), n, 0, 10) for i, n in enumerate(lengths)], "cpu")
-    assert attend.padded <= 1.15 * (10 + sum(lengths))
+    attend = SharedPrefixAttention([Row(0, 10, 0, 0)] + [Row(10 + sum(lengths[:i]), n, 0, 10) for i, n in enumerate(lengths)], "cpu")
+    assert attend.computed_slots <= 1.15 * (10 + sum(lengths))
 
 
 def test_pick_is_indexing():
@@ -99,7 +100,7 @@ def test_all_layers_share_one_mask():
     kept = []
     for layers in (1, 4):
         model, seen = toy_model(n_layer=layers, dtype=torch.float32), {}
-        attend = SharedPrefixAttention([(0, 40, 0, 0), (40, 60, 0, 40), (100, 60, 0, 40)], "cpu")
+        attend = SharedPrefixAttention([Row(0, 40, 0, 0), Row(40, 60, 0, 40), Row(100, 60, 0, 40)], "cpu")
         masks = {2 * 60 * 100, 2 * 60 * 104, 40 * 40}
 
         def note(t):

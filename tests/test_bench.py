@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from conftest import toy_model
-from nanorl.engine import Completion, Engine
+from nanorl.engine import Engine
 from nanorl.gpt import token_logprobs
 from nanorl.rollout import Rollout
+from nanorl.sampling import Completion
 from nanorl.tools import bench, naive
 
 

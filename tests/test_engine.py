@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import toy_model
-from nanorl.engine import Engine, _columns, _fill_holes, merge
+from nanorl.cache import Capacity, Layout, Row, Settings, columns_for, fill_holes, merge
+from nanorl.engine import Engine
 from nanorl.gpt import LOGITS_AT_ONCE, token_logprobs
 from nanorl.sampling import row_keys, sample, uniforms
 
@@ -63,9 +64,9 @@ CASES = {
 def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkeypatch):
     """In the shapes of a CPU's step and, on the same CPU, in those that a GPU's graphs have; with small constants, so that caches grow, logits come in
     pieces and blocks of tokens are several."""
-    monkeypatch.setattr("nanorl.engine.COLUMNS", 5)
+    monkeypatch.setattr("nanorl.cache.COLUMNS", 5)
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 500)
-    monkeypatch.setattr("nanorl.engine.SAMPLED", 150)
+    monkeypatch.setattr("nanorl.cache.SAMPLED_AT_ONCE", 150)
     c = {"max_rows": 0, "temperature": 1.0, "stops": [3, 5, 9, 11, 12, 40], "N": 24, "prefill_tokens": 16384, **CASES[case]}
     model, prompts = toy_model(**heads), prompts_of(c["lengths"])
     keys = [1000 + 7 * i for i in range(len(prompts))]
@@ -228,17 +229,17 @@ def test_rare_tokens_can_be_drawn_in_fp32():
 def test_the_suffix_cache_grows_with_the_oldest_row_only():
     engine = Engine(toy_model())
     stops = frozenset(range(0, 70, 2))
-    batch = engine._places([[1, 2]], 4, 100, 1.0, stops)
-    engine._places = lambda *args: batch
+    batch = engine._batch_for([[1, 2]], Settings(4, 100, 1.0, stops))
+    engine._batch_for = lambda *args: batch
     engine.generate([[1, 2]], 4, 100, stop_ids=stops)
-    columns, oldest = batch.suffix_k[0].size(2), len(engine.stats["live"])
+    columns, oldest = batch.own_cache.keys[0].size(2), len(engine.stats["live"])
     assert oldest <= columns < oldest + 32 < 100
 
 
 def test_growing_copies_a_few_times_the_final_size_at_any_length():
     for longest in (40, 300, 5000, 100_000):
-        sizes = sorted({_columns(age) for age in range(1, longest + 1)})
-        assert sizes[-1] >= longest and all(_columns(age) >= age for age in range(1, longest + 1))
+        sizes = sorted({columns_for(age) for age in range(1, longest + 1)})
+        assert sizes[-1] >= longest and all(columns_for(age) >= age for age in range(1, longest + 1))
         assert sum(sizes[:-1]) <= 8 * longest and sizes[-1] <= max(1.25 * longest, 64)
 
 
@@ -250,12 +251,20 @@ def test_merge_is_one_softmax():
     assert (whole - scores.softmax(-1) @ values).abs().max() < 1e-12
 
 
+def test_the_layout_of_the_example():
+    """Layout's own: rows 0 and 2 read prompt slot 0, row 1 reads slot 1. One row slot and one prompt slot are not in use."""
+    layout = Layout(Capacity(4, 3, 9), 2, torch.device("cpu"))
+    layout.update([Row(7, 0, 5), Row(8, 1, 3), Row(9, 0, 5)], [6, 9], width=2)
+    assert layout.cell.tolist() == [0, 2, 1, 0] and layout.row_at.tolist() == [0, 2, 1, 0, 0, 0]
+    assert layout.starts.tolist() == [6, 9, 6, 0] and layout.ages.tolist() == [5, 3, 5, 1] and layout.prompt_lengths.tolist() == [6, 9, 1]
+
+
 def test_fill_holes():
     rng = np.random.default_rng(0)
     for _ in range(200):
         stay = rng.random(rng.integers(1, 12)) < rng.random()
         places = np.arange(len(stay))
-        holes, movers = _fill_holes(stay)
+        holes, movers = fill_holes(stay)
         places[holes] = places[movers]
         assert sorted(places[:stay.sum()]) == sorted(np.flatnonzero(stay))
         assert len(holes) <= (~stay).sum()  # copies do not grow with those that stay

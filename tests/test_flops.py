@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import toy_model
 from nanorl import grpo
 from nanorl.attention import CausalAttention, MaskedAttention, SharedPrefixAttention, pick
+from nanorl.batch import pack
 from nanorl.engine import Engine
 from nanorl.lora import LoRA
-from nanorl.rollout import Rollout, micro_batches
+from nanorl.rollout import Rollout
 from scripts import RL, SMALL, call
 
 BOUND = 0.02
@@ -20,7 +21,7 @@ BOUND = 0.02
 
 @pytest.fixture(autouse=True)
 def attention_is_spelled_out(monkeypatch):
-    monkeypatch.setattr(MaskedAttention, "__call__", MaskedAttention._by_matrix_products)
+    monkeypatch.setattr(MaskedAttention, "__call__", MaskedAttention.by_matrix_products)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad)  # the optimizer's own products are not in the count
 
@@ -63,20 +64,20 @@ def test_the_learner(kind, recompute):
     groups = Engine(model).generate(PROMPTS, 4, 20, stop_ids=range(0, 70, 20))
     rollouts = [Rollout(None, prompt, group, None, None, None) for prompt, group in zip(PROMPTS, groups)]
     ones, found = torch.ones(4, 4, dtype=torch.float64), []
-    batch, = micro_batches(rollouts, ones, ones, 10_000, "cpu")
+    batch, = pack(rollouts, ones, ones, 10_000, "cpu")
 
     def forward():
         attend = SharedPrefixAttention(batch.rows, "cpu")
         h = model.hidden(batch.ids, batch.positions, attend)
-        return attend, model.logprobs(pick(h[0], batch.predictors), batch.targets)[0]
+        return attend, model.logprobs(pick(h[0], batch.predicted_at), batch.targets)[0]
     with torch.no_grad(), counted(found):
         attend, logprobs = forward()
-    work = model.config.learning_flops(batch.ids.numel(), attend.pairs, len(logprobs), recompute, adapters)
+    work = model.config.learning_flops(batch.ids.numel(), attend.computed_pairs, len(logprobs), recompute, adapters)
     close(work["forward"], found[0])
     with counted(found):
-        grpo.policy_loss(grpo.reinforce(forward()[1], batch.advantages), batch.weights, 1.0).backward()
+        grpo.policy_loss(grpo.reinforce(forward()[1], batch.advantages), batch.token_weights, 1.0).backward()
     close(sum(work.values()), found[1])
-    assert attend.pairs > batch.pairs  # squares and padding, against what a token may see
+    assert attend.computed_pairs > batch.visible_pairs  # squares and padding, against what a token may see
 
 
 def test_padded_rows_of_documents_count_as_they_run():

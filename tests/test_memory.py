@@ -10,9 +10,9 @@ import torch
 
 from conftest import ROOT, toy_model
 from nanorl import memory
-from nanorl.engine import Completion
 from nanorl.lora import LoRA
 from nanorl.rollout import Rollout
+from nanorl.sampling import Completion
 
 
 def forward(model, rows, T=32):

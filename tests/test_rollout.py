@@ -4,7 +4,10 @@ import torch
 
 from conftest import toy_model
 from nanorl import grpo, rollout
-from nanorl.engine import Completion, Engine
+from nanorl.batch import pack
+from nanorl.engine import Engine
+from nanorl.sampling import Completion
+from nanorl.report.metrics import rollout_metrics
 from nanorl.tasks import Problem, Reward, get_task
 from nanorl.tasks.countdown import Countdown
 
@@ -25,10 +28,10 @@ def test_targets_are_exactly_the_sampled_tokens(budget):
     lengths = rollout.length_table(ROLLOUTS, 2)
     assert lengths.tolist() == [[4, 1], [6, 2]]
     seen = []
-    for batch in rollout.micro_batches(ROLLOUTS, a, grpo.token_weights(lengths, "sequence"), budget, "cpu"):
-        assert batch.ids.numel() <= budget or len(batch.counts) == 1
+    for batch in pack(ROLLOUTS, a, grpo.token_weights(lengths, "sequence"), budget, "cpu"):
+        assert batch.ids.numel() <= budget or len(batch.lengths) == 1
         row, positions = batch.ids[0].tolist(), batch.positions[0].tolist()
-        for at, t, adv, w, lp in zip(*(x.split(batch.counts.tolist()) for x in (batch.predictors, batch.targets, batch.advantages, batch.weights, batch.logprobs))):
+        for at, t, adv, w, lp in zip(*(x.split(batch.lengths.tolist()) for x in (batch.predicted_at, batch.targets, batch.advantages, batch.token_weights, batch.sampler_logprobs))):
             first = int(at[0])
             prompt = row[first - positions[first]:first + 1]
             assert [row[i] for i in at[1:]] == t.tolist()[:-1]  # each input predicts the next
@@ -132,7 +135,7 @@ def test_generate_strips_the_stop_token_in_the_text_only(tokenizer):
             return Reward(float(len(text)))
     model = toy_model(vocab=tokenizer.n_tokens)
     problems = [Problem([{"role": "user", "content": "12 + 34"}], "46")] * 2
-    result = rollout.generate(Engine(model), tokenizer, Task(), problems, [1, 2], 8, 80, 1.0)
+    result = rollout.generate(Engine(model), tokenizer, Task(), problems, [1, 2], samples_per_prompt=8, max_new_tokens=80, temperature=1.0)
     finished = [(c, t) for r in result for c, t in zip(r.completions, r.texts) if c.finished]
     assert finished, "no row stopped: the test would show nothing"
     for c, text in finished:
@@ -147,7 +150,7 @@ def test_keys_depend_on_seed_step_and_problem_only():
 
 
 def test_metrics_by_hand():
-    m = rollout.metrics(ROLLOUTS)
+    m = rollout_metrics(ROLLOUTS)
     assert m["reward"] == 0.25 and m["reward/correct"] == 0.25
     assert m["frac_reward_zero_std"] == 0.5
     assert m["completions/mean_length"] == 13 / 4 and m["completions/clipped_ratio"] == 0.25
@@ -158,7 +161,7 @@ def test_metrics_by_hand():
 
 def test_metrics_give_the_mean_reward_of_each_task_of_a_mixture():
     one = [([5, 0], True)] * 2
-    m = rollout.metrics([made([7], one, [1.0, 0.0], "sum3"), made([7], one, [-1.0, -1.0], "own.py:A"), made([7], one, [1.0, 1.0], "sum3")])
+    m = rollout_metrics([made([7], one, [1.0, 0.0], "sum3"), made([7], one, [-1.0, -1.0], "own.py:A"), made([7], one, [1.0, 1.0], "sum3")])
     assert {name: value for name, value in m.items() if name.startswith("reward_of/")} == {"reward_of/sum3": 0.75, "reward_of/own.py:A": -1.0}
     assert m["reward"] == pytest.approx(1 / 6)
 
@@ -179,7 +182,7 @@ def test_accuracy_given_format_by_hand():
         r.rewards = [Reward(p["correct"], p) for p in parts]
         return r
     formed = lambda correct: {"format": 1.0, "correct": correct}
-    m = rollout.metrics([group([formed(1.0), formed(0.0), {"format": 0.0, "correct": 1.0}, formed(0.0)])])
+    m = rollout_metrics([group([formed(1.0), formed(0.0), {"format": 0.0, "correct": 1.0}, formed(0.0)])])
     assert m["accuracy_given_format"] == pytest.approx(1 / 3)
-    assert "accuracy_given_format" not in rollout.metrics([group([{"format": 0.0, "correct": 0.0}] * 2)])
-    assert "accuracy_given_format" not in rollout.metrics(ROLLOUTS)  # no part of that name
+    assert "accuracy_given_format" not in rollout_metrics([group([{"format": 0.0, "correct": 0.0}] * 2)])
+    assert "accuracy_given_format" not in rollout_metrics(ROLLOUTS)  # no part of that name

@@ -216,9 +216,9 @@ def test_clipping_does_nothing_to_a_step_of_one_update(out):
 
 def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pulled_too(out, monkeypatch):
     """A base model that solves nothing: no advantage is other than 0, and only the KL term, on a policy that has left its reference, gives a gradient."""
-    import nanorl.hf
-    loaded, load = [], nanorl.hf.load_model
-    monkeypatch.setattr(nanorl.hf, "load_model", lambda *a: loaded.append(a[0]) or load(*a))
+    import nanorl.policy
+    loaded, load = [], nanorl.policy.load_model
+    monkeypatch.setattr(nanorl.policy, "load_model", lambda *a: loaded.append(a[0]) or load(*a))
     assert call("train_rl.py", *RL, "--run=noreference", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
     assert len(loaded) == 1
     run = ["--run=pull", f"--model={out / 'a' / 'sft'}", "--kl_coef=0.1", "--problems=4"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 _stop = False  # SIGTERM or Ctrl-C has come
 
 
-def setup(device="auto"):
+def setup(device="auto", exact=False):
     """Join the process group that torchrun describes, if any. Returns this rank's torch.device."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +26,8 @@ def setup(device="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+    if exact:
+        torch.set_float32_matmul_precision("highest")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         timeout = timedelta(hours=1)
         store, number, world = next(dist.rendezvous("env://", timeout=timeout))

@@ -22,12 +22,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanorl import grpo
-from nanorl.attention import SharedPrefixAttention, pick
+from nanorl.batch import pack
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model
+from nanorl.learner import forward
 from nanorl.optim import make_optimizers, update
-from nanorl.rollout import Rollout, length_table, micro_batches
+from nanorl.rollout import Rollout, length_table
 from nanorl.runtime import dist
 from nanorl.runtime.checkpoint import resolve
 from nanorl.runtime.config import configure
@@ -280,13 +281,12 @@ def learn(net, rollouts, advantages, work):
     """Forward and backward as train_rl.py does them. work: collects the FLOPs."""
     lengths = length_table(rollouts, samples)
     work["flops"] = work["padded"] = work["inputs"] = 0
-    for batch in micro_batches(rollouts, advantages, grpo.token_weights(lengths), device_tokens, next(net.parameters()).device):
-        attend = SharedPrefixAttention(batch.rows, batch.ids.device)
-        h = net.hidden(batch.ids, batch.positions, attend)  # (1, tokens, C)
-        logprobs, _ = net.logprobs(pick(h[0], batch.predictors), batch.targets, with_entropy=True)  # (N,)
-        grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, lengths.sum()).backward()
-        work["flops"] += 3 * net.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
-        work["padded"] += attend.padded
+    for batch in pack(rollouts, advantages, grpo.token_weights(lengths), device_tokens, next(net.parameters()).device):
+        outputs = forward(net, batch, with_entropy=True)
+        gain = grpo.reinforce(outputs.logprobs, batch.advantages)  # (S,)
+        grpo.policy_loss(gain, batch.token_weights, lengths.sum()).backward()
+        work["flops"] += 3 * net.config.flops(batch.ids.numel(), batch.visible_pairs, len(gain))
+        work["padded"] += outputs.computed_slots
         work["inputs"] += batch.ids.numel()
     return int(lengths.sum())
 

@@ -1,0 +1,180 @@
+"""What a run will do, from a few problems tried before its first step.
+
+What share of the groups will teach something, how long it will take, what it will hold in memory
+and what it will write.
+"""
+
+import time
+
+import torch
+
+from nanorl import grpo, learner, memory
+from nanorl.batch import pack
+from nanorl.evaluate import is_correct
+from nanorl.report.metrics import records, rollout_metrics
+from nanorl.runtime import checkpoint, dist
+from nanorl.runtime.log import duration, size, size_of
+
+
+def say(asked, sample, engine, reference, params, objective, meter, settings, directory, decode):
+    """Try a few problems, and print what follows from them.
+
+    asked: the problems; sample(step, asked): this rank's Rollouts of them; directory: the run's.
+    Ten parameters, because it goes through a whole step: all that a step needs is needed here.
+    """
+    # Do as a step does, with the clock running, but for the update.
+    begun = time.time()
+    rollouts = sample("probe", asked)
+    sampled = time.time()
+    held = []
+    if rollouts:
+        copies = reference_copies(reference, settings)
+        held = memory_lines(rollouts, engine, params, copies, settings)
+    learning = time.time()
+    try_learning(rollouts, engine.learner, reference, objective, meter, settings)
+    learnt = time.time()
+
+    # The time of a whole step, on the slowest rank.
+    once = sampled - begun + (learnt - learning) * settings["updates_per_rollout"]
+    seconds = dist.total(once / len(asked) * settings["prompts_per_step"], "max")
+    for p in params:
+        p.grad = None  # this only timed a backward pass
+    meter.step.clear()
+
+    rollouts = dist.gather(rollouts)
+    if dist.is_main():
+        lines = learning_lines(rollouts, seconds, settings["steps"]) + held
+        lines += disk_lines(rollouts, engine.learner, params, decode, directory, settings)
+        print(*("      " + text for text in lines), sep="\n", flush=True)
+
+
+def reference_copies(reference, settings):
+    """The reference, if it has weights of its own: under LoRA it is the policy without adapters."""
+    if reference is None or settings["lora_rank"]:
+        return []
+    with reference() as model:
+        return [model]
+
+
+def try_learning(rollouts, policy, reference, objective, meter, settings):
+    """Forward and backward over Rollouts as train_rl.py's loop does them, to be timed."""
+    temperature = settings["temperature"]
+    ones = torch.ones(len(rollouts), settings["samples_per_prompt"], dtype=torch.float64)  # (P, G)
+    device = policy.cos.device
+    batches = pack(rollouts, ones, ones, settings["device_tokens"], device)
+    if reference:
+        batches = learner.with_reference(batches, reference, objective, temperature, meter)
+    for batch in batches:
+        outputs = learner.forward(policy, batch, temperature, with_entropy=True)
+        gain = grpo.surrogate(outputs.logprobs, batch, objective)
+        loss = -(batch.token_weights * gain).sum()
+        loss.backward()
+        learner.token_sums(outputs, batch, objective)
+
+
+# ---- in words ------------------------------------------------------------------------------------
+
+
+def learning_lines(rollouts, seconds, steps):
+    """Whether the run can learn something. seconds: of a step."""
+    row = rollout_metrics(rollouts)
+    G = len(rollouts[0].rewards)
+    n = len(rollouts) * G
+    solved = sum(is_correct(reward) for rollout in rollouts for reward in rollout.rewards)
+    dead = row["frac_reward_zero_std"]
+    length, cut_off = row["completions/mean_length"], row["completions/clipped_ratio"]
+    signal = row["tokens_with_signal"]
+
+    probe = f"probe: {solved} of {n} samples solved ({solved / n:.1%})"
+    without = f"forecast: {dead:.0%} of the groups without signal (all {G} rewards equal)"
+    teach = f"{signal:.0%} of the tokens in groups that teach"
+    clock = f"about {seconds:.1f} s a step, {duration(seconds * steps)} in all"
+    lines = [f"{probe}, {length:.1f} tokens, {cut_off:.0%} cut off"]
+    lines.append(f"{without}, {teach}; {clock}, without evaluations")
+
+    failures = [failure for rollout in rollouts for failure in rollout.failures if failure]
+    if failures:
+        failed = f"the task's reward failed on {len(failures)} of {n} samples"
+        lines.append(f"WARNING: {failed}, such as: {failures[0].text}")
+    if solved == 0:
+        lines.append(
+            "WARNING: no sample was solved, so this task is too hard for this model: "
+            "most steps will change nothing."
+        )
+        lines.append("Train it further (SFT), take an easier task, or raise --samples_per_prompt.")
+    elif dead > 0.5:
+        kind = "hard" if solved < n / 2 else "easy"
+        lines.append(
+            f"WARNING: more than half of the groups teach nothing: the task is too {kind} "
+            f"for this model, or --samples_per_prompt={G} too few."
+        )
+    return lines
+
+
+def memory_lines(rollouts, engine, params, copies, settings):
+    """What the run will need at its peak. copies: models in memory beside policy and sampler."""
+    policy = engine.learner
+    device, itemsize = policy.cos.device, policy.compute_dtype.itemsize
+    used = dist.used_memory(device)
+
+    # The learner: a forward over as many tokens as this rank's problems have, or device_tokens.
+    problems = share(settings["prompts_per_step"])
+    tokens = min(settings["device_tokens"], mean_tokens(rollouts) * problems)
+    small, large = memory.passes(policy, rollouts)
+    activations = memory.activation_bytes(policy, small, large, tokens, packed=True)
+
+    # The sampler: its cache in a step, or in an evaluation, if that is larger.
+    longest = max(len(rollout.prompt_ids) for rollout in rollouts)
+    cache = 0
+    for prompts, samples in (
+        (problems, settings["samples_per_prompt"]),
+        (share(settings["eval_problems"]), 1),
+    ):
+        rows = min(engine.max_rows, prompts * samples)
+        prompts = min(engine.max_rows, prompts)
+        new_tokens = settings["max_new_tokens"]
+        needed = memory.cache_bytes(policy.config, itemsize, prompts, longest, rows, new_tokens)
+        cache = max(cache, needed)
+
+    if engine.model is not policy:
+        copies = [engine.model, *copies]
+    parts = memory.estimate(policy, copies, params, used, activations, cache)
+    return memory.describe(parts, dist.free_memory(device))
+
+
+def share(problems):
+    """The most problems that a rank has of so many."""
+    return -(-problems // dist.world_size())
+
+
+def mean_tokens(rollouts):
+    """Tokens of a prompt and all its completions, on average."""
+    total = 0
+    for rollout in rollouts:
+        total += len(rollout.prompt_ids)
+        total += sum(len(completion.ids) for completion in rollout.completions)
+    return total / len(rollouts)
+
+
+def disk_lines(rollouts, policy, params, decode, directory, settings):
+    """What the run will write."""
+    # Rollouts, from these few as they would be written.
+    no_advantages = torch.zeros(len(rollouts), len(rollouts[0].rewards), dtype=torch.float64)
+    few = size_of(records(rollouts, no_advantages, decode, step=0, at=time.time()))
+    problems = settings["prompts_per_step"] * settings["steps"]
+    written = few / len(rollouts) * problems
+
+    # A checkpoint: the weights, and AdamW's two moments of what is trained.
+    saved = bytes_of(policy.parameters()) + 2 * bytes_of(params)
+    lines = [
+        f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, "
+        "of which at most four are kept, and those that others start from"
+    ]
+    free = checkpoint.free_disk(directory)
+    if free < written + 5 * saved:
+        lines.append(f"WARNING: only {size(free)} are free where {directory} is")
+    return lines
+
+
+def bytes_of(params):
+    return sum(p.numel() * p.element_size() for p in params)
