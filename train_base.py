@@ -1,37 +1,41 @@
 """Pretraining: text -> a tokenizer and a base model.
 
-    python train_base.py --depth=4                                  # on a laptop, on text that the task makes
+    python train_base.py --depth=4                                  # on text that the task makes
     python train_base.py --depth=4 --vocab_size=8192 --data='books/*.txt,web.jsonl.gz,more/*.parquet'
     torchrun --nproc_per_node=8 train_base.py --depth=20            # on a node
 
-Plain text is taken apart at lines of <|endoftext|>, else at a blank line after every 8 KB; longer documents are cut at 64 KB.
-One document in 50 validates. Text is tokenized once, in shards; a start after a kill goes on with the shard it was at.
+Plain text is taken apart at lines of <|endoftext|>, else at a blank line after every 8 KB; longer
+documents are cut at 64 KB. One document in 50 validates. Text is tokenized once, in shards; a start
+after a kill goes on with the shard it was at.
 
-Left out: learning-rate sweeps by size, fp8, sharded optimizers, document masking."""
+Left out: learning-rate sweeps by size, fp8, sharded optimizers, document masking.
+"""
+
 import math
 import os
-import sys
-import time
-from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 
-from nanorl.corpus import Corpus
-from nanorl.data import Windows, describe, read_index, tokenize
+from nanorl import learner
+from nanorl.data.corpus import Corpus
+from nanorl.data.task_text import TaskText
+from nanorl.data.tokens import Windows, describe, read_index, tokenize
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
-from nanorl.runtime import checkpoint, dist
-from nanorl.runtime.after import AfterSave
+from nanorl.report import terminal
+from nanorl.report.cost import Meter
+from nanorl.runtime import dist
 from nanorl.runtime.config import at_least, configure
-from nanorl.runtime.log import RunLog, duration, flops_so_far
+from nanorl.runtime.run import Run
 from nanorl.tasks import get_task, parse_settings
 from nanorl.tokenizer import Tokenizer
 
 # ---- run
-run = ""  # folder under out/; empty: d<depth>
+run_name = ""  # folder under out/; empty: d<depth>
 resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the initial weights and the order of the data
 device = "auto"  # auto, cpu, cuda
@@ -39,7 +43,7 @@ dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
 # ---- model and text
 depth = 4  # layers; the width is 64 x depth
 vocab_size = 512  # tokens of the BPE to train; for real text some 8192 or more
-data = ""  # text to learn from: files and globs, with commas between; .jsonl, .parquet and .csv are rows, all else plain text
+data = ""  # text: files and globs, with commas between; .jsonl, .parquet and .csv are rows
 text_field = "text"  # where rows have their text
 task = "sum3"  # without --data: whose built-in documents to learn from
 task_args = ""  # the task's settings, 'name=value; name=value'
@@ -49,176 +53,205 @@ steps = 0  # optimizer steps; 0: 20 tokens per parameter
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks
 seq_len = 256  # tokens of a row
 device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
-compile = False  # torch.compile the forward: about 1.8 times faster after half a minute; needs a C++ compiler
+compile = False  # torch.compile: 1.8 times as fast after half a minute; needs a C++ compiler
 matrix_lr = 0.02  # Muon, the blocks' matrices
-other_lr = 0.0  # AdamW, embeddings, norms and head; 0: 0.75 / width (measured at depths 1 to 4 only)
+other_lr = 0.0  # AdamW, embeddings, norms and head; 0: 0.75 / width
 warmup = 10  # steps of linear warm-up
 cooldown = 0.4  # last share of the steps in which the rate falls to 0
 max_grad_norm = 1.0  # 0: no clipping
-max_bad_steps = 5  # stop after this many updates in a row were skipped for a gradient that is not finite
+max_bad_steps = 5  # stop after so many steps in a row whose gradient is not finite
 # ---- log
 log_every = 20  # steps between lines
 eval_every = 200  # steps between validations; 0: only at the end
 eval_tokens = 65536  # validation tokens
-sample_tokens = 64  # after a validation, how far to continue the first words of validation documents; 0: none
+sample_tokens = 64  # how far to continue the first words of a text, after a validation; 0: none
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
-after_save = ""  # a command to run after every save, in the background, such as 'rclone copy {dir} gdrive:runs/{run}' ({dir}: out/<run>)
+after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
 
-
-class TaskText:
-    """A task's own documents, as a source for tokenize(); every 50th validates."""
-
-    def __init__(self):
-        self.task = get_task(task, split="train", **parse_settings(task_args))
-        if not hasattr(self.task, "document"):
-            raise ValueError(f"task {task} has no document(): it cannot make text for pretraining; give it text with --data=")
-        self.n = min(documents, len(self.task))
-        self.made_from = dict(task=task, task_args=task_args, documents=documents)
-
-    def survey(self):
-        turns = [f"user\n{p.prompt[-1]['content']}assistant\n" for p in map(self.task.problem, range(min(self.n, 500)))]
-        return [self.task.document(i) for i in range(min(self.n, 5000))] + turns, {"name": task, "notes": []}
-
-    def documents(self, facts):
-        for i in range(self.n):
-            yield "val" if i % 50 == 49 else "train", self.task.document(i)
+# A sample continues so many tokens of a validation document, or its first half.
+PROMPT_TOKENS = 16
 
 
 def main():
     settings = configure(globals())
-    at_least(globals(), 1, "depth vocab_size documents batch_tokens seq_len device_tokens log_every eval_tokens max_bad_steps")
-    at_least(globals(), 0, "seed steps matrix_lr other_lr warmup cooldown max_grad_norm eval_every sample_tokens save_every")
-    rows = batch_tokens // seq_len
-    if rows * seq_len != batch_tokens:
-        raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")
-    if sample_tokens > GPTConfig.context - 17:
-        raise ValueError(f"--sample_tokens={sample_tokens}: at most {GPTConfig.context - 17} fit the context beside the prompt")
-    place = dist.setup(device)
-    weight_dtype, compute_dtype = dist.dtypes(dtype, place)
-    directory = checkpoint.stage_directory(run or f"d{depth}", "base")
-    settings["run"] = run or f"d{depth}"
-    log, sent = RunLog(directory, dist.is_main()), AfterSave(after_save, os.path.dirname(directory), dist.is_main())
-    point = checkpoint.resume_point(directory, resume, settings)
+    check_settings(settings)
+    device = dist.setup(settings["device"])
+    weight_dtype, compute_dtype = dist.dtypes(dtype, device)
+    run = Run(settings, "base")
 
-    # ---- text -> tokenizer and token files, once
-    tokens = os.path.join(directory, "tokens")
-    if dist.is_main() and not (point and read_index(tokens).get("whole")):  # a resumed run goes on with the text it began with
-        tokenize(Corpus(data, text_field) if data else TaskText(), vocab_size, tokens)
-    dist.barrier()
-    tokenizer = Tokenizer.from_pretrained(tokens)
-    if point and tokenizer.spec != Tokenizer.from_pretrained(point).spec:
-        raise ValueError(f"the text of --data has changed: it gives another tokenizer than {point} has; put it back, or start another --run")
-    dist.say(f"corpus  {describe(read_index(tokens))}")
+    # Text -> tokenizer and token files, once.
+    directory = os.path.join(run.directory, "tokens")
+    tokenizer = prepare(run, directory)
+    rows, ranks = batch_tokens // seq_len, (dist.rank(), dist.world_size())
+    train = Windows(directory, "train", seq_len, rows, seed, *ranks)
+    val = validation_windows(directory)
 
-    # ---- model and optimizer
-    config = GPTConfig.from_depth(depth, tokenizer.n_tokens)
-    total_steps = steps or math.ceil(20 * config.n_params()[0] / batch_tokens)
-    if point:
-        model = load_model(point, weight_dtype, place)
+    # A new model, or that of the last checkpoint.
+    if run.resumed:
+        net = load_model(run.model, weight_dtype, device)
     else:
-        model = GPT(config).init_weights(torch.Generator().manual_seed(seed)).to(weight_dtype).to(place)
-    model.compute_dtype = compute_dtype
-    params = list(model.parameters())
-    optimizers = make_optimizers(model, matrix_lr, other_lr or 0.75 / config.n_embd)
-    spread = dict(rank=dist.rank(), world_size=dist.world_size())
-    train = Windows(tokens, "train", seq_len, rows, seed, **spread)
-    val = Windows(tokens, "val", seq_len, 1)
-    first_step, bad, flops = 0, 0, Counter()  # FLOPs: of training as they ran, the part that causal attention needs, of evaluation
-    if point:
-        state = checkpoint.load_state(point)
-        first_step, bad, flops = state["step"], state["bad"], Counter(state["flops"])
-        load_states(optimizers, state["optimizers"])
-        train.load_state_dict(state["data"])
-        dist.say(f"resumed {point}")
-    log.cut(first_step if point else -1)  # rows and rollouts beyond the checkpoint, about to be made again
-    log.card(stage="base", settings=settings, steps=total_steps, params=config.n_params()[0], tokens=train.n_tokens,
-             world_size=dist.world_size(), dtype=str(compute_dtype), device=str(place))
-    dist.say(f"base  {config.n_params()[0]:,} parameters, depth {depth}, vocabulary {tokenizer.n_tokens}, {compute_dtype} on {place}; "
-             f"{total_steps} steps of {batch_tokens:,} tokens = {total_steps * rows / train.n:.1f} passes over {train.n_tokens:,} tokens")
+        net = new_model(tokenizer.n_tokens).to(weight_dtype).to(device)
+    net.compute_dtype = compute_dtype
+    params, config = list(net.parameters()), net.config
+    total_steps = steps or math.ceil(20 * config.n_params()[0] / batch_tokens)
+    optimizers = make_optimizers(net, matrix_lr, other_lr or 0.75 / config.n_embd)
+    meter = Meter(net, None, run.state["flops"])
+    if run.resumed:
+        load_states(optimizers, run.state["optimizers"])
+        train.load_state_dict(run.state["data"])
 
-    def loss_sum(inputs, targets):
-        """Sum of the negative log-probs of a micro-batch, both (rows, T)."""
-        h = model.hidden(inputs.to(place))  # (rows, T, C)
-        return -model.logprobs(h.flatten(0, 1), targets.to(place).flatten())[0].sum()
+    def loss_of(inputs, targets):
+        return learner.text_loss(net, inputs.to(device), targets.to(device))
 
-    fast_loss_sum = torch.compile(loss_sum) if compile else loss_sum
+    def state():
+        """What only this script knows of the run and needs to go on from here."""
+        return dict(
+            flops=dict(meter.total),
+            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            data=train.state_dict(),
+        )
 
-    @torch.no_grad()
-    def bits_per_byte():
-        """Validation loss; every rank takes its share of the windows."""
-        windows = max(1, min(val.n, eval_tokens // seq_len))
-        inputs, targets = Windows(tokens, "val", seq_len, windows, **spread).next()
-        flops["eval"] += config.flops(windows * seq_len, windows * seq_len ** 2, windows * seq_len)
-        micro = max(1, device_tokens // seq_len)
-        nats = sum(float(loss_sum(i, t)) for i, t in zip(inputs.split(micro), targets.split(micro)))
-        return dist.total(nats) / dist.total(targets.numel()) / math.log(2) / val.bytes_per_token
+    # What this run will do.
+    run.card(net, steps=total_steps, tokens=train.n_tokens)
+    passes = total_steps * rows / train.n
+    plan = tokenizer.n_tokens, total_steps, batch_tokens, passes, train.n_tokens
+    terminal.base_heading(net, *plan)
+    fast_loss_of = torch.compile(loss_of) if compile else loss_of
+    run.begin()
 
-    def show_samples(n):
-        """Print how the model goes on from the first words of `n` validation documents."""
-        ids = next(shard for shard in val.shards if shard is not None)[:2 ** 16]
-        texts = np.split(ids, 1 + np.flatnonzero(ids == tokenizer.document_end))[:n]
-        prompts = [[tokenizer.document_end] + text[:min(16, len(text) // 2)].tolist() for text in texts]  # a text starts after a boundary
-        completions = Engine(model).generate(prompts, max_new_tokens=sample_tokens, temperature=0.8, stop_ids=tokenizer.stop_ids)
-        for prompt, [said] in zip(prompts, completions):
-            print(f"        {one_line(tokenizer.decode(prompt[1:]))} ▸{one_line(tokenizer.decode(said.ids))}", flush=True)
+    losses = []  # since the last line
+    for step in range(run.first_step, total_steps):
+        # Read: the next windows of the token files, and of them this rank's share.
+        meter.start()
+        inputs, targets = train.next()  # (rows, T) each
 
-    # ---- the loop
-    dist.catch_signals()
-    started, losses = time.time(), []
-    for step in range(first_step, total_steps):
-        begun = time.time()
-        inputs, targets = train.next()  # (rows of this rank, T)
-        micro = max(1, device_tokens // seq_len)
+        # Learn: loss = - mean of log p of the next token, over the step's tokens on all ranks.
         loss = 0.0
-        for i, t in zip(inputs.split(micro), targets.split(micro)):
-            part = fast_loss_sum(i, t) / batch_tokens  # batch_tokens is the whole step's count, over ranks
+        for some_inputs, some_targets in micro_batches(inputs, targets):
+            part = fast_loss_of(some_inputs, some_targets) / batch_tokens
             part.backward()
             loss += float(part.detach())
-        dist.sum_gradients(params)
-        norm = update(optimizers, params, lr_scale(step, total_steps, warmup, cooldown), max_grad_norm)
-        bad = 0 if math.isfinite(norm) else bad + 1
-        flops.update(train=sum(config.learning_flops(batch_tokens, batch_tokens * seq_len, batch_tokens).values()),
-                     causal=3 * config.flops(batch_tokens, batch_tokens * (seq_len + 1) // 2, batch_tokens))
-        loss = dist.total(loss)
-        row = {"loss": loss, "grad_norm": norm, "bad_steps": bad, "epoch": train.cursor / train.n, "tokens_total": (step + 1) * batch_tokens,
-               "tok_per_s/learner": batch_tokens / (time.time() - begun)}
-        last = step + 1 == total_steps
-        validates = last or (eval_every and (step + 1) % eval_every == 0)
+        dist.sum_gradients(params)  # one all-reduce
+        scale = lr_scale(step, total_steps, warmup, cooldown)
+        norm = update(optimizers, params, scale, max_grad_norm)  # clip, Muon and AdamW
+
+        # Record: a row, now and then a line, samples and a checkpoint.
+        done = step + 1
+        last = done == total_steps
+        pairs, needed = batch_tokens * seq_len, batch_tokens * (seq_len + 1) // 2
+        meter.rows((batch_tokens, pairs), (batch_tokens, needed), trained=batch_tokens)
+        losses.append(dist.total(loss))
+        row = {"loss": losses[-1], "grad_norm": norm, "bad_steps": run.count_bad_steps([norm])}
+        row.update({"epoch": train.cursor / train.n, "tokens_total": done * batch_tokens})
+        row["tok_per_s/learner"] = batch_tokens / meter.seconds()
+        validates = last or bool(eval_every and done % eval_every == 0)
         if validates:
-            row["val/bits_per_byte"] = bits_per_byte()
-        row.update({**flops_so_far(flops), "time/step": time.time() - begun, "memory/peak_gb": dist.peak_memory(place) / 1e9})
-        log.row(step + 1, **row)
-        losses.append(loss)
-        if validates or (step + 1) % log_every == 0:
-            done = step + 1 - first_step
-            eta = (time.time() - started) / done * (total_steps - step - 1)
-            bits = f"  val {row['val/bits_per_byte']:.3f} bits/byte" if validates else ""
-            dist.say(f"base  {step + 1:5d}/{total_steps}  loss {sum(losses) / len(losses):.3f}{bits}  grad {norm:.2f}  "
-                     f"{row['tok_per_s/learner']:,.0f} tok/s  ETA {duration(eta)}")
+            row["val/bits_per_byte"] = bits_per_byte(val, loss_of, meter)
+        row.update(meter.end_of_step())
+        run.log.row(done, **row)
+        if validates or done % log_every == 0:
+            terminal.base_line(done, total_steps, row, losses, meter.seconds_left(total_steps - done))
             losses = []
-        stop = dist.stop_requested()
-        if last or stop or bad >= max_bad_steps or (save_every and (step + 1) % save_every == 0):
-            if dist.is_main():
-                state = dict(step=step + 1, bad=bad, flops=dict(flops), optimizers=[o.state_dict() for o in optimizers], data=train.state_dict(), settings=settings)
-                print(checkpoint.save(directory, step + 1, lambda path: save_model(model, tokenizer, path), state), flush=True)
-                sent()
-            dist.barrier()
         if validates and sample_tokens and dist.is_main():
-            show_samples(3 if last else 1)
-        if stop or bad >= max_bad_steps:
-            sent.finish()
-        if bad >= max_bad_steps:
-            raise ValueError(f"{bad} updates in a row were skipped because the gradient was not finite; the state is saved: "
-                             f"start again with a lower --matrix_lr or --other_lr and another --run")
-        if stop:
-            raise SystemExit(0 if stop == 15 else 130)
-    sent.finish()
+            show_samples(net, tokenizer, val, 3 if last else 1)
+        run.end_of_step(done, last, partial(save_model, net, tokenizer), state)
 
 
-def one_line(text):
-    """For the terminal: line breaks as ⏎, what cannot be printed as ·"""
-    text = "".join("⏎" if c == "\n" else c if c.isprintable() else "·" for c in text)
-    return text.encode(sys.stdout.encoding or "utf-8", "replace").decode(sys.stdout.encoding or "utf-8")
+def prepare(run, directory):
+    """Make the token files, if they are not there -> the tokenizer."""
+    # A resumed run goes on with the text that it began with.
+    goes_on = run.resumed and read_index(directory).get("whole")
+    if dist.is_main() and not goes_on:
+        tokenize(text_source(), vocab_size, directory)
+    dist.barrier()
+    tokenizer = Tokenizer.from_pretrained(directory)
+    if run.resumed and tokenizer.spec != Tokenizer.from_pretrained(run.resumed).spec:
+        raise ValueError(
+            f"the text of --data has changed: it gives another tokenizer than {run.resumed} has; "
+            "put it back, or start another --run_name"
+        )
+    dist.say(f"corpus  {describe(read_index(directory))}")
+    return tokenizer
+
+
+def text_source():
+    """Whose documents to learn from: the files of --data, or the task."""
+    if data:
+        return Corpus(data, text_field)
+    source = get_task(task, split="train", **parse_settings(task_args))
+    made_from = dict(task=task, task_args=task_args, documents=documents)
+    return TaskText(source, task, documents, made_from)
+
+
+def new_model(n_tokens):
+    config = GPTConfig.from_depth(depth, n_tokens)
+    return GPT(config).init_weights(torch.Generator().manual_seed(seed))
+
+
+def micro_batches(inputs, targets):
+    """Rows that fit one forward at a time."""
+    rows_at_once = max(1, device_tokens // seq_len)
+    return zip(inputs.split(rows_at_once), targets.split(rows_at_once))
+
+
+def validation_windows(directory):
+    """Up to eval_tokens of the val split, shared over ranks."""
+    n = Windows(directory, "val", seq_len, 1).n
+    windows = max(1, min(n, eval_tokens // seq_len))
+    ranks = dist.rank(), dist.world_size()
+    return Windows(directory, "val", seq_len, windows, 0, *ranks)
+
+
+@torch.no_grad()
+def bits_per_byte(val, loss_of, meter):
+    """Validation loss, on the same windows every time; every rank takes its share of them."""
+    val.cursor = 0
+    inputs, targets = val.next()
+    nats = sum(float(loss_of(*some)) for some in micro_batches(inputs, targets))
+    tokens = val.rows * seq_len
+    meter.forward_only(tokens, tokens * seq_len, tokens)
+    nats_a_token = dist.total(nats) / dist.total(targets.numel())
+    return nats_a_token / math.log(2) / val.bytes_per_token
+
+
+def show_samples(net, tokenizer, val, n):
+    """Print how the model goes on from the first words of n validation documents."""
+    ids = next(shard for shard in val.shards if shard is not None)[: 2**16]
+    ends = 1 + np.flatnonzero(ids == tokenizer.document_end)
+    prompts = []
+    for text in np.split(ids, ends)[:n]:
+        words = text[: min(PROMPT_TOKENS, len(text) // 2)].tolist()
+        prompts.append([tokenizer.document_end, *words])  # a text starts after a boundary
+    completions = Engine(net).generate(
+        prompts, max_new_tokens=sample_tokens, temperature=0.8, stop_ids=tokenizer.stop_ids
+    )
+    for prompt, [said] in zip(prompts, completions):
+        before = terminal.one_line(tokenizer.decode(prompt[1:]))
+        after = terminal.one_line(tokenizer.decode(said.ids))
+        print(f"        {before} ▸{after}", flush=True)
+
+
+def check_settings(settings):
+    """Refuse what cannot work, with the value and the remedy."""
+    at_least(
+        settings,
+        1,
+        "depth vocab_size documents batch_tokens seq_len device_tokens log_every eval_tokens "
+        "max_bad_steps",
+    )
+    at_least(
+        settings,
+        0,
+        "seed steps matrix_lr other_lr warmup cooldown max_grad_norm eval_every sample_tokens "
+        "save_every",
+    )
+    if batch_tokens % seq_len:
+        raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")
+    most = GPTConfig.context - PROMPT_TOKENS - 1
+    if sample_tokens > most:
+        raise ValueError(
+            f"--sample_tokens={sample_tokens}: at most {most} fit the context beside the prompt"
+        )
 
 
 if __name__ == "__main__":

@@ -3,36 +3,42 @@
     python train_rl.py --depth=4                                    # from out/d4/sft
     torchrun --nproc_per_node=8 train_rl.py --depth=20 --task=gsm8k
 
-One step: P problems, G samples of each, all decoded together from the current weights; rewards
-compared within each problem; one update. Read main() from the loop on: each arrow of the algorithm
-is a named line there. By default the samples come from the very weights that are updated, so there
-is no ratio to clip; a KL term, several updates per rollout and DAPO's resampling are one constant
-away.
+One step: P problems, G samples of each, all decoded together by the current weights; rewards are
+compared within each problem; one update. Read main() from `for step in` on: each arrow of the
+algorithm is a named line there. By default the samples come from the very weights that are updated,
+so there is no ratio to clip. A KL term, several updates per rollout and DAPO's resampling are one
+constant away.
 """
 
+import math
 from functools import partial
 
-from nanorl import checks, evaluate, grpo, learner, memory, rollout
+import torch
+
+from nanorl import grpo, learner, rollout
 from nanorl import policy as policies
 from nanorl.batch import pack
-from nanorl.engine import Engine
+from nanorl.engine import SAMPLERS
+from nanorl.evaluate.outcomes import held_out
 from nanorl.hf import local_model, save_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.problems import Problems
 from nanorl.report import forecast, metrics, terminal
 from nanorl.report.cost import Meter
+from nanorl.report.memory import rows_that_fit
+from nanorl.report.rates import device_rates
+from nanorl.report.watch import Watch
 from nanorl.runtime import checkpoint, dist
-from nanorl.runtime.config import configure
+from nanorl.runtime.config import at_least, configure, one_of
 from nanorl.runtime.run import Run
 from nanorl.tasks import parse_weights
 from nanorl.tokenizer import Tokenizer
-from nanorl.tools import bench
 from nanorl.tools import selfcheck as selfchecks
 
 # ---- run
-run = ""  # folder under out/; empty: d<depth>
+run_name = ""  # folder under out/; empty: d<depth>
 stage = "rl"  # folder of this stage under it
-depth = 4  # names the run's folder when --run is empty
+depth = 4  # names the run's folder when --run_name is empty
 model = ""  # a model directory or hub id to start from; empty: the run's SFT model
 resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the problems of each step and every sampled token
@@ -51,6 +57,7 @@ max_new_tokens = 64  # a completion is cut off here, and has then failed
 temperature = 1.0  # of sampling; the learner divides its logits by it too
 resample = 0  # groups without signal give their place to others, up to so many times a step (DAPO)
 overlong = "zero"  # a completion that is cut off has failed (zero), or is not in the loss (mask)
+sampler = "engine"  # engine: the fast one; plain: nanorl/sampler.py, the one to read and to change
 device_rows = 0  # most rows decoded at once on one device; 0: what half the free memory holds
 # ---- objective and optimization
 advantage = "mean"  # baseline: mean, loo (leave one out), zscore (GRPO's division by the deviation)
@@ -81,89 +88,81 @@ save_reward_above = 1.0  # also save at a new best reward above this
 after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
 
 
+FULL = "training samples from the full distribution, the one that the loss models"
+
+
 def main():
-    full = "training samples from the full distribution, the one that the loss models"
-    settings = configure(globals(), refused={"top_k": full, "top_p": full})
-    checks.rl(settings)
+    settings = configure(globals(), refused={"top_k": FULL, "top_p": FULL})
+    check_settings(settings)
     device = dist.setup(settings["device"], exact=selfcheck)
     weight_dtype, compute_dtype = dist.dtypes(dtype, device)
     P, G = prompts_per_step, samples_per_prompt
 
-    # The run: begun from the SFT model, or gone on with from its last checkpoint.
-    sft = checkpoint.stage_directory(settings["run"] or f"d{depth}", "sft")
+    # The run: a new one from the SFT model, or one that goes on from its last checkpoint.
+    sft = checkpoint.stage_directory(run_name or f"d{depth}", "sft")
     start = local_model(checkpoint.resolve(model or sft))
-    run = Run(settings, stage, start, writes=not (dry_run or selfcheck))
+    make = f"make one with `python train_sft.py --depth={depth}`, or name one with --model="
+    no_start = f"no SFT model in {start}: {make}"
+    run = Run(settings, stage, start, no_start, writes=not (dry_run or selfcheck))
 
-    # The policy, what of it is trained, and what a KL term holds it against.
-    policy, adapters, reference = policies.load(run, settings, weight_dtype, compute_dtype, device)
-    trained = adapters or policy
-    params = [p for _, p in trained.named_parameters()]
-    full_lr = lr or default_lr(policy, run.origin["published"], adapters)
-    optimizers = make_optimizers(trained, full_lr, full_lr, weight_decay, muon=False)
+    # What is trained: the weights or LoRA's adapters, and by which rule.
+    policy = policies.load(run, settings, weight_dtype, compute_dtype, device)
+    full_lr = lr or default_lr(policy, run.origin["published"])
+    optimizers = make_optimizers(policy.trained, full_lr, full_lr, weight_decay, muon=False)
     cooldown = 0.0 if lr_schedule == "constant" else 1 - warmup / steps
     objective = grpo.Objective(updates_per_rollout, clip_low, clip_high, kl_coef, kl_estimator)
     tokenizer = Tokenizer.from_pretrained(run.model)
 
-    # The problems, and the sampler that answers them.
-    train = Problems(task, task_args, seed, problems, drawn=run.state["drawn"])
-    train.check(P, resample, parse_weights(reward_weights))
-    engine = Engine(policy, device_rows or run.state.get("device_rows", 0))
-    if run.point:
+    # What it is trained on, and the sampler that answers.
+    train = Problems(task, task_args, seed, problems, taken=run.state.get("drawn", 0))
+    train.check(P, resample)
+    rollout.check_weights(train, parse_weights(reward_weights))
+    engine = SAMPLERS[sampler](policy.model, device_rows or run.state.get("device_rows", 0))
+    if run.resumed:
         load_states(optimizers, run.state["optimizers"])
-        if adapters:
-            adapters.load_state_dict(run.state["lora"])
-        dist.say(f"resumed {run.point}")
+        policy.load_adapters(run.state["lora"])
     if not engine.max_rows:
-        engine.max_rows = memory.rows_that_fit(engine, params, G, max_new_tokens)
-    flop_rate, copy_rate = bench.device_rates(device, compute_dtype)
-    meter = Meter(policy.config, recompute, adapters, flop_rate, copy_rate, run.state["flops"])
+        engine.max_rows = rows_that_fit(engine, policy.params, G, max_new_tokens)
+    rates = device_rates(device, compute_dtype)
+    meter = Meter(policy.model, policy.adapters, run.state["flops"], *rates)
+    watch = Watch(run.state.get("watch"))
 
     def sample(step, asked):
         """asked: (number, problem) pairs -> Rollouts of this rank's share of them."""
         mine = asked[dist.share(len(asked))]
-        rollouts = rollout.sample(engine, tokenizer, train.of(step), step, mine, settings)
+        source = train.task_of(0 if step == "probe" else step)
+        rollouts = rollout.sample(engine, tokenizer, source, step, mine, settings)
         meter.rollout(engine)
         return rollouts
 
     def state():
         """What only this script knows of the run and needs to go on from here."""
         return dict(
-            drawn=train.drawn,
+            drawn=train.taken,
             flops=dict(meter.total),
             device_rows=engine.max_rows,
+            watch=watch.state,
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
-            lora=adapters and adapters.state_dict(),
+            lora=policy.adapter_state(),
         )
 
-    held_out = partial(
-        evaluate.held_out, engine, tokenizer, train.val, eval_problems, max_new_tokens
-    )
+    validate = partial(held_out, engine, tokenizer, train.val, eval_problems, max_new_tokens, dist)
 
     # What this run will do, and whether it can learn anything.
-    run.card(policy, device, engine.max_rows, meter)
-    terminal.heading(settings, run.model, policy, train, full_lr)
-    if not run.point and not selfcheck:
-        val = meter.evaluation(*held_out())
+    run.card(policy.model, device_rows=engine.max_rows, flop_rate=rates[0], copy_rate=rates[1])
+    terminal.rl_heading(settings, run.model, policy.model, train, full_lr)
+    if not run.resumed and not selfcheck:
+        val = validate()
+        meter.evaluation(engine)
         terminal.held_out_before(val)
         asked = train.peek(probe_prompts)
-        forecast.say(
-            asked,
-            sample,
-            engine,
-            reference,
-            params,
-            objective,
-            meter,
-            settings,
-            run.directory,
-            tokenizer.decode,
-        )
+        forecast.say(asked, sample, engine, policy, objective, meter, run, tokenizer)
         run.log.row(0, **val, **meter.flops_so_far())
     if dry_run:
         return
     run.begin()
 
-    for step in range(run.first, max(steps, run.first + selfcheck)):
+    for step in range(run.first_step, max(steps, run.first_step + selfcheck)):
         # Ask: P problems, the same for a seed on any number of ranks.
         meter.start()
         asked = train.take(step, P)
@@ -174,14 +173,14 @@ def main():
             rollouts, replaced = rollout.replace_dead(
                 rollouts,
                 times=resample,
-                samples=G,
-                more=lambda count: sample(step, train.take(step, count)),
+                more=lambda count, step=step: sample(step, train.take(step, count)),
                 total=dist.total,
             )
         meter.sampled()
 
         # Compare: a sample is as good as its reward is above the mean of its group.
-        advantages = grpo.advantages(rollout.reward_table(rollouts, G), advantage)  # (P, G)
+        rewards = rollout.reward_table(rollouts, G)  # (P, G)
+        advantages = grpo.advantages(rewards, advantage)  # (P, G)
 
         # Learn: loss = - sum of A * log pi / N. N counts the tokens of the step, on all ranks.
         lengths = rollout.length_table(rollouts, G)  # (P, G)
@@ -189,55 +188,94 @@ def main():
         token_weights = grpo.token_weights(lengths, loss_norm, max_new_tokens, counted)  # (P, G)
         N = max(1.0, dist.total(grpo.denominator(lengths, loss_norm, counted)))
         batches = pack(rollouts, advantages, token_weights, device_tokens, device)
-        if reference:
-            batches = learner.with_reference(batches, reference, objective, temperature, meter)
+        if policy.reference:
+            batches = learner.with_reference(batches, policy, objective, temperature, meter)
 
         # Update: once, on-policy, or several times from the same samples.
         scale = lr_scale(step, steps, warmup, cooldown, lr_schedule)
-        updates = []
+        sums, norms = [], []
         for _ in range(updates_per_rollout):
-            sums = []
+            sums.append([])
             for batch in batches:
-                outputs = learner.forward(policy, batch, temperature, with_entropy=True)
-                gain = grpo.surrogate(outputs.logprobs, batch, objective)  # (S,), A * log pi
+                outputs = learner.forward(policy.model, batch, temperature, with_entropy=True)
+                gain = batch.advantages * outputs.logprobs  # (S,) A * log pi
+                if not objective.is_default:  # the clipped ratio, a KL term
+                    gain = grpo.surrogate(outputs.logprobs, batch, objective)  # (S,)
                 loss = -(batch.token_weights * gain).sum() / N
                 loss.backward()
                 meter.learner(batch, outputs)
-                sums.append(learner.token_sums(outputs, batch, objective))
-            dist.sum_gradients(params)  # one all-reduce
+                sums[-1].append(learner.token_sums(outputs, batch, objective))
+            dist.sum_gradients(policy.params)  # one all-reduce
             if selfcheck:
-                return selfchecks.report(
-                    policy, adapters, reference, rollouts, advantages, settings
-                )
-            part_norms = group_norms(trained)
-            norm = update(optimizers, params, scale, max_grad_norm)  # clip, AdamW
-            if adapters:
-                adapters.merge()  # into the weights that everything multiplies by
-            updates.append((sums, norm))
+                return selfchecks.report(policy, rollouts, advantages, settings)
+            part_norms = group_norms(policy.trained)
+            norms.append(update(optimizers, policy.params, scale, max_grad_norm))  # clip, AdamW
+            policy.merge()  # LoRA's adapters into the weights that everything multiplies by
         engine.refresh()  # the next samples come from the new weights
-        meter.learnt(device)
+        meter.learnt()
 
         # Record: the rollouts, a row, a line, and now and then a checkpoint.
         done = step + 1
         row = metrics.of_rollouts(rollouts, replaced, advantages, run.log, done, tokenizer.decode)
-        learner_row, seen, run.bad = metrics.of_updates(
-            updates, part_norms, run.bad, full_lr * scale
-        )
-        row.update(learner_row)
-        row.update(meter.row(row["tokens"], seen))
+        row.update(metrics.of_updates(sums, norms, part_norms))
+        row.update(lr=full_lr * scale, bad_steps=run.count_bad_steps(norms))
+        row.update(meter.rollout_and_learner(row["tokens"], row.pop("learnt_tokens")))
         if done == steps or (eval_every and done % eval_every == 0):
-            row.update(meter.evaluation(*held_out()))
-        row.update(meter.whole_step(device))
+            row.update(validate())
+            meter.evaluation(engine)
+        row.update(meter.end_of_step())
         run.log.row(done, **row)
-        terminal.line(done, steps, row, meter.seconds_left(steps - done))
-        run.warn(done, row)
-        run.end_of_step(done, row, partial(save_model, policy, tokenizer), state)
+        terminal.rl_line(done, steps, row, meter.seconds_left(steps - done))
+        terminal.warnings(done, watch.look(row))
+        write_model = partial(save_model, policy.model, tokenizer)
+        run.end_of_step(done, done == steps, write_model, state, row["reward"])
 
 
-def default_lr(policy, published, adapters):
+def default_lr(policy, published):
     """AdamW's, where --lr is 0."""
-    rate = 5e-6 if published else 0.04 / policy.config.n_embd
-    return rate * 10 if adapters else rate
+    rate = 5e-6 if published else 0.04 / policy.model.config.n_embd
+    return rate * 10 if policy.adapters else rate
+
+
+def check_settings(settings):
+    """Refuse what cannot work, with the value and the remedy."""
+    at_least(
+        settings,
+        1,
+        "prompts_per_step max_new_tokens steps updates_per_rollout device_tokens eval_problems "
+        "probe_prompts max_bad_steps",
+    )
+    at_least(
+        settings,
+        0,
+        "seed problems device_rows resample lora_rank lora_alpha kl_coef clip_low clip_high lr "
+        "warmup weight_decay max_grad_norm eval_every save_every",
+    )
+    one_of(settings, "sampler", SAMPLERS)
+    one_of(settings, "overlong", ("zero", "mask"))
+    one_of(settings, "kl_estimator", grpo.ESTIMATORS)
+    one_of(settings, "lr_schedule", ("constant", "linear", "cosine"))
+    grpo.advantages(torch.zeros(1, 2), advantage)  # raises for an unknown name,
+    grpo.token_weights(torch.ones(1, 1), loss_norm)  # and so does this
+    if samples_per_prompt < 2:
+        raise ValueError(
+            f"--samples_per_prompt={samples_per_prompt}: at least 2, "
+            "because rewards are compared within a group"
+        )
+    if 0 < device_rows < samples_per_prompt:
+        raise ValueError(
+            f"--device_rows={device_rows}: it must hold one group, "
+            f"--samples_per_prompt={samples_per_prompt}"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"--temperature={temperature}: it must be above 0, "
+            "because training needs samples that differ"
+        )
+    if clip_low > 1:
+        raise ValueError(
+            f"--clip_low={clip_low}: it must be at most 1, since the ratio is never below 0"
+        )
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class DecodeBatch:
         self.uses_graphs = fixed_shapes and self.device.type == "cuda"
         self.graph_memory = torch.cuda.graph_pool_handle() if self.uses_graphs else None
 
-        # The work that was done, padding and all, in the terms of GPTConfig.flops.
+        # The work that was done, padding and all, in the terms of report/cost.py.
         self.work = {"prefill": Counter(), "decode": Counter()}
 
     def clear(self):
@@ -137,7 +137,7 @@ class DecodeBatch:
         self.prompt_lengths += [len(prompt) for prompt in prompts]
         self.work["prefill"].update(
             tokens=ids.numel(),
-            attended=ids.numel() * longest,
+            pairs=ids.numel() * longest,
             head_tokens=len(prompts) * self.settings.samples,
         )
         return h[torch.arange(len(prompts), device=self.device), lengths - 1]
@@ -235,7 +235,7 @@ class DecodeBatch:
         own_pairs = shape.rows * shape.columns
         prompt_pairs = shape.prompts * shape.width * shape.prompt_columns
         self.work["decode"].update(
-            tokens=shape.rows, attended=own_pairs + prompt_pairs, head_tokens=shape.rows
+            tokens=shape.rows, pairs=own_pairs + prompt_pairs, head_tokens=shape.rows
         )
 
     def _oldest(self):

@@ -14,6 +14,7 @@ from collections import Counter
 
 import torch
 
+from nanorl import sampler
 from nanorl.cache import Capacity, DecodeBatch, Row, Settings, pad, round_up
 from nanorl.gpt import LOGITS_AT_ONCE, all_logprobs
 from nanorl.sampling import completion, row_keys
@@ -28,8 +29,8 @@ class Engine:
 
     stats, of the last call: what its completions needed, however it was done (see `needed`), and
         live     rows decoded in each step
-        places   row slots that there were
-        work     {prefill, decode}: what was computed, in the terms of GPTConfig.flops
+        row_slots    that there were
+        work     {prefill, decode}: what was computed, in the terms of report/cost.py
     """
 
     def __init__(self, model, max_rows=0):
@@ -78,7 +79,7 @@ class Engine:
         settings = Settings(G, max_new_tokens, temperature, frozenset(stop_ids))
         self._check(prompts, settings)
         if P == 0:
-            self.stats = dict(live=[], places=0, work={}, **needed([], []))
+            self.stats = dict(live=[], row_slots=0, work={}, **needed([], []))
             return []
         batch = self._batch_for(prompts, settings)
         keys = list(range(P) if keys is None else keys)
@@ -108,7 +109,7 @@ class Engine:
                     progress(sum(gone))
 
         groups = [completions[p * G : (p + 1) * G] for p in range(P)]
-        done = dict(live=live, places=batch.capacity.row_slots, work=batch.work)
+        done = dict(live=live, row_slots=batch.capacity.row_slots, work=batch.work)
         self.stats = {**done, **needed(prompts, groups)}
         return groups
 
@@ -225,12 +226,12 @@ class Engine:
                 wanted = torch.tensor(candidates[i], device=self.device)
                 found[i] = logprobs[wanted].tolist()
 
-            work.update(tokens=ids.numel(), attended=ids.numel() * longest, head_tokens=len(some))
+            work.update(tokens=ids.numel(), pairs=ids.numel() * longest, head_tokens=len(some))
             if progress:
                 progress(len(some))
 
         no_completions = [[] for _ in prompts]
-        self.stats = dict(live=[], places=0, work={"prefill": work})
+        self.stats = dict(live=[], row_slots=0, work={"prefill": work})
         self.stats.update(needed(prompts, no_completions))
         self.stats["rows"] = len(prompts)  # the head ran for each
         return found
@@ -241,51 +242,56 @@ class Engine:
         for some_h in h.split(rows_at_once):
             yield from all_logprobs(self.model.head(some_h))
 
-    # ---- what the last call cost
 
-    def flops(self):
-        """-> {prefill, decode}, FLOPs of the last call as it ran.
+class PlainEngine:
+    """sampler.py under the Engine's interface: for `train_rl.py --sampler=plain`.
 
-        That is with whole squares of attention, caches as wide as they were, padding and all.
-        """
-        flops = {}
-        for part, work in self.stats["work"].items():
-            flops[part] = self.learner.config.flops(
-                work["tokens"], work["attended"], work["head_tokens"]
+    It samples from the learner itself, so that there is nothing to refresh. What there is to see of
+    a sampler is in sampler.generate.
+    """
+
+    def __init__(self, model, max_rows=0):
+        self.learner, self.model, self.max_rows, self.stats = model, model, max_rows, {}
+
+    def refresh(self):
+        pass
+
+    def generate(self, prompts, samples_per_prompt=1, max_new_tokens=256, **settings):
+        """As Engine.generate. Where not all rows fit, the prompts come one part after the other."""
+        P, G = len(prompts), samples_per_prompt
+        keys = settings.pop("keys", None) or range(P)
+        progress = settings.pop("progress", None)
+        at_once = max(1, self.max_rows // G) if self.max_rows else P
+        groups, live = [], []
+        work = {"prefill": Counter(), "decode": Counter()}
+        for start in range(0, P, at_once):
+            some = prompts[start : start + at_once]
+            found = sampler.generate(
+                self.model,
+                some,
+                samples_per_prompt=G,
+                max_new_tokens=max_new_tokens,
+                keys=keys[start : start + at_once],
+                **settings,
             )
-        return flops
+            groups += found
 
-    def causal_flops(self):
-        """FLOPs that the last call's completions needed.
+            # What that took: every prompt as long as the longest, every row until the last is done.
+            p, rows, longest = len(some), len(some) * G, max(map(len, some))
+            steps = max(len(completion.ids) for group in found for completion in group) - 1
+            pairs = rows * (longest + max_new_tokens) * steps
+            work["prefill"].update(tokens=p * longest, pairs=p * longest**2, head_tokens=rows)
+            work["decode"].update(tokens=rows * steps, pairs=pairs, head_tokens=rows * steps)
+            live += [rows] * steps
+            if progress:
+                progress(rows)
+        self.stats = dict(live=live, row_slots=max(live, default=0), work=work)
+        self.stats.update(needed(prompts, groups))
+        return groups
 
-        No padding, and of attention only what a token may see.
-        """
-        stats = self.stats
-        tokens = stats["prompt_tokens"] + stats["row_steps"]
-        head_tokens = stats["rows"] + stats["row_steps"]
-        return self.learner.config.flops(tokens, stats["attended"], head_tokens)
 
-    def bytes_decoded(self):
-        """Bytes that the last call's decode steps had to read: what memory bandwidth bounds.
-
-        Every weight once a step, a prompt's cache once a step for all its rows, and each row's own
-        as long as it ran, however many rows there are.
-        """
-        _, weights = self.learner.config.n_params()
-        numbers = len(self.stats["live"]) * weights + self._cache_numbers(self.stats["cached"])
-        return numbers * self.learner.compute_dtype.itemsize
-
-    def bytes_per_row(self, new_tokens):
-        """Memory that one more row takes while it is decoded.
-
-        Its own cache, and as much again for its prompt's (which the rows of a group share).
-        """
-        return 2 * self._cache_numbers(new_tokens) * self.learner.compute_dtype.itemsize
-
-    def _cache_numbers(self, tokens):
-        """A key and a value for each layer and kv head."""
-        config = self.learner.config
-        return 2 * tokens * config.n_layer * config.n_kv_head * config.head_dim
+# train_rl.py's --sampler
+SAMPLERS = {"engine": Engine, "plain": PlainEngine}
 
 
 def needed(prompts, groups):
@@ -295,10 +301,10 @@ def needed(prompts, groups):
     prompt_tokens   that are prefilled
     new_tokens      that were sampled and kept
     row_steps       tokens that were fed to decode steps: a completion's last token never is
-    attended        (query, key) pairs
+    pairs        (query, key) pairs
     cached          keys that decode steps read: a prompt's once a step for all its rows
     """
-    stats = dict(rows=0, prompt_tokens=0, new_tokens=0, row_steps=0, attended=0, cached=0)
+    stats = dict(rows=0, prompt_tokens=0, new_tokens=0, row_steps=0, pairs=0, cached=0)
     for prompt, group in zip(prompts, groups):
         length = len(prompt)
         fed = [len(c.ids) - 1 for c in group]  # to decode steps, a number a completion
@@ -308,6 +314,6 @@ def needed(prompts, groups):
         stats["prompt_tokens"] += length
         stats["new_tokens"] += sum(fed) + len(group)
         stats["row_steps"] += sum(fed)
-        stats["attended"] += length * (length + 1) // 2 + length * sum(fed) + own
+        stats["pairs"] += length * (length + 1) // 2 + length * sum(fed) + own
         stats["cached"] += length * max(fed, default=0) + own
     return stats

@@ -78,21 +78,6 @@ class GPTConfig:
         embeddings = self.vocab_size * C * (1 if self.tie_embeddings else 2)
         return self.n_layer * (matrices + vectors) + C + embeddings, self.n_layer * matrices + self.vocab_size * C
 
-    def flops(self, tokens, attended, head_tokens):
-        """Forward FLOPs (a multiply-add is two) of `tokens` through the layers, `attended` (query, key) pairs per
-        layer, and `head_tokens` through the head."""
-        layers = self.n_params()[1] - self.vocab_size * self.n_embd
-        return (2 * layers * tokens + 4 * self.n_layer * self.n_head * self.head_dim * attended
-                + 2 * self.n_tokens * self.n_embd * head_tokens)
-
-    def learning_flops(self, tokens, attended, head_tokens, recompute=False, adapters=None):
-        """-> {forward, backward, recompute}, FLOPs as they run. Backward takes two products for each of forward's, one for what came in and one for
-        the weights, and the head's logits once more (TokenLogprobs). adapters: a LoRA, under which the weights, and what enters the first layer, get none."""
-        frozen, first = adapters is not None, 2 * self.n_embd * (self.n_head + 2 * self.n_kv_head) * self.head_dim * tokens
-        again = self.flops(tokens, attended, 0) - (not frozen) * 2 * self.n_layer * self.n_embd * self.n_inner * tokens  # a block's last product is not needed
-        backward = self.flops((2 - frozen) * tokens, 2 * attended, (3 - frozen) * head_tokens) + (adapters.flops(tokens) - first if frozen else 0)
-        return dict(forward=self.flops(tokens, attended, head_tokens), backward=backward, recompute=recompute * again)
-
 
 class Linear(nn.Linear):
     """Keeps its weight in the master precision and multiplies in the precision of its input. This is the one

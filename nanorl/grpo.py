@@ -16,13 +16,26 @@ The rest is chosen by name or by a coefficient: PPO's clipped ratio for several 
 "token" below is a sampled token; S is their number in a micro-batch.
 """
 
-from collections import namedtuple
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
-# Which objective: the script's constants of these names.
-Objective = namedtuple("Objective", "updates_per_rollout clip_low clip_high kl_coef kl_estimator")
+
+@dataclass(frozen=True)
+class Objective:
+    """Which objective: the script's constants of these names."""
+
+    updates_per_rollout: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+
+    @property
+    def is_default(self):
+        """Whether A * log pi is all there is: one update, and no KL term in the loss."""
+        return self.updates_per_rollout == 1 and not self.kl_coef
+
 
 ESTIMATORS = ("k1-in-reward", "k2", "k3")
 
@@ -209,20 +222,24 @@ TOKEN_SUMS = (
 )
 
 
-def token_sums(logprobs, old_logprobs, entropy, advantages, reference, clip_low, clip_high):
-    """Sums over a micro-batch's tokens, all (S,), in fp64, and the largest gap.
+def token_sums(logprobs, entropy, batch, objective):
+    """Sums over a micro-batch's tokens, in fp64, and the largest gap.
 
-    old_logprobs: the sampler's; reference: the reference's, None without a KL term.
+    logprobs, entropy: (S,) each, of the policy. batch: a batch.Batch of those tokens.
     """
     logprobs = logprobs.detach().double()
-    gap = logprobs - old_logprobs
+    gap = logprobs - batch.sampler_logprobs
     ratio = gap.exp()
-    k = gap.new_zeros(()) if reference is None else kl(logprobs, reference)
+    off = gap.expm1()  # ratio - 1
+    k = gap.new_zeros(())
+    if batch.reference_logprobs is not None:
+        k = kl(logprobs, batch.reference_logprobs)
+
     # Where the clip takes the gradient away: a bad token is already rarer than 1 - clip_low, or a
     # good one more frequent than 1 + clip_high.
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
-    off = gap.expm1()  # ratio - 1
+    low = (ratio < 1 - objective.clip_low) & (batch.advantages < 0)
+    high = (ratio > 1 + objective.clip_high) & (batch.advantages > 0)
+
     found = {"tokens": gap.new_tensor(len(gap)), "entropy": entropy.double().sum()}
     found["gap"] = gap.abs().sum()
     found["gap_kl"] = (off - gap).sum()

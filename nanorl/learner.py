@@ -1,6 +1,6 @@
-"""What the learner computes of a micro-batch: the only forward pass that there is with a gradient.
+"""The forward passes that have a gradient: of a micro-batch in RL, of rows of text in base and SFT.
 
-The loss itself stands in train_rl.py's loop. S counts a micro-batch's sampled tokens.
+RL's loss itself stands in train_rl.py's loop. S counts a micro-batch's sampled tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanorl import grpo
-from nanorl.attention import SharedPrefixAttention, pick
+from nanorl.attention import CausalAttention, SharedPrefixAttention, pick
 
 
 @dataclass
@@ -31,13 +31,10 @@ def forward(model, batch, temperature=1.0, with_entropy=False):
 
 
 @torch.no_grad()
-def with_reference(batches, reference, objective, temperature, meter):
-    """The batches with the reference's log-probs. k1 goes into their advantages, before any update.
-
-    reference: a context that gives the reference model.
-    """
+def with_reference(batches, policy, objective, temperature, meter):
+    """The batches with the log-probs of the policy's reference. k1 goes into their advantages."""
     found = []
-    with reference() as model:
+    with policy.reference() as model:
         for batch in batches:
             outputs = forward(model, batch, temperature)
             meter.reference(batch, outputs)
@@ -48,13 +45,27 @@ def with_reference(batches, reference, objective, temperature, meter):
 
 def token_sums(outputs, batch, objective):
     """What is logged of the tokens of one micro-batch, as sums."""
-    sums = grpo.token_sums(
-        outputs.logprobs,
-        batch.sampler_logprobs,
-        outputs.entropy,
-        batch.advantages,
-        batch.reference_logprobs,
-        objective.clip_low,
-        objective.clip_high,
-    )
+    sums = grpo.token_sums(outputs.logprobs, outputs.entropy, batch, objective)
     return {**sums, "slots": batch.ids.numel(), "computed_slots": outputs.computed_slots}
+
+
+# ---- text: base and SFT --------------------------------------------------------------------------
+
+
+def text_loss(model, inputs, targets):
+    """Sum of - log p over rows of text: inputs, targets (B, T)."""
+    h = model.hidden(inputs)  # (B, T, C)
+    logprobs, _ = model.logprobs(h.flatten(0, 1), targets.flatten())  # (B * T,)
+    return -logprobs.sum()
+
+
+def chat_loss(model, inputs, targets, mask, document, positions):
+    """Sum of - log p of what the assistant says, over packed rows of conversations: all (B, T).
+
+    mask: 1 where the target is the assistant's. document numbers each token's conversation, which
+    sees nothing of the others in its row; positions: the token's in its conversation.
+    """
+    h = model.hidden(inputs, positions, CausalAttention(document))  # (B, T, C)
+    said = mask.bool()
+    logprobs, _ = model.logprobs(h[said], targets[said])  # (said,)
+    return -logprobs.sum()

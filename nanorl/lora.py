@@ -66,7 +66,7 @@ class LoRA:
             raise ValueError(f"lora_targets names {', '.join(sorted(unknown)) or 'nothing'}: it takes some of {', '.join(TARGETS)}")
         model.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
-        self.scale, self.projections = alpha / rank, {}  # name -> (Linear, its own weight W (out, in), A, B)
+        self.rank, self.scale, self.projections = rank, alpha / rank, {}  # name -> (Linear, its own weight W (out, in), A, B)
         for name, module in model.named_modules():
             if name.removesuffix("_proj").rpartition(".")[2] in targets and name.endswith("_proj"):
                 n_out, n_in = module.weight.shape
@@ -81,10 +81,6 @@ class LoRA:
         for name, (_, _, a, b) in self.projections.items():
             yield f"{name}.lora_A.weight", a
             yield f"{name}.lora_B.weight", b
-
-    def flops(self, tokens):
-        """FLOPs of the gradients of A and B, the four products in LowRank.backward."""
-        return sum(4 * sum(p.numel() for p in adapter) * tokens for _, _, *adapter in self.projections.values())
 
     @torch.no_grad()
     def merge(self):

@@ -1,58 +1,87 @@
-"""Which problems a step trains on: each pass visits every one once, in an order given by the seed."""
+"""Which problems a step trains on.
+
+Each pass visits every training problem once, in an order of its own that the seed gives. So what a
+step asks depends on the seed and on how many problems were taken before, and on nothing else.
+"""
+
 from functools import lru_cache
 
 import numpy as np
 
-from nanorl import rollout
-from nanorl.tasks import Reward, get_stages, parse_settings
+from nanorl.tasks import get_stages, parse_settings
 
 
 class Problems:
-    """The training problems of a task or a curriculum. `drawn` of them have been taken so far."""
+    """The training problems of a task, of a mixture, or of a curriculum's stages.
 
-    def __init__(self, task, task_args, seed, limit=0, drawn=0):
-        self.stages = get_stages(task, "train", **parse_settings(task_args))  # [(first step, task)]
-        self.val = get_stages(task, "val", **parse_settings(task_args))[-1][1]  # judged by where it leads
-        self.name, self.seed, self.limit, self.drawn = task, seed, limit, drawn
-        self._order = lru_cache(maxsize=2)(lambda epoch, n: np.random.default_rng([seed, epoch]).permutation(n))
+    limit: take only the first so many of the split; 0: all of them.
+    taken: how many were taken before, in a run that is resumed.
+    """
+
+    def __init__(self, task, task_args, seed, limit=0, taken=0):
+        settings = parse_settings(task_args)
+        self.name, self.seed, self.limit, self.taken = task, seed, limit, taken
+        self.stages = get_stages(task, "train", **settings)  # [(first step, task)]
+        # A curriculum is judged by where it leads.
+        _, self.val = get_stages(task, "val", **settings)[-1]
+        self.order = lru_cache(maxsize=2)(self._order)  # of the last two passes
 
     def __len__(self):
-        return self.limit or len(self.stages[-1][1])
+        """Training problems, of a curriculum those of its last stage."""
+        _, last = self.stages[-1]
+        return self.limit or len(last)
 
-    def of(self, step):
-        """The task of a step; "probe", before the first: of the first."""
-        return [source for first, source in self.stages if step == "probe" or first <= step][0 if step == "probe" else -1]
+    def task_of(self, step):
+        """The task that a step trains on."""
+        started = [task for first, task in self.stages if first <= step]
+        return started[-1]
 
     def take(self, step, count):
-        """The next `count` pairs (number, problem). The number counts on over passes, so that a problem
-        that comes again gets other random numbers."""
-        source = self.of(step)
-        n = self.limit or len(source)
-        places = [divmod(self.drawn + i, n) for i in range(count)]
-        self.drawn += count
-        return [(epoch * n + i, source.problem(int(self._order(epoch, n)[i]))) for epoch, i in places]
+        """The step's next `count` problems -> (number, problem) pairs.
+
+        The number counts on over passes, so that a problem that comes again gets other random
+        numbers.
+        """
+        asked = self._ask(self.task_of(step), self.taken, count)
+        self.taken += count
+        return asked
 
     def peek(self, count):
-        """The first `count`, without taking them."""
-        n, source = self.limit or len(self.of(0)), self.of(0)
-        places = [divmod(i, n) for i in range(count)]
-        return [(epoch * n + i, source.problem(int(self._order(epoch, n)[i]))) for epoch, i in places]
+        """The first `count` problems of the first stage, without taking them."""
+        return self._ask(self.task_of(0), 0, count)
 
-    def check(self, per_step, resample, part_weights):
-        """Refuse a step that asks for more different problems than there are, and a fixed set that is none."""
-        for _, source in self.stages:
-            n, most = self.limit or len(source), per_step * (1 + resample)
-            if self.limit > len(source):
-                raise ValueError(f"--problems={self.limit}: task {self.name} has {len(source):,} training problems")
+    def _ask(self, task, before, count):
+        n = self.limit or len(task)
+        asked = []
+        for number in range(before, before + count):
+            epoch, i = divmod(number, n)
+            index = int(self.order(epoch, n)[i])
+            asked.append((number, task.problem(index)))
+        return asked
+
+    def _order(self, epoch, n):
+        """The order in which pass `epoch` visits n problems, (n,)."""
+        return np.random.default_rng([self.seed, epoch]).permutation(n)
+
+    def check(self, per_step, resample):
+        """Raise ValueError where a step may ask for more different problems than there are."""
+        for _, task in self.stages:
+            n, most = self.limit or len(task), per_step * (1 + resample)
+            if self.limit > len(task):
+                raise ValueError(
+                    f"--problems={self.limit}: task {self.name} has {len(task):,} training problems"
+                )
             if most > n:
-                raise ValueError(f"--prompts_per_step={per_step}{f' --resample={resample}' if resample else ''}: "
-                                 f"a step may ask for {most:,} different problems, and the run has {n:,}: lower it, "
-                                 "or raise --problems")
-            some = [(source.problem(i), "") for i in range(min(n, 20))] if part_weights else []
-            for result in rollout.judge(source, some):
-                if isinstance(result, Reward):
-                    rollout.weighted(result, part_weights)  # raises for a part that the task does not give
-            different = len({str(source.problem(i).prompt) for i in range(self.limit)})
+                asks = f"--prompts_per_step={per_step}"
+                if resample:
+                    asks += f" --resample={resample}"
+                raise ValueError(
+                    f"{asks}: a step may ask for {most:,} different problems, "
+                    f"and the run has {n:,}: lower it, or raise --problems"
+                )
+            different = len({str(task.problem(i).prompt) for i in range(self.limit)})
             if different < self.limit:
-                raise ValueError(f"--problems={self.limit}: the first {self.limit} problems of {self.name} are only "
-                                 f"{different} different ones")
+                raise ValueError(
+                    f"--problems={self.limit}: the first {self.limit} problems of {self.name} "
+                    f"are only {different} different ones"
+                )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorl.grpo import no_signal
 from nanorl.tasks import Problem, Reward, parse_weights
 from nanorl.tasks.pool import RAISED, Failure, RewardPool, describe
 
@@ -112,6 +111,19 @@ def judge(task, questions):
     return results
 
 
+def check_weights(problems, part_weights):
+    """Raise ValueError where part_weights name a part that a task does not give, before any step.
+
+    problems: a problems.Problems. A few empty answers of each of its tasks are judged.
+    """
+    if not part_weights:
+        return
+    for _, task in problems.stages:
+        few = min(problems.limit or len(task), 20)
+        for result in judge(task, [(task.problem(i), "") for i in range(few)]):
+            weighted(result, part_weights)
+
+
 def ask(task, problem, text):
     """The reward of one text, or the Failure: one odd completion must not end a run."""
     try:
@@ -204,7 +216,7 @@ def finished_table(rollouts, samples):
 # ---- dynamic sampling (DAPO) ---------------------------------------------------------------------
 
 
-def replace_dead(rollouts, times, samples, more, total):
+def replace_dead(rollouts, times, more, total):
     """Groups whose rewards are all equal teach nothing: they give their place to other problems.
 
     It is done up to `times` times. more(count): this rank's Rollouts of the next `count` problems
@@ -212,7 +224,8 @@ def replace_dead(rollouts, times, samples, more, total):
     """
     replaced = []
     for _ in range(times):
-        alive, dead = split_dead(rollouts, samples)
+        alive = [rollout for rollout in rollouts if not is_dead(rollout)]
+        dead = [rollout for rollout in rollouts if is_dead(rollout)]
         missing = int(total(len(dead)))
         if missing == 0:
             break
@@ -221,13 +234,9 @@ def replace_dead(rollouts, times, samples, more, total):
     return rollouts, replaced
 
 
-def split_dead(rollouts, samples):
-    """-> (those whose rewards differ, those whose rewards are all equal)."""
-    alive, dead = [], []
-    is_dead = no_signal(reward_table(rollouts, samples)).tolist()  # (P)
-    for rollout, nothing_to_learn in zip(rollouts, is_dead):
-        (dead if nothing_to_learn else alive).append(rollout)
-    return alive, dead
+def is_dead(rollout):
+    """Whether no sample of the group is better than another."""
+    return len({reward.total for reward in rollout.rewards}) == 1
 
 
 # ---- multiple choice -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanorl.engine import Engine  # noqa: E402
-from nanorl.evaluate import is_correct  # noqa: E402
+from nanorl.tasks import is_correct  # noqa: E402
 from nanorl.hf import load_model, local_model  # noqa: E402
 from nanorl.runtime.config import configure  # noqa: E402
 from nanorl.tasks import get_task, parse_settings  # noqa: E402

@@ -19,6 +19,7 @@ from nanorl.engine import Engine  # noqa: E402
 from nanorl.hf import load_model  # noqa: E402
 from nanorl.optim import make_optimizers, update  # noqa: E402
 from nanorl.learner import forward  # noqa: E402
+from nanorl.report.cost import causal_sampling_flops, forward_flops  # noqa: E402
 from nanorl.rollout import Rollout, length_table  # noqa: E402
 from nanorl.runtime.config import configure  # noqa: E402
 from nanorl.tasks import get_task  # noqa: E402
@@ -67,11 +68,11 @@ def main():
         rewards = torch.tensor([[reward(tokenizer.decode(c.ids)) for c in group] for group in groups], dtype=torch.float64)
         rollouts = [Rollout(None, prompt, group, None, None, None) for prompt, group in zip(ids, groups)]
         lengths = length_table(rollouts, samples)
-        flops = engine.causal_flops()
+        flops = causal_sampling_flops(engine)
         for batch in pack(rollouts, grpo.advantages(rewards), grpo.token_weights(lengths), device_tokens, "cpu"):
             gain = grpo.reinforce(forward(net, batch, with_entropy=True).logprobs, batch.advantages)  # (S,)
             grpo.policy_loss(gain, batch.token_weights, lengths.sum()).backward()
-            flops += 3 * net.config.flops(batch.ids.numel(), batch.visible_pairs, len(gain))
+            flops += 3 * forward_flops(net.config, batch.ids.numel(), batch.visible_pairs, len(gain))
         update(optimizers, params, 1.0, 1.0)
         engine.refresh()
         return dict(seconds=time.perf_counter() - begun, rollout_s=rollout_s, tokens=int(lengths.sum()), tflop=flops / 1e12)

@@ -12,7 +12,8 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from nanorl import evaluate  # noqa: E402
+from nanorl.evaluate.outcomes import by_likelihood  # noqa: E402
+from nanorl.evaluate.statistics import summary  # noqa: E402
 from nanorl.engine import Engine  # noqa: E402
 from nanorl.hf import load_model, local_model  # noqa: E402
 from nanorl.runtime import dist  # noqa: E402
@@ -56,7 +57,7 @@ def main():
         task = get_task(name, split="val")
         n = min(problems or len(task), len(task))
         begun = time.time()
-        ours = evaluate.by_likelihood(engine, tokenizer, task, range(n))
+        ours = by_likelihood(engine, tokenizer, task, range(n))
         our_seconds = time.time() - begun
         begun = time.time()
         theirs = [at_once(exact, task.problem(i)) for i in range(n)]
@@ -66,12 +67,12 @@ def main():
         ratios = []
         for _ in range(3):
             begun = time.time()
-            evaluate.by_likelihood(engine, tokenizer, task, range(min(timed, n)))
+            by_likelihood(engine, tokenizer, task, range(min(timed, n)))
             middle = time.time()
             for i in range(min(timed, n)):
                 one_each(alike, task.problem(i))
             ratios.append((time.time() - middle) / (middle - begun))
-        print(json.dumps(dict(task=name, n=n, chance=round(evaluate.summary(ours)["chance"], 4), ours=round(sum(o["solved"][0] for o in ours) / n, 4),
+        print(json.dumps(dict(task=name, n=n, chance=round(summary(ours)["chance"], 4), ours=round(sum(o["solved"][0] for o in ours) / n, 4),
                               transformers=round(sum(c == o["answer"] for c, o in zip(chosen, ours)) / n, 4),
                               same_choice=round(sum(c == o["texts"][0] for c, o in zip(chosen, ours)) / n, 4), logprobs_differ_mean=round(sum(gaps) / n, 5),
                               logprobs_differ_max=round(max(gaps), 5), our_seconds=round(our_seconds, 1), their_seconds_a_pass_a_problem=round(their_seconds, 1),

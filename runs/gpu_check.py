@@ -99,7 +99,7 @@ def where():
 
 def rollouts(model, P, G, prompt_tokens, new_tokens, ragged=True):
     import random
-    from nanorl.engine import Completion
+    from nanorl.sampling import Completion
     from nanorl.rollout import Rollout
     rng = random.Random(0)
     some = []
@@ -114,19 +114,19 @@ def rollouts(model, P, G, prompt_tokens, new_tokens, ragged=True):
 def learn(model, some, G, tokens=16384):
     """One step's forward and backward, as train_rl.py has it."""
     import torch
-    from nanorl import grpo
-    from nanorl.attention import SharedPrefixAttention, pick
-    from nanorl.rollout import length_table, micro_batches
-    place, lengths = model.cos.device, length_table(some, G)
-    a = torch.linspace(-1, 1, G, dtype=torch.float64).repeat(len(some), 1)
-    w = grpo.token_weights(lengths, "token", 256)
+    from nanorl import grpo, learner
+    from nanorl.batch import pack
+    from nanorl.report.cost import forward_flops
+    from nanorl.rollout import length_table
+    lengths = length_table(some, G)  # (P, G)
+    a = torch.linspace(-1, 1, G, dtype=torch.float64).repeat(len(some), 1)  # (P, G)
+    weights = grpo.token_weights(lengths, "token", 256)  # (P, G)
     needed = 0
-    for batch in micro_batches(some, a, w, tokens, place):
-        attend = SharedPrefixAttention(batch.rows, place)
-        h = model.hidden(batch.ids, batch.positions, attend)
-        logprobs, _ = model.logprobs(pick(h[0], batch.predictors), batch.targets, 1.0, with_entropy=True)
-        grpo.policy_loss(grpo.reinforce(logprobs, batch.advantages), batch.weights, grpo.denominator(lengths)).backward()
-        needed += 3 * model.config.flops(batch.ids.numel(), batch.pairs, len(logprobs))
+    for batch in pack(some, a, weights, tokens, model.cos.device):
+        outputs = learner.forward(model, batch, 1.0, with_entropy=True)
+        gain = batch.advantages * outputs.logprobs  # (S,)
+        grpo.policy_loss(gain, batch.token_weights, grpo.denominator(lengths)).backward()
+        needed += 3 * forward_flops(model.config, batch.ids.numel(), batch.visible_pairs, len(gain))
     return needed
 
 
@@ -159,6 +159,7 @@ def exact():
 
 def decode():
     import torch
+    from nanorl.report.cost import bytes_decoded
     from nanorl.engine import Engine
     _, bandwidth = rates()
     for depth in (2,) if TINY else (12, 20):
@@ -171,7 +172,7 @@ def decode():
             work(), sync()
             first = time.perf_counter() - begun
             seconds, rows = timed(work, 2), P * 16
-            floor = engine.bytes_decoded() / bandwidth
+            floor = bytes_decoded(engine) / bandwidth
             tell("decode", depth=depth, rows=rows, first_s=first, seconds=seconds, tok_s=engine.stats["new_tokens"] / seconds, ms_step=1e3 * seconds / len(engine.stats["live"]), of_floor=floor / seconds,
                  peak_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None)
         del engine, model

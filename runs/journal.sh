@@ -13,7 +13,7 @@ start() {  # name, seed, base steps, SFT steps, task and its settings: a model t
     local name=$1 seed=$2 base=$3 sft=$4; shift 4
     start=journal/start-$name-$seed
     [ ! -e "$out/$start/finished" ] || return 0
-    local common="--run=$start --depth=3 --seed=$seed --batch_tokens=2048 --seq_len=128 $quiet"
+    local common="--run_name=$start --depth=3 --seed=$seed --batch_tokens=2048 --seq_len=128 $quiet"
     python train_base.py $common --documents=12000 --steps="$base" "$@"
     python train_sft.py $common --steps="$sft" "$@"
     touch "$out/$start/finished"
@@ -21,7 +21,7 @@ start() {  # name, seed, base steps, SFT steps, task and its settings: a model t
 
 rl() {  # experiment, what is varied, seed, constants: one run from $start, in journal/<experiment>/<what>-<seed>
     local run=journal/$1/$2-$3 seed=$3; shift 3
-    python train_rl.py --run="$run" --model="$out/$start/sft" --depth=3 --seed="$seed" --steps=30 --eval_every=15 --eval_problems=1000 --save_every=0 "$@" \
+    python train_rl.py --run_name="$run" --model="$out/$start/sft" --depth=3 --seed="$seed" --steps=30 --eval_every=15 --eval_problems=1000 --save_every=0 "$@" \
         | grep -E "WARNING|held-out before|/[0-9]+ .*val" || [ "${PIPESTATUS[0]}" = 0 ]
 }
 

@@ -11,7 +11,7 @@ run=quickstart
 out=${NANORL_OUT:-out}/$run
 rm -rf "$out"
 SECONDS=0
-common="--run=$run --depth=3 --task=sum3 --seed=$seed"
+common="--run_name=$run --depth=3 --task=sum3 --seed=$seed"
 python train_base.py $common --documents=12000 --steps=150 --batch_tokens=2048 --seq_len=128 --log_every=50
 python train_sft.py $common --steps=300 --batch_tokens=2048 --seq_len=128 --log_every=50
 python train_rl.py $common --steps=40 --eval_every=10 --device_tokens=8192

@@ -36,7 +36,7 @@ judge() {  # a stage's folder, or a model: its newest checkpoint on the six benc
 
 for seed in ${seeds//,/ }; do
     run=$folder/seed$seed
-    common=(--run="$run" --depth="$depth" --task="$task" --task_args="$task_args" --seed="$seed")
+    common=(--run_name="$run" --depth="$depth" --task="$task" --task_args="$task_args" --seed="$seed")
     from=${start:-$out/$run/sft}
     if [ -z "$start" ]; then
         "${launch[@]}" train_base.py "${common[@]}" $base

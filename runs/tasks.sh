@@ -14,7 +14,7 @@ for task in "$@"; do
         countdown) base=400 sft=800 tokens=160 ;;  # it has arithmetic to learn first
     esac
     run=task-$task-$seed
-    common="--run=$run --depth=3 --task=$task --seed=$seed"
+    common="--run_name=$run --depth=3 --task=$task --seed=$seed"
     python train_base.py $common --documents=12000 --steps=$base --batch_tokens=2048 --seq_len=256 --log_every=150
     python train_sft.py $common --steps=$sft --batch_tokens=2048 --seq_len=256 --log_every=150
     python train_rl.py $common --steps=60 --lr=$lr --eval_every=20 --max_new_tokens=$tokens

@@ -58,8 +58,8 @@ def first_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANORL_OUT", str(folder))
-        assert call("train_base.py", *BASE, "--run=a", "--steps=6", "--save_every=2") is None
-        assert call("train_sft.py", *SFT, "--run=a", "--steps=30", "--save_every=10") is None
+        assert call("train_base.py", *BASE, "--run_name=a", "--steps=6", "--save_every=2") is None
+        assert call("train_sft.py", *SFT, "--run_name=a", "--steps=30", "--save_every=10") is None
     return folder
 
 

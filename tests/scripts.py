@@ -221,7 +221,7 @@ def assert_same_run(a, b, last):
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     states = [torch.load(d / last / "trainer.pt", weights_only=True) for d in (a, b)]
     for state in states:
-        state["settings"].pop("run")
+        state["settings"].pop("run_name")
         state["settings"].pop("resume")
         state.get("start", {}).pop("path", None)
     assert str(states[0]) == str(states[1])

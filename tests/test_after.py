@@ -36,7 +36,7 @@ def test_it_has_a_session_of_its_own(tmp_path):
 def test_the_last_save_before_a_stop_is_sent(out, tmp_path, monkeypatch, script, arguments):
     monkeypatch.setattr(dist, "_stop", 15)  # SIGTERM has come
     model = [] if script == "train_base.py" else [f"--model={out / 'a' / ('base' if 'sft' in script else 'sft')}"]
-    assert call(script, *arguments, *model, "--run=stopped", f"--after_save=sleep 0.5; echo sent > {tmp_path}/sent") == 0
+    assert call(script, *arguments, *model, "--run_name=stopped", f"--after_save=sleep 0.5; echo sent > {tmp_path}/sent") == 0
     assert (tmp_path / "sent").exists()
 
 
@@ -91,11 +91,11 @@ def test_every_stage_and_eval_run_it_and_go_on_when_it_fails(out, tmp_path, caps
     copy = "--after_save=mkdir -p '%s'/{run} && cp -r {dir}/. '%s'/{run}; exit %d"
     for status, name in ((0, "good"), (3, "bad")):
         to = tmp_path / name
-        arguments = [*SMALL, f"--run={name}", "--batch_tokens=512", "--seq_len=64", "--save_every=2", "--dtype=fp32", copy % (to, to, status)]
+        arguments = [*SMALL, f"--run_name={name}", "--batch_tokens=512", "--seq_len=64", "--save_every=2", "--dtype=fp32", copy % (to, to, status)]
         assert call("train_base.py", *arguments, "--documents=300", "--vocab_size=300", "--steps=3", "--sample_tokens=0") is None
         assert (to / name / "base" / "step_000003" / "DONE").exists()
         assert call("train_sft.py", *arguments, "--steps=3", "--examples=400") is None
-        assert call("train_rl.py", *RL, f"--run={name}", copy % (to, to, status), "--steps=2") is None
+        assert call("train_rl.py", *RL, f"--run_name={name}", copy % (to, to, status), "--steps=2") is None
         assert (to / name / "sft" / "step_000003" / "DONE").exists() and (to / name / "rl" / "step_000002" / "DONE").exists()
         assert call("eval.py", "--device=cpu", "--task=0-20", "--problems=4", "--samples=0", f"--model={out / name / 'sft'}", copy % (to, to, status)) is None
         assert (to / name / "sft" / "step_000003" / "eval" / "summary.json").exists()

@@ -13,7 +13,7 @@ from nanorl.runtime.config import read_constants
 from scripts import ROOT
 
 SETTINGS = dict(steps=40, lr=2e-4, seed=0, task="sum3", save_every=10, save_reward_above=1.0, eval_every=10, log_every=5,
-                run="d4", resume="auto", dry_run=False, device_rows=0, max_bad_steps=5, device_tokens=16384)
+                run_name="d4", resume="auto", dry_run=False, device_rows=0, max_bad_steps=5, device_tokens=16384)
 
 
 def save(directory, step, version=0, best_step=None, settings=SETTINGS):
@@ -200,7 +200,7 @@ def test_resume_auto_never_must(tmp_path):
     save(tmp_path, 5), save(tmp_path, 10)
     for resume in ("auto", "must"):
         assert checkpoint.resume_point(directory, resume, SETTINGS) == str(tmp_path / "step_000010")
-    with pytest.raises(ValueError, match="--resume=never.*choose another --run"):
+    with pytest.raises(ValueError, match="--resume=never.*choose another --run_name"):
         checkpoint.resume_point(directory, "never", SETTINGS)
     with pytest.raises(ValueError, match="--resume=yes: it must be auto, never or must"):
         checkpoint.resume_point(directory, "yes", SETTINGS)
@@ -212,10 +212,10 @@ def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
         with pytest.raises(ValueError) as error:
             checkpoint.resume_point(str(tmp_path), resume, {**SETTINGS, "lr": 1e-4, "task": "0-20", "eval_every": 1, "kl_coef": 0.1})
         said = str(error.value)
-        assert "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said and "--run=" in said
+        assert "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said and "--run_name=" in said
 
 
-RUN = {"steps", "save_every", "after_save", "run", "resume", "max_bad_steps", "eval_every"}
+RUN = {"steps", "save_every", "after_save", "run_name", "resume", "max_bad_steps", "eval_every"}
 MAY_CHANGE = {
     "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens"},
     "train_sft.py": RUN | {"log_every", "eval_problems", "eval_new_tokens", "recompute"},

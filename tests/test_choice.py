@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from conftest import toy_model
-from nanorl import evaluate
+from nanorl.evaluate.outcomes import Sampling, by_likelihood, by_sampling
+from nanorl.evaluate.statistics import summary
+from nanorl.evaluate.words import describe
 from nanorl.engine import Engine
 from nanorl.rollout import label_logprobs
 from nanorl.tasks import FewShot, get_task
@@ -83,7 +85,7 @@ def test_likelihoods_are_those_of_a_forward_pass_a_label(files, tokenizer, batch
     assert sum(done) == 4 and (len(done) == 4) == (batch_tokens == 1) and (len(done) == 1) == (batch_tokens == 10 ** 6)
     for problem, logprobs in zip(problems, found):
         assert logprobs == pytest.approx(slow_logprobs(model, tokenizer, problem), abs=1e-9)
-    results = evaluate.by_likelihood(engine, tokenizer, task, range(4))
+    results = by_likelihood(engine, tokenizer, task, range(4))
     for o, logprobs in zip(results, [found[i] for i in (1, 3, 0, 2)]):
         best = task.problem(o["index"]).meta["labels"][logprobs.index(max(logprobs))]
         assert o["texts"] == [best] and o["solved"] == [best == o["answer"]] and list(o["logprobs"].values()) == pytest.approx(logprobs, abs=1e-9)
@@ -91,26 +93,26 @@ def test_likelihoods_are_those_of_a_forward_pass_a_label(files, tokenizer, batch
 
 def test_chance_is_of_each_problems_choices(files, tokenizer):
     task, model = get_task("arc_easy", "val"), toy_model(vocab=tokenizer.n_tokens, context=512)
-    results = evaluate.by_likelihood(Engine(model), tokenizer, task, range(4))
+    results = by_likelihood(Engine(model), tokenizer, task, range(4))
     for o, right in zip(results, (True, True, False, False)):
         o["solved"] = [right]
-    s = evaluate.summary(results)
+    s = summary(results)
     assert s["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4) and s["centred"] == pytest.approx((0.5 - s["chance"]) / (1 - s["chance"]))
-    assert any("guessing gets 25.8%" in line for line in evaluate.describe(s))
-    said = evaluate.outcomes(Engine(model), tokenizer, task, range(4), 2, 4, 1.0)
-    assert evaluate.summary(said)["chance"] == s["chance"]
+    assert any("guessing gets 25.8%" in line for line in describe(s))
+    said = by_sampling(Engine(model), tokenizer, task, range(4), Sampling(2, 4, 1.0))
+    assert summary(said)["chance"] == s["chance"]
 
 
 def test_a_prompt_that_does_not_fit_is_not_solved_and_told(files, tokenizer):
     task = get_task("arc_easy", "val")
     longest = max(len(tokenizer.render_prompt(task.problem(i).prompt)) for i in range(4))
     model = toy_model(vocab=tokenizer.n_tokens, context=longest - 1)
-    for results in (evaluate.by_likelihood(Engine(model), tokenizer, task, range(4)), evaluate.outcomes(Engine(model), tokenizer, task, range(4), 1, 2, 0.0, leave_long=True)):
+    for results in (by_likelihood(Engine(model), tokenizer, task, range(4)), by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0), leave_long=True)):
         assert [o.get("too_long", False) for o in results] == [False, False, False, True] and results[3]["solved"] == [False] and [o["index"] for o in results] == [0, 1, 2, 3]
-        s = evaluate.summary(results)
-        assert s["n"] == 4 and s["too_long"] == 1 and any(line.startswith("1 prompts do not fit") for line in evaluate.describe(s))
+        s = summary(results)
+        assert s["n"] == 4 and s["too_long"] == 1 and any(line.startswith("1 prompts do not fit") for line in describe(s))
     with pytest.raises(ValueError, match="do not fit the model's context"):
-        evaluate.outcomes(Engine(model), tokenizer, task, range(4), 1, 2, 0.0)
+        by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0))
 
 
 def test_a_label_of_several_tokens_is_refused(tokenizer):

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from nanorl import corpus, data
-from nanorl.corpus import END, MAX_BYTES, MIN_BYTES, Corpus, cut, messages_of, plain_documents, read_conversations
-from nanorl.data import Windows, pack, read_index
+from nanorl.data import corpus
+from nanorl.data import tokens as data
+from nanorl.data.conversations import messages_of, read_conversations
+from nanorl.data.corpus import END, MAX_BYTES, MIN_BYTES, Corpus, cut, plain_documents
+from nanorl.data.packing import pack_rows
+from nanorl.data.tokens import Windows, read_index
 from nanorl.hf import load_model
 from nanorl.tasks.files import find_files
 from nanorl.tasks.problem import content_hash
@@ -316,7 +319,7 @@ def test_conversations_that_fit_no_row_are_left_out_and_counted(tmp_path, tokeni
 
 SMALL = ["--depth=1", "--device=cpu", "--dtype=fp64", "--steps=4", "--batch_tokens=128", "--seq_len=64"]
 BASE = [*SMALL, "--vocab_size=300", "--sample_tokens=8", "--eval_tokens=1024"]
-SFT = [*SMALL, "--run=a"]
+SFT = [*SMALL, "--run_name=a"]
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +331,13 @@ def out(tmp_path_factory):
     write_rows(folder / "b.jsonl", [{"text": text} for text in paragraphs(150, seed=1)])
     write_rows(folder / "chats.jsonl", [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} cats"}]} for i in range(300)]
                + [{"prompt": "a", "completion": "mat " * 200}])
-    assert call("train_base.py", *BASE, f"--data={folder}/a.txt,{folder}/*b.jsonl", "--run=a", "--eval_every=2", "--eval_tokens=65536", "--save_every=2") is None
+    assert call("train_base.py", *BASE, f"--data={folder}/a.txt,{folder}/*b.jsonl", "--run_name=a", "--eval_every=2", "--eval_tokens=65536", "--save_every=2") is None
     yield folder
     del os.environ["NANORL_OUT"]
 
 
 def test_base_learns_from_files_and_says_what_it_made_of_them(out, capsys):
-    assert call("train_base.py", *BASE, f"--data={out}/a.txt,{out}/*b.jsonl", "--run=said", "--steps=1") is None
+    assert call("train_base.py", *BASE, f"--data={out}/a.txt,{out}/*b.jsonl", "--run_name=said", "--steps=1") is None
     said = capsys.readouterr().out
     index = read_index(out / "said" / "base" / "tokens")
     shard, = index["shards"]
@@ -369,7 +372,7 @@ def test_tokenizing_in_shards_goes_on_where_it_was_killed(out, monkeypatch):
     arguments = [*BASE, f"--data={out}/a.txt,{out}/b.jsonl", "--sample_tokens=0"]
     monkeypatch.setattr(data, "SHARD_BYTES", 15_000)
     monkeypatch.setattr(data, "BATCH_BYTES", 3_000)
-    assert call("train_base.py", *arguments, "--run=shards") is None
+    assert call("train_base.py", *arguments, "--run_name=shards") is None
     encode_many, calls = Tokenizer.encode_many, []
 
     def dying(self, texts):
@@ -379,9 +382,9 @@ def test_tokenizing_in_shards_goes_on_where_it_was_killed(out, monkeypatch):
         return encode_many(self, texts)
     monkeypatch.setattr(Tokenizer, "encode_many", dying)
     with pytest.raises(RuntimeError, match="killed"):
-        call("train_base.py", *arguments, "--run=killed")
+        call("train_base.py", *arguments, "--run_name=killed")
     assert len(read_index(out / "killed" / "base" / "tokens")["shards"]) == 2
-    assert call("train_base.py", *arguments, "--run=killed") is None
+    assert call("train_base.py", *arguments, "--run_name=killed") is None
     assert len(read_index(out / "killed" / "base" / "tokens")["shards"]) > 5
     for name in os.listdir(out / "shards" / "base" / "tokens"):
         assert (out / "shards" / "base" / "tokens" / name).read_bytes() == (out / "killed" / "base" / "tokens" / name).read_bytes(), name
@@ -392,7 +395,7 @@ def test_base_resumes_with_the_text_it_began_with(out):
     """Also when its files are gone; when its token files are gone, from the same files, and not from others."""
     source = out / "gone.txt"
     shutil.copy(out / "a.txt", source)
-    arguments = [*BASE, f"--data={source}", "--run=r", "--save_every=2"]
+    arguments = [*BASE, f"--data={source}", "--run_name=r", "--save_every=2"]
     assert call("train_base.py", *arguments) is None
     shutil.copytree(out / "r", out / "r_before")
 
@@ -411,7 +414,7 @@ def test_base_resumes_with_the_text_it_began_with(out):
     source.write_text("\n<|endoftext|>\n".join(paragraphs(150, seed=5)), encoding="utf-8")
     shutil.rmtree(out / "r" / "base" / "tokens")
     message = call("train_base.py", *arguments, "--resume=must")
-    assert "it gives another tokenizer than" in message and "another --run" in message and "\n" not in message
+    assert "it gives another tokenizer than" in message and "another --run_name" in message and "\n" not in message
 
 
 def test_token_files_of_changed_files_are_made_again(out, tmp_path):
@@ -489,7 +492,7 @@ def test_a_mistake_with_files_gets_one_line(out, script, mistake, words):
     for name, content in [("empty.txt", b""), ("empty.jsonl", b"\n"), ("one.txt", b"just one"), ("short.txt", b"a\n<|endoftext|>\nb"),
                           ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "b"}')]:
         (out / name).write_bytes(content)
-    run = [f"--run=m{abs(hash(mistake))}", f"--model={out}/a/base"][:2 if script == "train_sft.py" else 1]
+    run = [f"--run_name=m{abs(hash(mistake))}", f"--model={out}/a/base"][:2 if script == "train_sft.py" else 1]
     message = call(script, *(BASE if script == "train_base.py" else SFT), *run, mistake.format(out=out))
     assert isinstance(message, str) and words in message and "\n" not in message
 
@@ -510,5 +513,5 @@ def test_real_conversations(real_data):
     tokenizer = Tokenizer.from_pretrained(os.path.join(real_data, "tokenizers", "qwen3"))
     train, held_out, note = read_conversations(os.path.join(real_data, "alpaca", "train.jsonl"), tokenizer, 512)
     assert note and 4900 < len(train) + len(held_out) < 5000 and 60 < len(held_out) < 150
-    packed = pack(train, 513)
+    packed = pack_rows(train, 513)
     assert sum(len(ids) for row in packed for ids, _ in row) / (513 * len(packed)) > 0.95

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanorl import data
-from nanorl.data import PackedRows, Windows, pack, read_index, shard_path, tokenize
+from nanorl.data import tokens as data
+from nanorl.data.packing import PackedRows, pack_rows
+from nanorl.data.tokens import Windows, read_index, shard_path, tokenize
 from nanorl.tokenizer import Tokenizer
 
 
@@ -224,18 +225,18 @@ def test_too_small_a_corpus_is_refused(corpus):
 def test_packing_keeps_examples_whole_and_fills_rows():
     rng = random.Random(0)
     examples = [([i] * n, [0] * n) for i, n in enumerate(rng.randrange(20, 61) for _ in range(1000))]
-    rows = pack(examples, 256)
+    rows = pack_rows(examples, 256)
     used = [sum(len(ids) for ids, _ in row) for row in rows]
     assert max(used) <= 256
     assert sorted((e for row in rows for e in row), key=lambda e: e[0][0]) == examples
     assert sum(used) / (256 * len(rows)) > 0.95
-    assert pack(examples, 256) == rows
+    assert pack_rows(examples, 256) == rows
 
 
 def test_an_example_must_fit_a_row():
-    assert pack([([1] * 8, [0] * 8)], 8) == [[([1] * 8, [0] * 8)]]
+    assert pack_rows([([1] * 8, [0] * 8)], 8) == [[([1] * 8, [0] * 8)]]
     with pytest.raises(ValueError, match="an example of 9 tokens does not fit a row of 8: raise --seq_len"):
-        pack([([1] * 9, [0] * 9)], 8)
+        pack_rows([([1] * 9, [0] * 9)], 8)
 
 
 N, WIDTH, PAD = 50, 63, 9
@@ -254,10 +255,10 @@ def make_rows(**settings):
 def examples_in(batch):
     """Takes rows apart again, and checks every entry of them. Returns the examples' numbers, row by row."""
     found = []
-    for inputs, targets, mask, document in zip(*(t.tolist() for t in batch)):
+    for inputs, targets, mask, document, positions in zip(*(t.tolist() for t in batch)):
         assert len(inputs) == len(targets) == len(mask) == len(document) == WIDTH
         tokens = inputs + targets[-1:]
-        at, expected_mask, expected_document, row = 0, [], [], []
+        at, expected_mask, expected_document, expected_positions, row = 0, [], [], [], []
         while at < len(tokens) and tokens[at] != PAD:
             i = tokens[at] // 100 - 1
             ids, m = example(i)
@@ -265,11 +266,13 @@ def examples_in(batch):
             row.append(i)
             expected_mask += m
             expected_document += [len(row)] * len(ids)
+            expected_positions += range(len(ids))
             at += len(ids)
         rest = WIDTH + 1 - at
         assert tokens[at:] == [PAD] * rest and targets == tokens[1:]
         assert mask == (expected_mask + [0] * rest)[1:]  # of the target at each place
         assert document == (expected_document + [0] * rest)[:-1]  # of the input
+        assert positions == (expected_positions + list(range(rest)))[:-1]
         found.append(row)
     return found
 
@@ -312,7 +315,7 @@ def test_packed_rows_of_all_ranks_are_the_batch_of_one(world_size):
 def test_a_row_holds_one_token_more_than_the_model_reads():
     def one(n):
         return PackedRows(lambda i: (list(range(n)), [1] * n), 1, 8, rows=1).next()
-    inputs, targets, mask, document = one(9)
+    inputs, targets, mask, document, _ = one(9)
     assert inputs.tolist() == [list(range(8))] and targets.tolist() == [list(range(1, 9))] and mask.all() and document.all()
     with pytest.raises(ValueError, match="does not fit"):
         one(10)

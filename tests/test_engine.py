@@ -9,6 +9,7 @@ from conftest import toy_model
 from nanorl.cache import Capacity, Layout, Row, Settings, columns_for, fill_holes, merge
 from nanorl.engine import Engine
 from nanorl.gpt import LOGITS_AT_ONCE, token_logprobs
+from nanorl.report.cost import bytes_decoded
 from nanorl.sampling import row_keys, sample, uniforms
 
 
@@ -73,7 +74,7 @@ def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkey
     engine = Engine(model, c["max_rows"])
     engine.fixed_shapes = fixed_shapes
     groups = engine.generate(prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"])
-    needed = {k: v for k, v in engine.stats.items() if k not in ("live", "places")}
+    needed = {k: v for k, v in engine.stats.items() if k not in ("live", "row_slots")}
     lengths = [(len(p), [len(x.ids) for x in g]) for p, g in zip(prompts, groups)]
     assert needed["row_steps"] == sum(n - 1 for _, g in lengths for n in g)  # what was needed, not what was done in the end
     assert needed["cached"] == sum(p * (max(g) - 1) + sum(n * (n - 1) // 2 for n in g) for p, g in lengths)
@@ -289,4 +290,4 @@ def test_the_bytes_that_decoding_reads_by_hand():
     c = model.config
     per_token = 2 * c.n_layer * c.n_kv_head * c.head_dim
     weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
-    assert engine.bytes_decoded() == 8 * (2 * weights + per_token * (2 * (3 + 5) + 4 * (1 + 2)))
+    assert bytes_decoded(engine) == 8 * (2 * weights + per_token * (2 * (3 + 5) + 4 * (1 + 2)))

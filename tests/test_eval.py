@@ -20,8 +20,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("out")
     patch = pytest.MonkeyPatch()
     patch.setenv("NANORL_OUT", str(folder))
-    assert call("train_base.py", *BASE, "--run=e", "--documents=200", "--steps=3") is None
-    assert call("train_sft.py", *SFT, "--run=e", "--steps=20", "--examples=200") is None
+    assert call("train_base.py", *BASE, "--run_name=e", "--documents=200", "--steps=3") is None
+    assert call("train_sft.py", *SFT, "--run_name=e", "--steps=20", "--examples=200") is None
     yield folder / "e" / "base", folder / "e" / "sft"
     patch.undo()
 

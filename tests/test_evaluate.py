@@ -6,9 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from nanorl.evaluate import (clustered_interval, compare, dead_groups, describe, half_width, is_correct, mcnemar, paired_bootstrap,
-                             pass_at_k, rates, smallest_effect, summary, survey_table, verdict, wilson)
-from nanorl.tasks import Reward
+from nanorl.evaluate.statistics import (clustered_interval, compare, dead_groups, half_width, mcnemar, paired_bootstrap,
+                                        pass_at_k, rates, smallest_effect, summary, wilson)
+from nanorl.evaluate.words import describe, survey_table, verdict
+from nanorl.tasks import Reward, is_correct
 
 
 @pytest.mark.parametrize("n", range(1, 8))

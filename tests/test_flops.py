@@ -13,6 +13,7 @@ from nanorl.attention import CausalAttention, MaskedAttention, SharedPrefixAtten
 from nanorl.batch import pack
 from nanorl.engine import Engine
 from nanorl.lora import LoRA
+from nanorl.report.cost import causal_sampling_flops, forward_flops, learning_flops, sampling_flops
 from nanorl.rollout import Rollout
 from scripts import RL, SMALL, call
 
@@ -47,12 +48,12 @@ def test_prefill_and_decode(max_rows):
     engine, found = Engine(model, max_rows), []
     with counted(found):
         engine.generate(PROMPTS, 4, 24, stop_ids=range(0, 70, 20))
-    parts = engine.flops()
+    parts = sampling_flops(engine)
     close(sum(parts.values()), found[0])
     with counted(found):
         engine.generate(PROMPTS, 4, 1)  # nothing to decode: prefill alone
-    close(engine.flops()["prefill"], found[1])
-    assert engine.flops()["decode"] == 0 and 0 < engine.causal_flops() < found[1]
+    close(sampling_flops(engine)["prefill"], found[1])
+    assert sampling_flops(engine)["decode"] == 0 and 0 < causal_sampling_flops(engine) < found[1]
 
 
 @pytest.mark.parametrize("kind", ["all", "lora", "some lora"])
@@ -72,7 +73,7 @@ def test_the_learner(kind, recompute):
         return attend, model.logprobs(pick(h[0], batch.predicted_at), batch.targets)[0]
     with torch.no_grad(), counted(found):
         attend, logprobs = forward()
-    work = model.config.learning_flops(batch.ids.numel(), attend.computed_pairs, len(logprobs), recompute, adapters)
+    work = learning_flops(model.config, batch.ids.numel(), attend.computed_pairs, len(logprobs), recompute, adapters)
     close(work["forward"], found[0])
     with counted(found):
         grpo.policy_loss(grpo.reinforce(forward()[1], batch.advantages), batch.token_weights, 1.0).backward()
@@ -85,7 +86,7 @@ def test_padded_rows_of_documents_count_as_they_run():
     document = torch.tensor([[1, 1, 1, 2, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
     with torch.no_grad(), counted(found):
         model.hidden(document, attend=CausalAttention(document))
-    close(model.config.flops(16, 2 * 8 * 8, 0), found[0])
+    close(forward_flops(model.config, 16, 2 * 8 * 8, 0), found[0])
 
 
 def last_row(directory):
@@ -96,6 +97,7 @@ SFT = [*SMALL, "--batch_tokens=512", "--seq_len=64", "--examples=400", "--dtype=
 BASE = [*SMALL, "--documents=300", "--vocab_size=300", "--batch_tokens=512", "--seq_len=64", "--dtype=fp32", "--sample_tokens=0", "--eval_every=3"]
 FEW = ["--eval_problems=2", "--probe_prompts=1", "--prompts_per_step=2", "--eval_every=2", "--max_new_tokens=6"]
 SCRIPTS = {"base": ["train_base.py", *BASE], "sft": ["train_sft.py", *SFT], "sft lora": ["train_sft.py", *SFT, "--lora_rank=2"],
+           "sft answers": ["train_sft.py", *SFT, "--eval_problems=3", "--eval_every=2", "--eval_new_tokens=6"],
            "rl lora kl": ["train_rl.py", *RL, *FEW, "--lora_rank=2", "--kl_coef=0.1", "--recompute"],
            "rl kl": ["train_rl.py", *RL, *FEW, "--kl_coef=0.1", "--updates_per_rollout=2"]}
 
@@ -108,7 +110,7 @@ def test_what_a_script_logs(what, out):
     for steps in (1, 3):
         run = f"flops-{what.replace(' ', '-')}-{steps}"
         with counted(found):
-            assert call(*SCRIPTS[what], *model, f"--run={run}", f"--steps={steps}", "--save_every=0") is None
+            assert call(*SCRIPTS[what], *model, f"--run_name={run}", f"--steps={steps}", "--save_every=0") is None
         row = last_row(out / run / stage)
         logged.append(row["flops_total"] + row["flops_eval_total"])
         assert 0 < row["flops_causal_total"] < row["flops_total"]

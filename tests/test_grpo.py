@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,7 +265,8 @@ def test_the_clip_takes_the_gradient_where_it_should_and_nowhere_else():
     assert value.tolist() == pytest.approx([2.0, 2.56, 1.4, -2.6, -1.6, 2.5, -1.6])
     value.sum().backward()
     assert lp.grad.tolist() == pytest.approx([2.0, 0.0, 1.4, -2.6, 0.0, 2.5, 0.0])
-    sums = grpo.token_sums(lp, old, old, a, None, 0.2, 0.28)
+    batch = SimpleNamespace(sampler_logprobs=old, advantages=a, reference_logprobs=None)
+    sums = grpo.token_sums(lp, old, batch, grpo.Objective(clip_low=0.2, clip_high=0.28))
     m = grpo.token_metrics(sums, sums)
     assert (m["clip_ratio/low_mean"], m["clip_ratio/high_mean"], m["clip_ratio/region_mean"]) == pytest.approx((2 / 7, 1 / 7, 3 / 7))
     assert m["ratio/mean"] == pytest.approx(float(ratio.mean())) and m["ratio/std"] == pytest.approx(float(((ratio - 1) ** 2).mean().sqrt()))

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from nanorl.runtime.log import RunLog, Watch, duration, size, size_of
+from nanorl.report.watch import Watch
+from nanorl.runtime.log import RunLog, duration, size, size_of
 
 
 def rows(log):

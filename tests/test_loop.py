@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanorl import hf, optim, rollout
-from nanorl.corpus import read_conversations
-from nanorl.data import Windows
+from nanorl.data.conversations import read_conversations
+from nanorl.data.tokens import Windows
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.tokenizer import Tokenizer
 from nanorl.tools import selfcheck
@@ -41,7 +41,7 @@ def rl(out):
 
     def run(name, *constants):
         model = f"--model={out / 'a' / 'sft'}"
-        assert call("train_rl.py", *RL, model, f"--run={name}", *constants) is None
+        assert call("train_rl.py", *RL, model, f"--run_name={name}", *constants) is None
         return out / name / "rl"
 
     return run
@@ -53,7 +53,7 @@ def sft(out):
 
     def run(name, *constants):
         model = f"--model={out / 'a' / 'base'}"
-        assert call("train_sft.py", *SFT, model, f"--run={name}", *constants) is None
+        assert call("train_sft.py", *SFT, model, f"--run_name={name}", *constants) is None
         return out / name / "sft"
 
     return run
@@ -96,7 +96,7 @@ def test_sft_and_base_do_not_depend_on_the_micro_batch(sft, out):
     assert_rows_agree(whole, parts)
     for tokens in (16384, 64):
         constants = ["--steps=2", "--matrix_lr=0", f"--device_tokens={tokens}", "--sample_tokens=0"]
-        assert call("train_base.py", *BASE, f"--run=micro{tokens}", *constants) is None
+        assert call("train_base.py", *BASE, f"--run_name=micro{tokens}", *constants) is None
     assert_rows_agree(rows(out / "micro16384" / "base"), rows(out / "micro64" / "base"))
 
 
@@ -152,7 +152,7 @@ def test_a_later_update_has_the_gradient_of_the_clipped_ratio(rl, out, monkeypat
         gaps.append(float((ours - naive).norm() / naive.norm()))
         return update(*arguments)
 
-    monkeypatch.setattr("nanorl.hf.load_model", loading)
+    monkeypatch.setattr("nanorl.policy.load_model", loading)
     monkeypatch.setattr("nanorl.rollout.generate", generating)
     monkeypatch.setattr("nanorl.optim.update", updating)
     options = ["--updates_per_rollout=2", "--steps=1", "--lr=3e-3", "--eval_every=0"]
@@ -203,11 +203,24 @@ def test_the_first_adamw_step_is_as_long_as_the_rate_says(rl, sft, out):
 
     options = ["--other_lr=1e-3", "--warmup=4", "--steps=5", "--save_every=1", "--sample_tokens=0"]
     for name, more, length in (("warm", [], 1.0), ("short", ["--max_grad_norm=1e-10"], 0.0)):
-        assert call("train_base.py", *BASE, f"--run={name}", *options, *more) is None
+        assert call("train_base.py", *BASE, f"--run_name={name}", *options, *more) is None
         after = weights(out / name / "base", 1)
         before = dict(initial_model(out / name, 0).named_parameters())
         moved = movement(before, after)["model.norm.weight"]
         assert moved == pytest.approx(length * 1e-3 / 4, rel=1e-3, abs=0.05 * 1e-3 / 4) and moved > 0
+
+
+def test_the_default_rates_follow_from_the_width(sft, out):
+    """The embedding's first step under AdamW, beside Muon: 0.4 / width in SFT, 0.75 / width in base."""
+    embedding = "model.embed_tokens.weight"
+    run = sft("default-rate", "--warmup=0", "--steps=1")
+    moved = movement(start_of(out, "sft"), weights(run, 1))[embedding]
+    assert moved == pytest.approx(0.4 / 64, rel=1e-3)
+    arguments = ["--run_name=default-rate", "--warmup=0", "--steps=1", "--sample_tokens=0"]
+    assert call("train_base.py", *BASE, *arguments) is None
+    before = dict(initial_model(out / "default-rate", 0).named_parameters())
+    moved = movement(before, weights(out / "default-rate" / "base", 1))[embedding]
+    assert moved == pytest.approx(0.75 / 64, rel=1e-3)
 
 
 def initial_model(run, seed):
@@ -299,7 +312,7 @@ def test_sfts_seed_fixes_the_order_of_the_examples_and_loras_first_weights(sft):
 
 def test_bases_seed_fixes_the_weights_and_the_data(out):
     """The first loss, from a model and windows that are made here for that seed."""
-    arguments = [*BASE, "--run=seeded", "--seed=3", "--steps=1", "--sample_tokens=0"]
+    arguments = [*BASE, "--run_name=seeded", "--seed=3", "--steps=1", "--sample_tokens=0"]
     assert call("train_base.py", *arguments) is None
     model = initial_model(out / "seeded", seed=3)
     inputs, targets = Windows(out / "seeded" / "base" / "tokens", "train", 64, 8, seed=3).next()
@@ -398,9 +411,9 @@ def test_sft_and_base_on_two_ranks_are_those_of_one(out, tmp_path):
         "chats": ["train_sft.py", *SFT, *few, *start, f"--data={chats}"],
         "text": ["train_base.py", *base],
     }
-    call_on_ranks(*([*arguments, f"--run=two-{name}"] for name, arguments in runs.items()))
+    call_on_ranks(*([*arguments, f"--run_name=two-{name}"] for name, arguments in runs.items()))
     for name, arguments in runs.items():
-        assert call(*arguments, f"--run=one-{name}") is None
+        assert call(*arguments, f"--run_name=one-{name}") is None
         stage = arguments[0].removeprefix("train_").removesuffix(".py")
         one, two = (out / f"{ranks}-{name}" / stage for ranks in ("one", "two"))
         assert_rows_agree(rows(one), rows(two))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT, toy_model
-from nanorl import memory
+from nanorl.report import memory
 from nanorl.lora import LoRA
 from nanorl.rollout import Rollout
 from nanorl.sampling import Completion
@@ -90,7 +90,7 @@ def wide(tmp_path_factory):
     """out/ with an untrained base of 18 million parameters -> run(script, constants), its output."""
     environment = {**os.environ, "NANORL_OUT": str(tmp_path_factory.mktemp("wide")), "OMP_NUM_THREADS": "1"}
     run = lambda *arguments: subprocess.run([sys.executable, *arguments, "--device=cpu", "--task=sum3"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    run("train_base.py", "--run=m", "--depth=7", "--documents=300", "--steps=1", "--batch_tokens=256", "--seq_len=64", "--sample_tokens=0")
+    run("train_base.py", "--run_name=m", "--depth=7", "--documents=300", "--steps=1", "--batch_tokens=256", "--seq_len=64", "--sample_tokens=0")
     run.out = environment["NANORL_OUT"]
     return run
 
@@ -103,7 +103,7 @@ def wide(tmp_path_factory):
 def test_the_estimate_against_the_peak(wide, script, start, arguments, more, tolerance):
     """On a CPU the factor for what the allocator keeps is a measured one, and varies from run to run, with LoRA and recomputation most (docs/log.md)."""
     name = script + "".join(more)
-    said = wide(script, *arguments, *more, f"--run={name}", "--stage=s", f"--model={wide.out}/m/{start}")
+    said = wide(script, *arguments, *more, f"--run_name={name}", "--stage=s", f"--model={wide.out}/m/{start}")
     estimate = float(re.search(r"memory: about ([\d.]+) GB", said)[1])
     with open(os.path.join(wide.out, name, "s", "metrics.jsonl")) as f:
         measured = json.loads(f.readlines()[-1])["memory/peak_gb"]

@@ -19,12 +19,12 @@ from scripts import BASE, RL, ROOT, SFT, SMALL, assert_same_run, call, call_on_r
 
 def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
     """Three kills; twenty are in test_slow.py."""
-    assert call("train_rl.py", *RL, "--run=a") is None
+    assert call("train_rl.py", *RL, "--run_name=a") is None
     model = f"--model={out / 'a' / 'sft'}"
-    assert call("train_rl.py", *RL, "--run=c", model) is None
+    assert call("train_rl.py", *RL, "--run_name=c", model) is None
     for step in (1, 3, 5):
-        start_and_kill("train_rl.py", [*RL, "--run=d", model], out / "d" / "rl", step)
-    assert call("train_rl.py", *RL, "--run=d", model, "--resume=must") is None
+        start_and_kill("train_rl.py", [*RL, "--run_name=d", model], out / "d" / "rl", step)
+    assert call("train_rl.py", *RL, "--run_name=d", model, "--resume=must") is None
     assert_same_run(out / "c" / "rl", out / "d" / "rl", "step_000006")
     assert rows(out / "a" / "rl") == rows(out / "c" / "rl")  # one seed, one run
     assert all(r["updated"] for r in rows(out / "c" / "rl")[1:]), "nothing was learnt: the test would show little"
@@ -36,9 +36,9 @@ LORA = ["--lora_rank=2", "--lora_alpha=8", "--lora_targets=q,v,down"]
 def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
     """Adapters go into trainer.pt, with the base's path and hash; what is saved beside them is a plain model, merged."""
     arguments = [*RL, *LORA, "--kl_coef=0.1", f"--model={out / 'a' / 'sft'}", "--lr=1e-2"]
-    assert call("train_rl.py", *arguments, "--run=lora") is None
-    start_and_kill("train_rl.py", [*arguments, "--run=lora2"], out / "lora2" / "rl", 3)
-    assert call("train_rl.py", *arguments, "--run=lora2", "--resume=must") is None
+    assert call("train_rl.py", *arguments, "--run_name=lora") is None
+    start_and_kill("train_rl.py", [*arguments, "--run_name=lora2"], out / "lora2" / "rl", 3)
+    assert call("train_rl.py", *arguments, "--run_name=lora2", "--resume=must") is None
     assert_same_run(out / "lora" / "rl", out / "lora2" / "rl", "step_000006")
     assert rows(out / "lora" / "rl")[-1]["kl"] > 0  # from the base, which is the reference
     last = out / "lora" / "rl" / "step_000006"
@@ -54,14 +54,14 @@ def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
 
 def test_lora_moves_between_the_updates_of_one_rollout(out):
     """The second update is taken at the merged weights of the first: the ratio to the sampler has left 1."""
-    assert call("train_rl.py", *RL, *LORA, f"--model={out / 'a' / 'sft'}", "--lr=3e-2", "--run=twice", "--steps=2", "--updates_per_rollout=2") is None
+    assert call("train_rl.py", *RL, *LORA, f"--model={out / 'a' / 'sft'}", "--lr=3e-2", "--run_name=twice", "--steps=2", "--updates_per_rollout=2") is None
     ratios = [row["ratio/std"] for row in rows(out / "twice" / "rl")[1:]]
     assert max(ratios) > 1e-3, ratios
 
 
 def test_lora_without_its_base_is_refused(out, tmp_path):
     shutil.copytree(out / "a" / "sft" / "step_000030", tmp_path / "base")
-    arguments = [*RL, *LORA, f"--model={tmp_path / 'base'}", "--run=baseless"]
+    arguments = [*RL, *LORA, f"--model={tmp_path / 'base'}", "--run_name=baseless"]
     assert call("train_rl.py", *arguments, "--steps=1") is None
     weights = load_file(tmp_path / "base" / "model.safetensors")
     save_file({name: p + 1 for name, p in weights.items()}, tmp_path / "base" / "model.safetensors")
@@ -70,7 +70,7 @@ def test_lora_without_its_base_is_refused(out, tmp_path):
 
 def test_recomputation_changes_only_what_it_costs(out):
     arguments = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=3"]
-    assert call("train_rl.py", *arguments, "--run=keep") is None and call("train_rl.py", *arguments, "--run=again", "--recompute") is None
+    assert call("train_rl.py", *arguments, "--run_name=keep") is None and call("train_rl.py", *arguments, "--run_name=again", "--recompute") is None
     keep, again = rows(out / "keep" / "rl"), rows(out / "again" / "rl")
     assert again[-1].pop("flops_total") > 1.1 * keep[-1].pop("flops_total")
     assert again[-1]["flops/recompute"] > 0 == keep[-1]["flops/recompute"]
@@ -83,18 +83,18 @@ def test_a_published_model_in_sft(out, capsys):
     """Without trainer.pt a directory is a published model: AdamW at a published model's rate. With LoRA, resumed."""
     shutil.copytree(out / "a" / "base" / "step_000006", out / "published", ignore=shutil.ignore_patterns("trainer.pt", "DONE"))
     arguments = [*SMALL, f"--model={out / 'published'}", "--steps=6", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=3", "--dtype=fp32"]
-    assert call("train_sft.py", *arguments, "--run=p1") is None
+    assert call("train_sft.py", *arguments, "--run_name=p1") is None
     assert "AdamW 2e-05" in capsys.readouterr().out
-    assert call("train_rl.py", *RL[:-2], "--dtype=fp64", f"--model={out / 'p1' / 'sft'}", "--run=p4", "--dry_run") is None
+    assert call("train_rl.py", *RL[:-2], "--dtype=fp64", f"--model={out / 'p1' / 'sft'}", "--run_name=p4", "--dry_run") is None
     assert "AdamW 5e-06" in capsys.readouterr().out  # what descends from a published model is one
-    assert call("train_sft.py", *arguments, f"--model={out / 'p1' / 'sft'}", "--run=p5", "--steps=1") is None
+    assert call("train_sft.py", *arguments, f"--model={out / 'p1' / 'sft'}", "--run_name=p5", "--steps=1") is None
     assert "AdamW 2e-05" in capsys.readouterr().out
-    assert call("train_sft.py", *arguments, *LORA, "--run=p2", "--steps=3") is None
+    assert call("train_sft.py", *arguments, *LORA, "--run_name=p2", "--steps=3") is None
     assert "AdamW 0.0002 on adapters of rank 2" in capsys.readouterr().out
-    assert call("train_sft.py", *arguments, *LORA, "--run=p3") is None
+    assert call("train_sft.py", *arguments, *LORA, "--run_name=p3") is None
     shutil.copytree(out / "p3" / "sft", out / "p6" / "sft")
     shutil.rmtree(out / "p6" / "sft" / "step_000006")  # as if it had died after step 3
-    assert call("train_sft.py", *arguments, *LORA, "--run=p6", "--resume=must") is None
+    assert call("train_sft.py", *arguments, *LORA, "--run_name=p6", "--resume=must") is None
     assert_same_run(out / "p3" / "sft", out / "p6" / "sft", "step_000006")
     assert len(torch.load(out / "p6" / "sft" / "step_000006" / "trainer.pt", weights_only=True)["lora"]) == 6
     early, late = (load_file(out / "p6" / "sft" / step / "model.safetensors") for step in ("step_000003", "step_000006"))
@@ -110,14 +110,14 @@ def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
         for name in os.listdir(out / "a" / stage):
             if name.startswith("step_") and name != keep:
                 shutil.rmtree(out / "a" / stage / name)
-        assert call(script, *arguments, "--run=a", "--resume=must") is None
+        assert call(script, *arguments, "--run_name=a", "--resume=must") is None
         assert_same_run(out / "before" / stage, out / "a" / stage, last)
 
 
 def test_two_ranks_give_the_rows_of_one(out):
     model = f"--model={out / 'a' / 'sft'}"
-    assert call("train_rl.py", *RL, "--run=one", model) is None
-    call_on_ranks(["train_rl.py", *RL, "--run=two", model])
+    assert call("train_rl.py", *RL, "--run_name=one", model) is None
+    call_on_ranks(["train_rl.py", *RL, "--run_name=two", model])
     one, two = (out / name / "rl" for name in ("one", "two"))
     assert [r["step"] for r in rows(one)] == list(range(7))
     assert_rows_agree(rows(one), rows(two))
@@ -126,7 +126,7 @@ def test_two_ranks_give_the_rows_of_one(out):
 
 
 def test_what_a_run_leaves(out):
-    assert call("train_rl.py", *RL, "--run=left", f"--model={out / 'a' / 'sft'}", "--steps=3") is None
+    assert call("train_rl.py", *RL, "--run_name=left", f"--model={out / 'a' / 'sft'}", "--steps=3") is None
     directory = out / "left" / "rl"
     card = json.loads((directory / "run.json").read_text())
     assert card["settings"]["prompts_per_step"] == 4 and card["device_rows"] >= 4 and card["torch"] == torch.__version__
@@ -141,7 +141,7 @@ def test_what_a_run_leaves(out):
 
 
 def test_forecast_warns_when_the_task_is_too_hard(out, capsys):
-    assert call("train_rl.py", *RL, "--task=chain4", "--run=dry", f"--model={out / 'a' / 'base'}", "--dry_run") is None
+    assert call("train_rl.py", *RL, "--task=chain4", "--run_name=dry", f"--model={out / 'a' / 'base'}", "--dry_run") is None
     said = capsys.readouterr().out
     assert "4 problems x 4 samples = 16 rows" in said and "0 of 16 samples solved" in said and "too hard" in said
     assert not (out / "dry").exists()  # a dry run leaves everything as it was
@@ -175,7 +175,7 @@ class Vowels:
     def reward(self, problem, completion):
         return Reward(float(completion.strip() == problem.answer), {"digit": float(completion.strip().isdigit())})
 ''')
-    task = [f"--task={tmp_path / 'vowels.py'}:Vowels", "--task_args=letters=4", "--depth=1", "--run=own", "--device=cpu"]
+    task = [f"--task={tmp_path / 'vowels.py'}:Vowels", "--task_args=letters=4", "--depth=1", "--run_name=own", "--device=cpu"]
     assert call("train_sft.py", *task, f"--model={out / 'a' / 'base'}", "--steps=3", "--batch_tokens=512", "--seq_len=64") is None
     assert call("train_rl.py", *RL, *task, "--steps=1") is None
     assert "reward/digit" in rows(out / "own" / "rl")[1]
@@ -185,8 +185,8 @@ class Vowels:
 MISTAKES = [
     ("train_rl.py", ["--stpes=3"], "did you mean --steps"),
     ("train_rl.py", ["--steps=many"], "--steps=many"),
-    ("train_rl.py", ["--run=nowhere"], "python train_sft.py --depth="),
-    ("train_sft.py", ["--run=nowhere"], "python train_base.py --depth="),
+    ("train_rl.py", ["--run_name=nowhere"], "python train_sft.py --depth="),
+    ("train_sft.py", ["--run_name=nowhere"], "python train_base.py --depth="),
     ("eval.py", ["--model=nowhere"], "no model in nowhere"),
     ("train_rl.py", ["--samples_per_prompt=1"], "samples_per_prompt=1"),
     ("train_rl.py", ["--prompts_per_step=-2"], "prompts_per_step=-2"),
@@ -225,7 +225,7 @@ MISTAKES = [
     ("train_rl.py", ["--lora_rank=4", "--lora_targets=q,x"], "names x: it takes some of q, k"),
     ("train_rl.py", ["--task_args=template=r2"], "'r2'"),
     ("train_sft.py", ["--optimizer=sgd"], "optimizer=sgd"),
-    ("train_sft.py", ["--optimizer=muon", "--lora_rank=4"], "with LoRA adamw"),
+    ("train_sft.py", ["--optimizer=muon", "--lora_rank=4"], "with LoRA it must be adamw"),
     ("train_rl.py", ["--clip_low=1.5"], "clip_low=1.5"),
     ("train_rl.py", ["--updates_per_rollout=0"], "updates_per_rollout=0"),
     ("train_rl.py", ["--problems=2500", "--task=0-20=1,counting=1"], "are only"),  # 0-20 comes round again
@@ -250,7 +250,7 @@ def test_a_users_mistake_gets_one_line(out, script, mistake, words, monkeypatch)
     """With the value and the remedy, and no traceback: anything but SystemExit would come through `call`."""
     monkeypatch.setitem(sys.modules, "datasets", None)  # the hub is out of reach
     monkeypatch.delenv("NANORL_DATA", raising=False)
-    run = [] if script == "eval.py" or mistake[0].startswith("--run") else [f"--run=m{abs(hash(str(mistake)))}"]
+    run = [] if script == "eval.py" or mistake[0].startswith("--run") else [f"--run_name=m{abs(hash(str(mistake)))}"]
     small = [] if script == "eval.py" else SMALL
     model = [f"--model={out / 'a' / ('sft' if script == 'train_rl.py' else 'base')}"] if run and script != "train_base.py" else []
     message = call(script, *small, *run, *model, *mistake)
@@ -293,7 +293,7 @@ OWN_MISTAKES = [
 @pytest.mark.parametrize("script,name,words", OWN_MISTAKES)
 def test_a_mistake_in_a_users_own_task_gets_one_line(out, tmp_path, script, name, words):
     (tmp_path / "own.py").write_text(OWN)
-    arguments = [*SMALL[::2], f"--task={tmp_path / 'own.py'}:{name}"] + ([] if script == "eval.py" else [f"--run=own{name}"])
+    arguments = [*SMALL[::2], f"--task={tmp_path / 'own.py'}:{name}"] + ([] if script == "eval.py" else [f"--run_name=own{name}"])
     arguments += [] if script == "train_base.py" else [f"--model={out / 'a' / ('base' if script == 'train_sft.py' else 'sft')}"]
     message = call(script, *arguments)
     assert isinstance(message, str) and words in message and "\n" not in message
@@ -327,24 +327,24 @@ def damaged(model, how):
 def test_a_damaged_model_gets_one_line(out, tmp_path, script, how):
     shutil.copytree(out / "a" / "sft" / "step_000030", tmp_path / "model")
     words = damaged(tmp_path / "model", how)
-    message = call(script, *SMALL[::2], "--task=0-20", f"--model={tmp_path / 'model'}", *([] if script == "eval.py" else ["--run=damaged"]))
+    message = call(script, *SMALL[::2], "--task=0-20", f"--model={tmp_path / 'model'}", *([] if script == "eval.py" else ["--run_name=damaged"]))
     assert isinstance(message, str) and words in message and "\n" not in message
 
 
 def test_a_damaged_checkpoint_of_the_run_gets_one_line_and_the_one_before_it_resumes(out):
     model = f"--model={out / 'a' / 'sft'}"
-    assert call("train_rl.py", *RL, "--run=cut", model, "--steps=3") is None
+    assert call("train_rl.py", *RL, "--run_name=cut", model, "--steps=3") is None
     os.truncate(out / "cut" / "rl" / "step_000003" / "trainer.pt", 1000)
-    message = call("train_rl.py", *RL, "--run=cut", model)
+    message = call("train_rl.py", *RL, "--run_name=cut", model)
     assert "trainer.pt cannot be read" in message and "remove" in message and "\n" not in message
     shutil.rmtree(out / "cut" / "rl" / "step_000003")
-    assert call("train_rl.py", *RL, "--run=cut", model, "--resume=must") is None
+    assert call("train_rl.py", *RL, "--run_name=cut", model, "--resume=must") is None
     assert [r["step"] for r in rows(out / "cut" / "rl")] == list(range(7))
 
 
 def test_a_full_disk_while_saving_is_said_and_loses_nothing(out):
     """The disk is full from step 3 on: no file may grow beyond 300 kB (the weights take 600) once step 2 is saved."""
-    run = [*RL, "--run=full", f"--model={out / 'a' / 'sft'}"]
+    run = [*RL, "--run_name=full", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); runpy.run_path(sys.argv[0], run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", "import sys; sys.argv = sys.argv[1:]; " + limited, "train_rl.py", *run],
@@ -353,12 +353,12 @@ def test_a_full_disk_while_saving_is_said_and_loses_nothing(out):
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "step 3 could not be saved" in lines[-1] and "free some space" in lines[-1] and "step_000002" in lines[-1]
     assert call("train_rl.py", *run, "--resume=must") is None
-    assert call("train_rl.py", *RL, "--run=whole", f"--model={out / 'a' / 'sft'}") is None
+    assert call("train_rl.py", *RL, "--run_name=whole", f"--model={out / 'a' / 'sft'}") is None
     assert_same_run(out / "full" / "rl", out / "whole" / "rl", "step_000006")
 
 
 def test_a_fixed_set_of_problems_is_all_that_is_trained_on(out):
-    assert call("train_rl.py", *RL, "--run=fixed", f"--model={out / 'a' / 'sft'}", "--problems=5", "--steps=5") is None
+    assert call("train_rl.py", *RL, "--run_name=fixed", f"--model={out / 'a' / 'sft'}", "--problems=5", "--steps=5") is None
     prompts = [{json.loads(line)["prompt"] for line in gzip.open(path, "rt")} for path in sorted((out / "fixed" / "rl" / "rollouts").iterdir())]
     assert len(set().union(*prompts)) == 5 and all(len(p) >= 2 for p in prompts)
     counts = [json.loads(line)["prompt"] for path in (out / "fixed" / "rl" / "rollouts").iterdir() for line in gzip.open(path, "rt")]
@@ -367,7 +367,7 @@ def test_a_fixed_set_of_problems_is_all_that_is_trained_on(out):
 
 def test_a_mixture_and_a_curriculum(out):
     task = "--task=0-20 until 2; 0-20=1,comparison=1"
-    assert call("train_rl.py", *RL, task, "--run=stages", f"--model={out / 'a' / 'sft'}", "--steps=4") is None
+    assert call("train_rl.py", *RL, task, "--run_name=stages", f"--model={out / 'a' / 'sft'}", "--steps=4") is None
     said = [" ".join(json.loads(line)["prompt"] for line in gzip.open(path, "rt")) for path in sorted((out / "stages" / "rl" / "rollouts").iterdir())]
     assert ["Calculate" in text for text in said[:2]] == [True, True] and not any("greater" in text for text in said[:2])
     assert any("greater" in text for text in said[2:]) and any("Calculate" in text for text in said[2:])
@@ -376,16 +376,16 @@ def test_a_mixture_and_a_curriculum(out):
 
 
 def test_changed_constants_do_not_silently_resume(out):
-    assert call("train_rl.py", *RL, "--run=changed", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
-    message = call("train_rl.py", *RL, "--run=changed", f"--model={out / 'a' / 'sft'}", "--steps=2", "--lr=5e-4")
-    assert "lr: 0.001 -> 0.0005" in message and "--run=" in message
-    assert call("train_rl.py", *RL, "--run=changed", f"--model={out / 'a' / 'sft'}", "--steps=2") is None  # more steps is the same run
+    assert call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    message = call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=2", "--lr=5e-4")
+    assert "lr: 0.001 -> 0.0005" in message and "--run_name=" in message
+    assert call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=2") is None  # more steps is the same run
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_save_and_leave(out, number, code):
     run = f"signal{code}"
-    process = subprocess.Popen([sys.executable, "train_rl.py", *RL, f"--run={run}", f"--model={out / 'a' / 'sft'}", "--steps=100000", "--save_every=0"],
+    process = subprocess.Popen([sys.executable, "train_rl.py", *RL, f"--run_name={run}", f"--model={out / 'a' / 'sft'}", "--steps=100000", "--save_every=0"],
                                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     metrics = out / run / "rl" / "metrics.jsonl"
     deadline = time.time() + 120

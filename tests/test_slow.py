@@ -32,7 +32,7 @@ def test_killed_at_random_moments_and_resumed_equals_the_uninterrupted_run(out, 
     environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks)}
     steps = 5 * kills
     arguments = ["train_rl.py", *RL, f"--model={out / 'a' / 'sft'}", f"--steps={steps}"]
-    start = lambda run: subprocess.Popen([*launch, *arguments, f"--run={run}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    start = lambda run: subprocess.Popen([*launch, *arguments, f"--run_name={run}"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     whole, killed = f"whole{ranks}", f"killed{ranks}"
     assert start(whole).wait(600) == 0
     metrics = out / killed / "rl" / "metrics.jsonl"
@@ -72,7 +72,7 @@ def test_gsm8k_end_to_end(real_data, tmp_path, monkeypatch, capfd):
     """The real files through every stage; a model this small is told that it gets little signal there."""
     monkeypatch.setenv("NANORL_OUT", str(tmp_path))
     monkeypatch.setenv("NANORL_DATA", real_data)
-    common = ["--run=g", "--depth=2", "--task=gsm8k", "--device=cpu"]
+    common = ["--run_name=g", "--depth=2", "--task=gsm8k", "--device=cpu"]
     assert call("train_base.py", *common, "--vocab_size=1024", "--documents=2000", "--steps=30", "--batch_tokens=2048", "--seq_len=256") is None
     assert call("train_sft.py", *common, "--steps=20", "--batch_tokens=4096", "--seq_len=1024") is None
     assert call("train_rl.py", *common, "--steps=2", "--prompts_per_step=4", "--samples_per_prompt=8", "--max_new_tokens=48", "--eval_problems=50",

@@ -43,21 +43,21 @@ def test_ranks_give_the_rows_of_one(out, n, options):
     """The gradient, and with it every number of the run, does not depend on the number of ranks: in fp64, with everything on too."""
     model = f"--model={out / 'a' / 'sft'}"
     name = f"ranks{n}"
-    process = torchrun(*RL, *options, f"--run={name}", model, "--steps=4", n=n)
-    assert call("train_rl.py", *RL, *options, f"--run={name}one", model, "--steps=4") is None
+    process = torchrun(*RL, *options, f"--run_name={name}", model, "--steps=4", n=n)
+    assert call("train_rl.py", *RL, *options, f"--run_name={name}one", model, "--steps=4") is None
     finish(process)
     assert_rows_agree(rows(out / f"{name}one" / "rl"), rows(out / name / "rl"))
     assert completions(out / f"{name}one" / "rl") == completions(out / name / "rl")
-    said = finish(torchrun(*RL, *options, f"--run={name}", model, "--steps=4", "--selfcheck", n=n))
+    said = finish(torchrun(*RL, *options, f"--run_name={name}", model, "--steps=4", "--selfcheck", n=n))
     assert "within the bounds" in said and "(bound 1e-10)" in said  # the summed gradient itself, against one row at a time
 
 
 def test_two_nodes_on_loopback_give_the_one_process_result(out):
     model, port = f"--model={out / 'a' / 'sft'}", free_port()
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    nodes = [subprocess.Popen([*command, f"--node_rank={rank}", "--", "train_rl.py", *RL, "--run=nodes", model, "--steps=3"], cwd=ROOT, env=environment(),
+    nodes = [subprocess.Popen([*command, f"--node_rank={rank}", "--", "train_rl.py", *RL, "--run_name=nodes", model, "--steps=3"], cwd=ROOT, env=environment(),
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
-    assert call("train_rl.py", *RL, "--run=onenode", model, "--steps=3") is None
+    assert call("train_rl.py", *RL, "--run_name=onenode", model, "--steps=3") is None
     for node in nodes:
         finish(node)
     assert_rows_agree(rows(out / "onenode" / "rl"), rows(out / "nodes" / "rl"))
@@ -66,8 +66,8 @@ def test_two_nodes_on_loopback_give_the_one_process_result(out):
 def test_uneven_ranks_do_not_wait_for_each_other(out):
     """One problem a step and one to evaluate on two ranks: the other has no rows, no gradient and nothing to say, and takes part in everything."""
     options = ["--prompts_per_step=1", "--eval_problems=1", "--probe_prompts=1", "--steps=3", f"--model={out / 'a' / 'sft'}"]
-    process = torchrun(*RL, *options, "--run=uneven")
-    assert call("train_rl.py", *RL, *options, "--run=unevenone") is None
+    process = torchrun(*RL, *options, "--run_name=uneven")
+    assert call("train_rl.py", *RL, *options, "--run_name=unevenone") is None
     finish(process)
     assert_rows_agree(rows(out / "unevenone" / "rl"), rows(out / "uneven" / "rl"))
 
@@ -77,15 +77,15 @@ def test_a_rank_that_dies_ends_the_run_and_max_restarts_resumes_it(out):
     """kill -9 to one worker: the agent starts both again, and they go on from the last checkpoint to the result of an undisturbed run. The
     second death is one too many, and the command ends."""
     run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=12"]
-    finish(torchrun(*run, "--run=undisturbed"))
-    process = torchrun(*run, "--run=restarted", options=["--max-restarts=1"])
+    finish(torchrun(*run, "--run_name=undisturbed"))
+    process = torchrun(*run, "--run_name=restarted", options=["--max-restarts=1"])
     directory = out / "restarted" / "rl"
     wait_for(lambda: checkpoint.latest(directory), process)
     os.kill(workers(process)[1], signal.SIGKILL)
     finish(process)
     assert_same_run(out / "undisturbed" / "rl", directory, "step_000012")
 
-    process = torchrun(*run, "--run=dead", "--steps=100000")
+    process = torchrun(*run, "--run_name=dead", "--steps=100000")
     wait_for(lambda: checkpoint.latest(out / "dead" / "rl"), process)
     begun = time.time()
     os.kill(workers(process)[1], signal.SIGKILL)
@@ -101,7 +101,7 @@ def workers(agent):
 
 def test_without_an_agent_too_a_dead_rank_ends_the_others_with_one_line(out):
     """As under a scheduler that starts each rank itself."""
-    command = ["train_rl.py", *RL, "--run=alone", f"--model={out / 'a' / 'sft'}", "--steps=100000"]
+    command = ["train_rl.py", *RL, "--run_name=alone", f"--model={out / 'a' / 'sft'}", "--steps=100000"]
     with ranks(command) as processes:
         wait_for(lambda: checkpoint.latest(out / "alone" / "rl"), processes[0])
         processes[1].kill()
@@ -134,7 +134,7 @@ class Always(Explodes):
 def test_an_update_that_is_not_finite_is_skipped_by_all_and_after_some_the_run_stops(out, tmp_path, n, monkeypatch):
     (tmp_path / "explodes.py").write_text(EXPLODES)
     monkeypatch.setenv("PYTHONPATH", os.path.join(ROOT, "tests"))
-    run = lambda name, *more: [*RL, f"--run={name}{n}", f"--model={out / 'a' / 'sft'}", "--save_every=0", *more]
+    run = lambda name, *more: [*RL, f"--run_name={name}{n}", f"--model={out / 'a' / 'sft'}", "--save_every=0", *more]
     start = lambda *arguments: (torchrun(*arguments, n=n, PYTHONPATH=os.path.join(ROOT, "tests")))
     finish(start(*run("once", f"--task={tmp_path / 'explodes.py'}:Once", "--steps=13")))
     seen = rows(out / f"once{n}" / "rl")[1:]
@@ -156,7 +156,7 @@ def test_bad_steps_are_counted_on_after_a_resume(out, tmp_path, monkeypatch):
     (tmp_path / "explodes.py").write_text(EXPLODES)
     monkeypatch.syspath_prepend(os.path.join(ROOT, "tests"))
     task = f"--task={tmp_path / 'explodes.py'}:Always"
-    run = [*RL, task, "--run=counted", f"--model={out / 'a' / 'sft'}", "--max_bad_steps=3"]
+    run = [*RL, task, "--run_name=counted", f"--model={out / 'a' / 'sft'}", "--max_bad_steps=3"]
     assert call("train_rl.py", *run, "--steps=2") is None
     said = call("train_rl.py", *run, "--steps=50")
     assert "in 3 steps in a row updates were skipped" in said
@@ -167,7 +167,7 @@ def test_bad_steps_are_counted_on_after_a_resume(out, tmp_path, monkeypatch):
 
 def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays(out, monkeypatch, capfd):
     """No file may grow beyond 600 bytes, which the rollouts of a step do; before that a checkpoint was saved."""
-    run = [*RL, "--run=fullrollouts", f"--model={out / 'a' / 'sft'}"]
+    run = [*RL, "--run_name=fullrollouts", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
     limited = "import resource, runpy, sys; sys.argv = sys.argv[1:]; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); runpy.run_path(sys.argv[0], run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", limited, "train_rl.py", *run], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment())
@@ -175,7 +175,7 @@ def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays
     assert checkpoint.latest(out / "fullrollouts" / "rl").endswith("step_000002")
     assert not [name for name in os.listdir(out / "fullrollouts" / "rl" / "rollouts") if name.startswith("step_000003.jsonl.gz") and not name.endswith(".tmp")]
     assert call("train_rl.py", *run, "--resume=must") is None
-    assert call("train_rl.py", *RL, "--run=notfull", f"--model={out / 'a' / 'sft'}") is None
+    assert call("train_rl.py", *RL, "--run_name=notfull", f"--model={out / 'a' / 'sft'}") is None
     assert_same_run(out / "fullrollouts" / "rl", out / "notfull" / "rl", "step_000006")
 
 
@@ -183,9 +183,9 @@ def test_a_run_with_everything_on_resumes_to_the_same_end(out):
     """KL against the starting weights, two updates, resampled groups, a schedule: all that they need is in the checkpoint. A finished run goes on when it is given
     more steps."""
     run = [*RL, *EVERYTHING[:-3], "--lr_schedule=constant", f"--model={out / 'a' / 'sft'}"]
-    assert call("train_rl.py", *run, "--run=unbroken") is None
-    assert call("train_rl.py", *run, "--run=broken", "--steps=4") is None
-    assert call("train_rl.py", *run, "--run=broken", "--resume=must") is None
+    assert call("train_rl.py", *run, "--run_name=unbroken") is None
+    assert call("train_rl.py", *run, "--run_name=broken", "--steps=4") is None
+    assert call("train_rl.py", *run, "--run_name=broken", "--resume=must") is None
     assert_same_run(out / "unbroken" / "rl", out / "broken" / "rl", "step_000006")
     seen = rows(out / "unbroken" / "rl")[1:]
     assert seen[0]["kl"] == pytest.approx(0, abs=1e-12) and seen[-1]["kl"] > 1e-4  # it starts at the reference and leaves it
@@ -194,7 +194,7 @@ def test_a_run_with_everything_on_resumes_to_the_same_end(out):
 
 def test_the_weights_that_a_kl_term_measures_from_are_kept_and_known_again(out):
     first = out / "a" / "sft" / "step_000030"
-    run = [*RL, "--kl_coef=0.1", "--run=kept", f"--model={first}"]
+    run = [*RL, "--kl_coef=0.1", "--run_name=kept", f"--model={first}"]
     assert call("train_rl.py", *run, "--steps=2") is None
     assert str(out / "kept" / "rl") in (first / checkpoint.USED).read_text().splitlines()
     os.rename(first, out / "moved")
@@ -208,7 +208,7 @@ def test_clipping_does_nothing_to_a_step_of_one_update(out):
     """Later updates are held to the formula in test_loop.py."""
     one = [*RL, "--steps=1", "--lr=3e-3", f"--model={out / 'a' / 'sft'}"]
     for name, clip in (("one", []), ("oneclipped", ["--clip_low=0", "--clip_high=0"])):
-        assert call("train_rl.py", *one, *clip, f"--run={name}") is None
+        assert call("train_rl.py", *one, *clip, f"--run_name={name}") is None
     names = ("grad_norm", "entropy", "ratio/mean", "flops_total")
     plain, clipped = (rows(out / name / "rl")[1] for name in ("one", "oneclipped"))
     assert [plain[name] for name in names] == [clipped[name] for name in names]
@@ -219,9 +219,9 @@ def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pu
     import nanorl.policy
     loaded, load = [], nanorl.policy.load_model
     monkeypatch.setattr(nanorl.policy, "load_model", lambda *a: loaded.append(a[0]) or load(*a))
-    assert call("train_rl.py", *RL, "--run=noreference", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    assert call("train_rl.py", *RL, "--run_name=noreference", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
     assert len(loaded) == 1
-    run = ["--run=pull", f"--model={out / 'a' / 'sft'}", "--kl_coef=0.1", "--problems=4"]
+    run = ["--run_name=pull", f"--model={out / 'a' / 'sft'}", "--kl_coef=0.1", "--problems=4"]
     assert call("train_rl.py", *RL, *run, "--steps=2") is None
     assert len(loaded) == 3  # the policy, and what it started from
 
@@ -235,7 +235,7 @@ def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pu
 
 
 def test_a_save_because_the_reward_rose_says_so(out, capsys):
-    assert call("train_rl.py", *RL, "--run=rose", f"--model={out / 'a' / 'sft'}", "--save_every=0", "--save_reward_above=0.3", "--steps=6") is None
+    assert call("train_rl.py", *RL, "--run_name=rose", f"--model={out / 'a' / 'sft'}", "--save_every=0", "--save_reward_above=0.3", "--steps=6") is None
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
     rewards = {r["step"]: r["reward"] for r in rows(out / "rose" / "rl")[1:]}
     best, expected = 0.3, []
@@ -249,9 +249,9 @@ def test_a_save_because_the_reward_rose_says_so(out, capsys):
 def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):
     """With two samples a group is often dead. What left is on disk too, and counts in the reward; the learner sees as many live groups as there were."""
     run = [*RL, "--samples_per_prompt=2", "--prompts_per_step=6", "--steps=3", f"--model={out / 'a' / 'sft'}"]
-    assert call("train_rl.py", *run, "--run=plain") is None
-    assert call("train_rl.py", *run, "--run=once", "--resample=1") is None
-    assert call("train_rl.py", *run, "--run=often", "--resample=7") is None
+    assert call("train_rl.py", *run, "--run_name=plain") is None
+    assert call("train_rl.py", *run, "--run_name=once", "--resample=1") is None
+    assert call("train_rl.py", *run, "--run_name=often", "--resample=7") is None
     count = lambda name, step: len({r["group"] for r in records(out / name / "rl" / "rollouts" / f"step_{step:06d}.jsonl.gz")})
     plain, once, often = (rows(out / name / "rl")[1:] for name in ("plain", "once", "often"))
     assert [r["resampled"] for r in plain] == [0, 0, 0]
@@ -276,26 +276,26 @@ def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):
 def test_schedule_weights_and_masks_reach_the_loop(out, capsys):
     """The rate that is logged; that it is the one applied: test_loop.py."""
     run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=4"]
-    assert call("train_rl.py", *run, "--run=wired", "--lr_schedule=linear", "--warmup=2", "--reward_weights=correct=3", "--overlong=mask") is None
-    assert call("train_rl.py", *run, "--run=unwired") is None
+    assert call("train_rl.py", *run, "--run_name=wired", "--lr_schedule=linear", "--warmup=2", "--reward_weights=correct=3", "--overlong=mask") is None
+    assert call("train_rl.py", *run, "--run_name=unwired") is None
     wired, plain = (rows(out / name / "rl")[1:] for name in ("wired", "unwired"))
     assert [r["lr"] for r in wired] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]) and [r["lr"] for r in plain] == [1e-3] * 4
     assert wired[0]["reward"] == pytest.approx(3 * wired[0]["reward/correct"], abs=1e-12) and wired[0]["reward/correct"] == plain[0]["reward/correct"]
     capsys.readouterr()
-    assert call("train_rl.py", *run, "--run=masked", "--overlong=mask") is None
+    assert call("train_rl.py", *run, "--run_name=masked", "--overlong=mask") is None
     assert plain[0]["completions/clipped_ratio"] > 0 and rows(out / "masked" / "rl")[1]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
     cut = [r["completions/clipped_ratio"] for r in rows(out / "masked" / "rl")[1:]]
     step = next(step for step, share in enumerate(cut, 1) if share > 0.2)
     said = capsys.readouterr().out
     assert f"WARNING, step {step}: {cut[step - 1]:.0%} of the completions were cut off" in said
     assert said.count("were cut off") == 1
-    assert call("train_rl.py", *run, "--run=masked", "--overlong=mask", "--steps=6") is None
+    assert call("train_rl.py", *run, "--run_name=masked", "--overlong=mask", "--steps=6") is None
     assert "were cut off" not in capsys.readouterr().out  # said once a run, also when it was resumed
 
 
 def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):
     (tmp_path / "bug.py").write_text("from toy_task import Toy\nclass Bug(Toy):\n    def reward(self, problem, text):\n        return super().reward(problem, text) if len(text) % 3 else 1 / 0\n")
-    run = [*RL, f"--task={tmp_path / 'bug.py'}:Bug", "--run=bug", f"--model={out / 'a' / 'sft'}", "--steps=1"]
+    run = [*RL, f"--task={tmp_path / 'bug.py'}:Bug", "--run_name=bug", f"--model={out / 'a' / 'sft'}", "--steps=1"]
     assert call("train_rl.py", *run) is None
     said = capsys.readouterr().out
     assert "the task's reward failed on" in said and "ZeroDivisionError: division by zero" in said and "WARNING, step 1: the task's reward failed on" in said
@@ -315,7 +315,7 @@ def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):
 def test_selfcheck_agrees_in_fp64(out, options, capsys):
     """On a run that has moved away from its reference, so that the KL terms are there to be checked."""
     name = f"check{abs(hash(str(options)))}"
-    run = [*RL, *options, f"--run={name}", f"--model={out / 'a' / 'sft'}"]
+    run = [*RL, *options, f"--run_name={name}", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
     before = rows(out / name / "rl")
     capsys.readouterr()
@@ -328,7 +328,7 @@ def test_selfcheck_agrees_in_fp64(out, options, capsys):
 
 # What is broken, and which of the three figures it shows in.
 BREAKS = [
-    ("nanorl.grpo.reinforce = lambda l, a: -a * l", {"gradient"}),
+    ("nanorl.grpo.token_weights = lambda lengths, *a: -(lengths > 0).double()", {"gradient"}),
     ("nanorl.grpo.denominator = lambda *a: 7", {"gradient"}),
     ("nanorl.gpt.CausalAttention.__call__ = lambda s, layer, q, k, v: "
      "v.repeat_interleave(q.size(2) // v.size(2), 2)", {"sampler's log-probs"}),
@@ -341,7 +341,7 @@ def test_selfcheck_sees_what_is_broken(out, broken, figures):
     """And says where: just the figures that the break spoils are out of their bounds."""
     code = (f"import runpy, sys, nanorl.grpo, nanorl.gpt; {broken}; sys.argv = sys.argv[1:]; "
             "runpy.run_path(sys.argv[0], run_name='__main__')")
-    run = ["--run=brokencheck", f"--model={out / 'a' / 'sft'}", "--selfcheck"]
+    run = ["--run_name=brokencheck", f"--model={out / 'a' / 'sft'}", "--selfcheck"]
     ended = subprocess.run([sys.executable, "-c", code, "train_rl.py", *RL, *run], cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=120)
     assert ended.returncode == 1 and "OUT OF BOUNDS" in ended.stdout, ended.stdout + ended.stderr
     line = r"  (.+?) +(?:largest difference|difference / norm) (\S+) \(bound (\S+)\)"
@@ -353,7 +353,7 @@ def test_selfcheck_sees_what_is_broken(out, broken, figures):
 # ---- reading --------------------------------------------------------------------------------------------------
 
 def test_rollouts_are_shown_readably(out, capsys):
-    assert call("train_rl.py", *RL, "--run=read", f"--model={out / 'a' / 'sft'}", "--steps=2") is None
+    assert call("train_rl.py", *RL, "--run_name=read", f"--model={out / 'a' / 'sft'}", "--steps=2") is None
     written = records(out / "read" / "rl" / "rollouts" / "step_000002.jsonl.gz")
     capsys.readouterr()
     assert call("eval.py", f"--show={out / 'read'}", "--step=2", "--prompt=1") is None
@@ -371,7 +371,7 @@ def test_rollouts_are_shown_readably(out, capsys):
 
 
 def test_rollouts_on_disk_hold_all_that_was_seen(out):
-    assert call("train_rl.py", *RL, "--run=disk", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    assert call("train_rl.py", *RL, "--run_name=disk", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
     with gzip.open(out / "disk" / "rl" / "rollouts" / "step_000001.jsonl.gz", "rt") as f:
         some = [json.loads(line) for line in f]
     assert {"step", "time", "group", "sample", "prompt", "answer", "completion", "reward", "parts", "advantage", "tokens", "finish"} == set(some[0])

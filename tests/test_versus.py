@@ -92,7 +92,7 @@ def test_seeds_that_agree_by_chance_are_not_certain():
 @pytest.fixture(scope="module")
 def arms(out):
     """A run of RL from the SFT model of `out`, on its task, and the SFT that follows it."""
-    rl = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--run=arms", "--max_new_tokens=12", "--seed=0"]
+    rl = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--run_name=arms", "--max_new_tokens=12", "--seed=0"]
     assert call("train_rl.py", *rl, "--prompts_per_step=8", "--problems=300", "--device_rows=32", "--steps=8") is None
     assert call("train_sft.py", f"--match_flops={out / 'arms' / 'rl'}", "--save_every=2", "--eval_problems=10") is None
     return out / "arms"
@@ -129,10 +129,10 @@ def test_it_goes_on_in_the_data_where_sft_stopped(out, tmp_path, capsys):
     """On all of SFT's own examples: its cursor. On other ones: from the first pass."""
     capsys.readouterr()
     options = [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}", "--steps=8", "--prompts_per_step=8", "--eval_every=0"]
-    assert call("train_rl.py", *options, "--run=some", "--problems=400") is None  # as many as SFT had
+    assert call("train_rl.py", *options, "--run_name=some", "--problems=400") is None  # as many as SFT had
     assert call("train_sft.py", f"--match_flops={out / 'some' / 'rl'}", "--dtype=fp64") is None
     assert "after what that SFT has seen" in capsys.readouterr().out
-    assert call("train_rl.py", *options, "--run=other", "--problems=300") is None
+    assert call("train_rl.py", *options, "--run_name=other", "--problems=300") is None
     assert call("train_sft.py", f"--match_flops={out / 'other' / 'rl'}", "--dtype=fp64") is None
     said = capsys.readouterr().out
     assert "from the first pass on" in said and "every pass in another order" in said
@@ -143,7 +143,7 @@ def test_it_goes_on_in_the_data_where_sft_stopped(out, tmp_path, capsys):
 @pytest.mark.parametrize("mistake, words", [(["--task=sum3"], "--task=sum3 with --match_flops="), (["--steps=7"], "--steps=7 with --match_flops="),
                                             (["--data=x.jsonl"], "--data=x.jsonl with"), (["--examples=3"], "--examples=3 with")])
 def test_what_the_rl_run_gives_cannot_be_set(arms, mistake, words):
-    assert words in call("train_sft.py", f"--match_flops={arms / 'rl'}", "--run=mistake", *mistake)
+    assert words in call("train_sft.py", f"--match_flops={arms / 'rl'}", "--run_name=mistake", *mistake)
 
 
 def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):
@@ -159,7 +159,7 @@ def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):
     state["settings"]["task"] = "0-20"
     state["flops"]["train"] /= 100
     torch.save(state, path)
-    assert "too much to match them within 1%: lower --seq_len" in call("train_sft.py", f"--match_flops={tmp_path / 'rl'}", "--run=tiny")
+    assert "too much to match them within 1%: lower --seq_len" in call("train_sft.py", f"--match_flops={tmp_path / 'rl'}", "--run_name=tiny")
 
 
 # ---- the report ------------------------------------------------------------------------------------------------

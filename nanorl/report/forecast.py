@@ -5,67 +5,59 @@ and what it will write.
 """
 
 import time
+from functools import partial
 
 import torch
 
-from nanorl import grpo, learner, memory
+from nanorl import grpo, learner
 from nanorl.batch import pack
-from nanorl.evaluate import is_correct
+from nanorl.report import memory
 from nanorl.report.metrics import records, rollout_metrics
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.log import duration, size, size_of
+from nanorl.tasks import is_correct
 
 
-def say(asked, sample, engine, reference, params, objective, meter, settings, directory, decode):
+def say(asked, sample, engine, policy, objective, meter, run, tokenizer):
     """Try a few problems, and print what follows from them.
 
-    asked: the problems; sample(step, asked): this rank's Rollouts of them; directory: the run's.
-    Ten parameters, because it goes through a whole step: all that a step needs is needed here.
+    asked: the problems; sample(step, asked): this rank's Rollouts of them. The rest is what a step
+    needs, because a step is what is tried.
     """
+    settings = run.settings
+
     # Do as a step does, with the clock running, but for the update.
     begun = time.time()
     rollouts = sample("probe", asked)
     sampled = time.time()
-    held = []
-    if rollouts:
-        copies = reference_copies(reference, settings)
-        held = memory_lines(rollouts, engine, params, copies, settings)
+    held = memory_lines(rollouts, engine, policy, settings) if rollouts else []
     learning = time.time()
-    try_learning(rollouts, engine.learner, reference, objective, meter, settings)
+    try_learning(rollouts, policy, objective, meter, settings)
     learnt = time.time()
 
     # The time of a whole step, on the slowest rank.
     once = sampled - begun + (learnt - learning) * settings["updates_per_rollout"]
     seconds = dist.total(once / len(asked) * settings["prompts_per_step"], "max")
-    for p in params:
+    for p in policy.params:
         p.grad = None  # this only timed a backward pass
     meter.step.clear()
 
     rollouts = dist.gather(rollouts)
     if dist.is_main():
         lines = learning_lines(rollouts, seconds, settings["steps"]) + held
-        lines += disk_lines(rollouts, engine.learner, params, decode, directory, settings)
+        lines += disk_lines(rollouts, policy, tokenizer.decode, run.directory, settings)
         print(*("      " + text for text in lines), sep="\n", flush=True)
 
 
-def reference_copies(reference, settings):
-    """The reference, if it has weights of its own: under LoRA it is the policy without adapters."""
-    if reference is None or settings["lora_rank"]:
-        return []
-    with reference() as model:
-        return [model]
-
-
-def try_learning(rollouts, policy, reference, objective, meter, settings):
+def try_learning(rollouts, policy, objective, meter, settings):
     """Forward and backward over Rollouts as train_rl.py's loop does them, to be timed."""
     temperature = settings["temperature"]
     ones = torch.ones(len(rollouts), settings["samples_per_prompt"], dtype=torch.float64)  # (P, G)
-    device = policy.cos.device
-    batches = pack(rollouts, ones, ones, settings["device_tokens"], device)
-    if reference:
-        batches = learner.with_reference(batches, reference, objective, temperature, meter)
+    batches = pack(rollouts, ones, ones, settings["device_tokens"], policy.device)
+    if policy.reference:
+        batches = learner.with_reference(batches, policy, objective, temperature, meter)
     for batch in batches:
-        outputs = learner.forward(policy, batch, temperature, with_entropy=True)
+        outputs = learner.forward(policy.model, batch, temperature, with_entropy=True)
         gain = grpo.surrogate(outputs.logprobs, batch, objective)
         loss = -(batch.token_weights * gain).sum()
         loss.backward()
@@ -111,17 +103,17 @@ def learning_lines(rollouts, seconds, steps):
     return lines
 
 
-def memory_lines(rollouts, engine, params, copies, settings):
-    """What the run will need at its peak. copies: models in memory beside policy and sampler."""
-    policy = engine.learner
-    device, itemsize = policy.cos.device, policy.compute_dtype.itemsize
+def memory_lines(rollouts, engine, policy, settings):
+    """What the run will need at its peak."""
+    model, device = policy.model, policy.device
+    itemsize = model.compute_dtype.itemsize
     used = dist.used_memory(device)
 
     # The learner: a forward over as many tokens as this rank's problems have, or device_tokens.
     problems = share(settings["prompts_per_step"])
     tokens = min(settings["device_tokens"], mean_tokens(rollouts) * problems)
-    small, large = memory.passes(policy, rollouts)
-    activations = memory.activation_bytes(policy, small, large, tokens, packed=True)
+    small, large = memory.passes(model, rollouts)
+    activations = memory.activation_bytes(model, small, large, tokens, packed=True)
 
     # The sampler: its cache in a step, or in an evaluation, if that is larger.
     longest = max(len(rollout.prompt_ids) for rollout in rollouts)
@@ -133,13 +125,31 @@ def memory_lines(rollouts, engine, params, copies, settings):
         rows = min(engine.max_rows, prompts * samples)
         prompts = min(engine.max_rows, prompts)
         new_tokens = settings["max_new_tokens"]
-        needed = memory.cache_bytes(policy.config, itemsize, prompts, longest, rows, new_tokens)
+        needed = memory.cache_bytes(model.config, itemsize, prompts, longest, rows, new_tokens)
         cache = max(cache, needed)
 
-    if engine.model is not policy:
-        copies = [engine.model, *copies]
-    parts = memory.estimate(policy, copies, params, used, activations, cache)
+    # Models beside the policy: the sampler's narrower copy, and a reference of its own.
+    copies = []
+    if engine.model is not model:
+        copies.append(engine.model)
+    if policy.reference and not policy.adapters:
+        with policy.reference() as reference:
+            copies.append(reference)
+    parts = memory.estimate(model, copies, policy.params, used, activations, cache)
     return memory.describe(parts, dist.free_memory(device))
+
+
+def say_memory_of_rows(policy, loss_of, seq_len, tokens):
+    """What base or SFT will need at its peak: loss_of(n) is a forward over n rows of the kind to
+    come, tokens is what this rank runs at once."""
+    if not dist.is_main():
+        return
+    used = dist.used_memory(policy.device)  # before anything of this is alive
+    small, large = ((partial(loss_of, rows), rows * seq_len) for rows in (1, 2))
+    activations = memory.activation_bytes(policy.model, small, large, tokens)
+    parts = memory.estimate(policy.model, [], policy.params, used, activations)
+    lines = memory.describe(parts, dist.free_memory(policy.device))
+    print(*("      " + line for line in lines), sep="\n", flush=True)
 
 
 def share(problems):
@@ -156,7 +166,7 @@ def mean_tokens(rollouts):
     return total / len(rollouts)
 
 
-def disk_lines(rollouts, policy, params, decode, directory, settings):
+def disk_lines(rollouts, policy, decode, directory, settings):
     """What the run will write."""
     # Rollouts, from these few as they would be written.
     no_advantages = torch.zeros(len(rollouts), len(rollouts[0].rewards), dtype=torch.float64)
@@ -165,7 +175,7 @@ def disk_lines(rollouts, policy, params, decode, directory, settings):
     written = few / len(rollouts) * problems
 
     # A checkpoint: the weights, and AdamW's two moments of what is trained.
-    saved = bytes_of(policy.parameters()) + 2 * bytes_of(params)
+    saved = bytes_of(policy.model.parameters()) + 2 * bytes_of(policy.params)
     lines = [
         f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, "
         "of which at most four are kept, and those that others start from"

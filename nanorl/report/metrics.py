@@ -127,25 +127,22 @@ def records(rollouts, advantages, decode, step, at):
 # ---- of the updates ------------------------------------------------------------------------------
 
 
-def of_updates(updates, part_norms, bad_steps, lr):
-    """A step's updates -> (the learner's metrics, tokens it saw in one update, bad steps in a row).
+def of_updates(sums, norms, part_norms):
+    """A step's updates -> the learner's metrics, over all ranks.
 
-    updates: of each update (learner.token_sums of its micro-batches, norm of its gradient);
-    part_norms: norms of the last gradient by parts of the model; bad_steps: in a row before.
+    sums: of each update the learner.token_sums of its micro-batches; norms: of each update's
+    gradient; part_norms: norms of the last gradient by parts of the model.
     """
-    sums = [over_ranks(micro_batches) for micro_batches, _ in updates]
-    norms = [norm for _, norm in updates]
-    first, last = sums[0], sums[-1]
-    bad_steps = 0 if all(math.isfinite(norm) for norm in norms) else bad_steps + 1
+    totals = [over_ranks(micro_batches) for micro_batches in sums]
+    first, last = totals[0], totals[-1]
     row = grpo.token_metrics(first, last)
+    row["learnt_tokens"] = first["tokens"]
     row["padding"] = 1 - first["slots"] / first["computed_slots"]
     row["grad_norm"] = norms[-1]
     for part, norm in part_norms.items():
         row[f"grad_norm/{part}"] = norm
-    row["bad_steps"] = bad_steps
     row["updated"] = sum(0 < norm < math.inf for norm in norms) / len(norms)
-    row["lr"] = lr
-    return row, first["tokens"], bad_steps
+    return row
 
 
 def over_ranks(micro_batches):

@@ -1,19 +1,21 @@
-"""What train_rl.py says: before the first step, and a line a step."""
+"""What the training scripts say: before the first step, and a line a step."""
+
+import sys
 
 from nanorl.runtime import dist
 from nanorl.runtime.log import duration
 
 
-def heading(settings, start, policy, problems, lr):
+def rl_heading(settings, start, model, problems, lr):
     """Where the run starts from, what it trains on, and what a step is."""
     P, G = settings["prompts_per_step"], settings["samples_per_prompt"]
-    parameters = policy.config.n_params()[0]
-    devices = f"{dist.world_size()} x {policy.cos.device.type}"
+    parameters = model.config.n_params()[0]
+    devices = f"{dist.world_size()} x {model.cos.device.type}"
     stage = " in its last stage" if len(problems.stages) > 1 else ""
     rows = f"{P} problems x {G} samples = {P * G} rows"
     most, update = settings["max_new_tokens"], update_in_words(settings)
     step = f"{rows} of at most {most} tokens, {update}, AdamW {lr:g}"
-    dist.say(f"rl    from {start}: {parameters:,} parameters, {policy.compute_dtype} on {devices}")
+    dist.say(f"rl    from {start}: {parameters:,} parameters, {model.compute_dtype} on {devices}")
     dist.say(f"      {settings['task']}: {len(problems):,} training problems{stage}")
     dist.say(f"      a step is {step}; {settings['steps']} steps")
 
@@ -48,7 +50,7 @@ def accuracy(row):
     return f"{row['val/accuracy']:.1%} [{row['val/low']:.1%}, {row['val/high']:.1%}]"
 
 
-def line(step, steps, row, seconds_left):
+def rl_line(step, steps, row, seconds_left):
     """One line a step."""
     seconds = f"{row['time/rollout']:.1f}+{row['time/learner']:.1f} s"
     words = [f"rl    {step:4d}/{steps}"]
@@ -63,3 +65,104 @@ def line(step, steps, row, seconds_left):
     if "val/accuracy" in row:
         words.append(f"val {accuracy(row)} len {row['val/length']:.1f}")
     dist.say("  ".join(words))
+
+
+def warnings(step, sentences):
+    for sentence in sentences:
+        dist.say(f"      WARNING, step {step}: {sentence}")
+
+
+# ---- SFT -----------------------------------------------------------------------------------------
+
+
+def rule(policy, muon, rate, other_rate):
+    """By which rule what is trained, in words."""
+    words = f"Muon {rate:g}, AdamW {other_rate:g}" if muon else f"AdamW {rate:g}"
+    if policy.adapters:
+        numbers = sum(p.numel() for p in policy.params)
+        rank = policy.adapters.rank
+        words += f" on adapters of rank {rank}, {numbers:,} parameters"
+    return words
+
+
+def sft_heading(run, rule, steps, n, mean_length, held_out, note):
+    """n: examples, of so many tokens on average. note: what the user should know of the data."""
+    settings = run.settings
+    kind = "conversations" if settings["data"] else "demonstrations"
+    batch_tokens = settings["batch_tokens"]
+    passes = steps * batch_tokens / (n * mean_length)
+    words = f"{n:,} {kind} of {mean_length:.0f} tokens"
+    words += f", {steps} steps of {batch_tokens:,} tokens = {passes:.2f} passes"
+    if settings["data"]:
+        words += f"; {held_out:,} held out"
+    dist.say(f"sft   from {run.model}; {rule}; {words}")
+    if note:
+        dist.say(f"      {note}")
+
+
+def matched_flops(settings, target, steps):
+    """That SFT takes the place of an RL run."""
+    data = "after what that SFT has seen" if target.cursor else "from the first pass on"
+    of_run = f"the {target.flops:.3g} FLOPs of {settings['match_flops']}"
+    tokens = steps * settings["batch_tokens"]
+    dist.say(f"      these are {of_run}: {tokens:,} tokens, {data}; every pass in another order")
+
+
+def sft_held_out_before(row):
+    dist.say(f"      held-out before: {in_words(row)}")
+
+
+def in_words(row):
+    """What a row says of a validation; nothing where there was none."""
+    if "val/loss" in row:
+        return f"{row['val/loss']:.3f} nats a token"
+    if "val/accuracy" in row:
+        return accuracy(row)
+    return ""
+
+
+def sft_line(step, steps, row, losses, seconds_left):
+    """A line every `log_every` steps; losses: since the last."""
+    words = [f"sft   {step:5d}/{steps}", f"loss {sum(losses) / len(losses):.3f}"]
+    if in_words(row):
+        words.append(f"val {in_words(row)}")
+    words.append(f"grad {row['grad_norm']:.2f}")
+    words.append(f"packed {row['packing']:.0%}")
+    words.append(f"{row['tok_per_s/learner']:,.0f} tok/s")
+    words.append(f"ETA {duration(seconds_left)}")
+    dist.say("  ".join(words))
+
+
+# ---- base ----------------------------------------------------------------------------------------
+
+
+def base_heading(model, vocabulary, steps, batch_tokens, passes, tokens):
+    """tokens: there are to train on."""
+    parameters, depth = model.config.n_params()[0], model.config.n_layer
+    shape = f"{parameters:,} parameters, depth {depth}, vocabulary {vocabulary}"
+    where = f"{model.compute_dtype} on {model.cos.device}"
+    work = f"{steps} steps of {batch_tokens:,} tokens = {passes:.1f} passes over {tokens:,} tokens"
+    dist.say(f"base  {shape}, {where}; {work}")
+
+
+def base_line(step, steps, row, losses, seconds_left):
+    """A line every `log_every` steps; losses: since the last."""
+    words = [f"base  {step:5d}/{steps}", f"loss {sum(losses) / len(losses):.3f}"]
+    if "val/bits_per_byte" in row:
+        words.append(f"val {row['val/bits_per_byte']:.3f} bits/byte")
+    words.append(f"grad {row['grad_norm']:.2f}")
+    words.append(f"{row['tok_per_s/learner']:,.0f} tok/s")
+    words.append(f"ETA {duration(seconds_left)}")
+    dist.say("  ".join(words))
+
+
+def one_line(text):
+    """Text for the terminal: line breaks as ⏎, what cannot be printed as ·"""
+    shown = ""
+    for character in text:
+        if character == "\n":
+            shown += "⏎"
+        else:
+            shown += character if character.isprintable() else "·"
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown.encode(encoding, "replace").decode(encoding)

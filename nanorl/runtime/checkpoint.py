@@ -165,7 +165,11 @@ def load_state(path, mmap=False):
 
 
 # Settings that a run may change when it is resumed: they do not alter the training that has been done.
-FREE_TO_CHANGE = re.compile(r"steps$|save_|after_save$|eval_|log_|resume$|run$|dry_run$|selfcheck$|device_rows$|recompute$|max_bad_steps$|sample_tokens$")
+FREE_TO_CHANGE = re.compile(r"steps$|save_|after_save$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|device_rows$|recompute$|max_bad_steps$|sample_tokens$")
+
+
+# Constants that older runs did not have yet, with what those runs did.
+ADDED = {"sampler": "engine"}
 
 
 def resume_point(directory, resume, settings):
@@ -179,10 +183,11 @@ def resume_point(directory, resume, settings):
             raise ValueError(f"--resume=must, but there is no checkpoint in {directory}")
         return None
     if resume == "never":
-        raise ValueError(f"--resume=never, but {directory} holds a run: choose another --run, or remove that folder")
+        raise ValueError(f"--resume=never, but {directory} holds a run: choose another --run_name, or remove that folder")
     saved = load_state(path)["settings"]
+    saved = {**ADDED, **saved}
     changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in settings.items() if saved.get(k) != v and not FREE_TO_CHANGE.match(k)]
     if changed:
         raise ValueError(f"{directory} holds a run with other constants ({'; '.join(changed)}): "
-                         f"set them back to resume it, or start another with --run=<name>")
+                         f"set them back to resume it, or start another with --run_name=<name>")
     return path

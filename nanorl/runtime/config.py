@@ -14,7 +14,7 @@ import tokenize
 
 
 def read_constants(source):
-    """The source's top-level `name = literal  # comment` lines up to its first function or class
+    """The source's top-level `name = literal  # comment` lines up to its first function or class, but for names in capitals
     -> {name: (default, comment, heading)}; a `# ---- heading` line groups what follows."""
     comments, headings = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -25,7 +25,7 @@ def read_constants(source):
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not node.targets[0].id.isupper():
             try:
                 value = ast.literal_eval(node.value)
             except ValueError:
@@ -50,6 +50,10 @@ def _parse(name, text, default):
         raise SystemExit(f"--{name}={text}: {name} takes {kind} (default {default})") from None
 
 
+# Constants that had another name.
+RENAMED = {"run": "it is --run_name now, because torchrun takes --run for its own --run-path"}
+
+
 def configure(namespace, argv=None, refused={}):
     """Apply the command line to the script whose globals() are `namespace`. Returns {name: resolved value}.
     Exits with one line for an unknown name or an ill-typed value, and after --help. refused: {name: why it does not exist}."""
@@ -66,7 +70,7 @@ def configure(namespace, argv=None, refused={}):
         name = name.replace("-", "_")
         if name not in constants:
             near = difflib.get_close_matches(name, constants, n=3, cutoff=0.5)
-            hint = refused.get(name) or (f"did you mean --{', --'.join(near)}?" if near else "--help lists the constants")
+            hint = refused.get(name) or RENAMED.get(name) or (f"did you mean --{', --'.join(near)}?" if near else "--help lists the constants")
             raise SystemExit(f"--{name}: no such constant: {hint}")
         if not equals and not isinstance(constants[name][0], bool):
             raise SystemExit(f"--{name} needs a value: --{name}={constants[name][0] or '...'}")
@@ -84,6 +88,12 @@ def at_least(namespace, low, names):
     for name in names.split():
         if not low <= namespace[name] < float("inf"):
             raise SystemExit(f"--{name}={namespace[name]}: it must be at least {low}")
+
+
+def one_of(settings, name, choices):
+    """Refuse a constant that is none of its choices."""
+    if settings[name] not in choices:
+        raise SystemExit(f"--{name}={settings[name]}: it must be one of {', '.join(choices)}")
 
 
 def _help(namespace, constants):

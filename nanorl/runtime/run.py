@@ -1,67 +1,140 @@
-"""One run of a stage: where it starts or goes on, what it writes, and what it needs to go on after it was killed."""
+"""One run of a stage: where it starts or goes on, when it saves, and when it stops.
+
+All three training scripts have one. What is learnt, and from what, is theirs.
+"""
+
 import math
 import os
 
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.after import AfterSave
-from nanorl.runtime.log import RunLog, Watch
+from nanorl.runtime.log import RunLog
 
 
 class Run:
-    """`model`: the directory of the weights to begin with, of its last checkpoint or of what it starts from."""
+    """settings: the script's resolved constants; the run's name is filled in here.
 
-    def __init__(self, settings, stage, start, writes=True):
-        settings["run"] = settings["run"] or f"d{settings['depth']}"
-        self.settings, self.directory = settings, checkpoint.stage_directory(settings["run"], stage)
-        self.point = checkpoint.resume_point(self.directory, settings["resume"], settings)
-        self.model = self.point or start
-        if not checkpoint.is_model(self.model):
-            raise ValueError(f"no SFT model in {start}: make one with `python train_sft.py "
-                             f"--depth={settings['depth']}`, or name one with --model=")
-        fresh = dict(step=0, best={"step": None, "reward": -math.inf}, bad=0, flops={}, drawn=0, watch=None)
-        self.state = checkpoint.load_state(self.point) if self.point else {**fresh, "start": checkpoint.origin_of(start)}
-        self.origin, self.first, self.best, self.bad = (self.state[k] for k in ("start", "step", "best", "bad"))
+    start: the model directory that a new run begins from, or None where the stage makes its own.
+    no_start: what to tell a user who has no such model.
+    writes: False leaves no trace, for a dry run.
+
+    resumed: the checkpoint that it goes on from, or None: a new run.
+    model: the directory of the weights to begin with: of that checkpoint, or start.
+    state: what that checkpoint holds besides, or what a new run begins with.
+    origin: what the run started from, when it was new: {path, hash, published}.
+    """
+
+    def __init__(self, settings, stage, start=None, no_start="", writes=True):
+        settings["run_name"] = settings["run_name"] or f"d{settings['depth']}"
+        self.settings, self.stage = settings, stage
+        self.directory = checkpoint.stage_directory(settings["run_name"], stage)
+        self.resumed = checkpoint.resume_point(self.directory, settings["resume"], settings)
+        self.model = self.resumed or start
+        if self.model and not checkpoint.is_model(self.model):
+            raise ValueError(no_start)
+        self.state = self._state(start)
+        self.origin = self.state.get("start")
+        if settings.get("lora_rank") or settings.get("kl_coef"):
+            # Adapters are a change of the very weights that the run started from, and a KL term
+            # measures from them.
+            checkpoint.must_be(self.origin)
+
+        self.first_step = self.state["step"]
+        self.bad_steps = self.state["bad"]  # in a row, with an update skipped
+        self.best = self.state.get("best", {"step": None, "reward": -math.inf})  # saved step of RL
         self.log = RunLog(self.directory, dist.is_main() and writes)
-        self.sent = AfterSave(settings["after_save"], os.path.dirname(self.directory), self.log.active)
-        self.watch = Watch(self.state["watch"])
-        self.log.cut(self.first if self.point else -1)  # what is beyond the checkpoint, about to be made again
+        run_directory = os.path.dirname(self.directory)
+        self.after_save = AfterSave(settings["after_save"], run_directory, self.log.active)
 
-    def card(self, policy, place, device_rows, meter):
-        self.log.card(stage=self.settings["stage"], settings=self.settings, start=self.origin, device_rows=device_rows,
-                      flop_rate=meter.flop_rate, copy_rate=meter.copy_rate, world_size=dist.world_size(),
-                      dtype=str(policy.compute_dtype), device=str(place), params=policy.config.n_params()[0])
+    def _state(self, start):
+        if self.resumed:
+            return checkpoint.load_state(self.resumed)
+        new = dict(step=0, bad=0, flops={})
+        if start:
+            new["start"] = checkpoint.origin_of(start)
+        return new
+
+    def card(self, model, **values):
+        """Write run.json, after what lies beyond the checkpoint has been cut off.
+
+        values: what was derived from the settings, beside what is derived here.
+        """
+        self.log.cut(self.first_step if self.resumed else -1)
+        if self.origin:
+            values["start"] = self.origin
+        self.log.card(
+            stage=self.stage,
+            settings=self.settings,
+            params=model.config.n_params()[0],
+            dtype=str(model.compute_dtype),
+            device=str(model.cos.device),
+            world_size=dist.world_size(),
+            **values,
+        )
+        if self.resumed:
+            dist.say(f"resumed {self.resumed}")
 
     def begin(self):
-        """The first step is about to come."""
-        if self.log.active:
+        """The first step is about to come: the model it starts from is in use from now on."""
+        if self.log.active and self.origin:
             checkpoint.mark_used(self.origin["path"], self.directory)
         dist.catch_signals()
 
-    def warn(self, step, row):
-        for sentence in self.watch.look(row):
-            dist.say(f"      WARNING, step {step}: {sentence}")
+    def count_bad_steps(self, norms):
+        """norms: of the gradients of a step's updates -> bad steps in a row, this one counted."""
+        bad = not all(math.isfinite(norm) for norm in norms)
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+        return self.bad_steps
 
-    def end_of_step(self, step, row, write_model, whole):
-        """Save where it is time to, and leave where a signal or too many bad steps say so. whole: what only the
-        script has and a resumed run needs, made when it is asked for."""
-        s, stop, best = self.settings, dist.stop_requested(), self.best["reward"]
-        hopeless, improved = self.bad >= s["max_bad_steps"], row["reward"] > max(best, s["save_reward_above"])
-        due = s["save_every"] and step % s["save_every"] == 0
-        if step == s["steps"] or stop or improved or hopeless or due:
-            if row["reward"] > best:
-                self.best = {"step": step, "reward": row["reward"]}
+    def end_of_step(self, step, last, write_model, state, reward=None):
+        """Save where it is time to, and leave where a signal or too many bad steps say so.
+
+        step: the number of steps that are done. last: whether no more are to come.
+        write_model(path): writes the model directory. state(): what only the script has and a
+        resumed run needs. reward: of this step, in RL.
+        """
+        settings = self.settings
+        stop = dist.stop_requested()
+        hopeless = self.bad_steps >= settings["max_bad_steps"]
+        due = bool(settings["save_every"]) and step % settings["save_every"] == 0
+        improved = False
+        if reward is not None:
+            improved = reward > max(self.best["reward"], settings["save_reward_above"])
+
+        if last or stop or hopeless or due or improved:
+            if reward is not None and reward > self.best["reward"]:
+                self.best = {"step": step, "reward": reward}
             if dist.is_main():
-                state = dict(step=step, best=self.best, bad=self.bad, watch=self.watch.state, start=self.origin,
-                             settings=s, **whole())
-                said = checkpoint.save(self.directory, step, write_model, state, self.best["step"])
-                print(said + (f" (a new best reward, {row['reward']:.3f})" if improved else ""), flush=True)
-                self.sent()
+                whole = dict(state(), step=step, bad=self.bad_steps, settings=settings)
+                if self.origin:
+                    whole["start"] = self.origin
+                if reward is not None:
+                    whole["best"] = self.best
+                best_step = self.best["step"]
+                said = checkpoint.save(self.directory, step, write_model, whole, best_step)
+                if improved:
+                    said += f" (a new best reward, {reward:.3f})"
+                print(said, flush=True)
+                self.after_save()
             dist.barrier()
-        if stop or hopeless or step == s["steps"]:
-            self.sent.finish()
+
+        if last or stop or hopeless:
+            self.after_save.finish()
         if hopeless:
-            raise ValueError(f"in {self.bad} steps in a row updates were skipped because the gradient was not finite; the "
-                             f"state is saved in {self.directory}: go on from it with "
-                             f"--model={checkpoint.latest(self.directory)} --run=<name> and a lower --lr, or --dtype=fp32")
+            raise ValueError(self._why_hopeless())
         if stop:
             raise SystemExit(0 if stop == 15 else 130)
+
+    def _why_hopeless(self):
+        if "matrix_lr" in self.settings:
+            return (
+                f"{self.bad_steps} updates in a row were skipped because the gradient was not "
+                "finite; the state is saved: start again with a lower --matrix_lr or --other_lr "
+                "and another --run_name"
+            )
+        return (
+            f"in {self.bad_steps} steps in a row updates were skipped because the gradient was not "
+            f"finite; the state is saved in {self.directory}: go on from it with "
+            f"--model={checkpoint.latest(self.directory)} --run_name=<name> and a lower --lr, or "
+            "--dtype=fp32"
+        )

@@ -32,7 +32,7 @@ from nanorl.tasks.counting import Counting
 from nanorl.tasks.gsm8k import GSM8K
 from nanorl.tasks.humaneval import HumanEval
 from nanorl.tasks.mixture import Mixture
-from nanorl.tasks.problem import Problem, Reward
+from nanorl.tasks.problem import Problem, Reward, is_correct
 from nanorl.tasks.spelling import Spelling
 from nanorl.tasks.templates import Templated
 

@@ -95,3 +95,8 @@ def judged(correct, rewards="binary", **parts):
     """Whether it is right -> Reward, with `correct` after the parts that lead to it (format, answered)."""
     total = float(correct) if rewards == "binary" else 2.0 * correct - 1.0
     return Reward(total, {**{name: float(value) for name, value in parts.items()}, "correct": float(correct)})
+
+
+def is_correct(reward):
+    """Whether a Reward says that the problem was solved: its `correct` part, or a full reward where a task names none."""
+    return bool(reward.parts.get("correct", reward.total >= 1))

@@ -29,6 +29,8 @@ from nanorl.hf import load_model
 from nanorl.learner import forward
 from nanorl.optim import make_optimizers, update
 from nanorl.rollout import Rollout, length_table
+from nanorl.report.cost import bytes_decoded, causal_sampling_flops, forward_flops
+from nanorl.report.rates import device_rates, machine_rates
 from nanorl.runtime import dist
 from nanorl.runtime.checkpoint import resolve
 from nanorl.runtime.config import configure
@@ -57,50 +59,6 @@ task = "sum3"  # flips: its task
 seconds = 5.0  # base: measured per repetition
 repeats = 5  # repetitions, taken in turn
 json = False  # print the JSON line alone
-
-
-def best(work, tries):
-    """Shortest of some runs of work(), in seconds, after one to warm up."""
-    times = []
-    for _ in range(tries + 1):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return min(times[1:])
-
-
-def matrix_rate(kind, device="cpu", n=2048, tries=5):
-    """FLOP/s of n x n products in a precision."""
-    a = torch.randn(n, n, device=device).to(kind)
-
-    def work():
-        a @ a
-        dist.synchronize(a.device)
-    return 2 * n ** 3 / best(work, tries)
-
-
-def copy_rate(device="cpu", n=2 ** 26, tries=5):
-    """Bytes read and written a second by copying n fp32 numbers."""
-    source, target = torch.zeros(n, device=device), torch.zeros(n, device=device)
-
-    def work():
-        target.copy_(source)
-        dist.synchronize(source.device)
-    return 8 * n / best(work, tries)
-
-
-def device_rates(device, kind):
-    """A quick look at this device now: its matrix rate in a precision, FLOP/s, and its copy rate, bytes/s."""
-    large = device.type == "cuda"
-    found = matrix_rate(kind, device, 8192 if large else 1024, tries=10), copy_rate(device, 2 ** 28 if large else 2 ** 23, tries=5)
-    if large:
-        torch.cuda.reset_peak_memory_stats(device)  # these buffers are not the run's
-    return found
-
-
-def rates():
-    """GFLOP/s of fp32 and bf16 2048^3 products and GB/s of copying 256 MB, best of 5."""
-    return dict(fp32_gflops=round(matrix_rate(torch.float32) / 1e9), bf16_gflops=round(matrix_rate(torch.bfloat16) / 1e9), copy_gb_s=round(copy_rate() / 1e9, 1))
 
 
 class PlainGPT(nn.Module):
@@ -258,8 +216,8 @@ def rollout():
         engine.generate(some, samples, new_tokens, stop_ids=stop_ids(net))
         return engine.stats["new_tokens"]
     figures = in_turns(work, lambda: naive.generate(engine.model, some[:1], naive_rows, new_tokens, stop_ids(net))[1], place, net.compute_dtype,
-                       lambda: (engine.causal_flops(), engine.bytes_decoded()))
-    live, places = engine.stats["live"], engine.stats["places"]
+                       lambda: (causal_sampling_flops(engine), bytes_decoded(engine)))
+    live, places = engine.stats["live"], engine.stats["row_slots"]
     t_all, (_, kept_all) = timed(lambda: naive.generate(engine.model, some, samples, new_tokens, stop_ids(net)), place)
     t_work, kept = timed(work, place)
     prefill = min(timed(lambda: engine.generate(some, samples, 1), place)[0] for _ in range(2))
@@ -285,7 +243,7 @@ def learn(net, rollouts, advantages, work):
         outputs = forward(net, batch, with_entropy=True)
         gain = grpo.reinforce(outputs.logprobs, batch.advantages)  # (S,)
         grpo.policy_loss(gain, batch.token_weights, lengths.sum()).backward()
-        work["flops"] += 3 * net.config.flops(batch.ids.numel(), batch.visible_pairs, len(gain))
+        work["flops"] += 3 * forward_flops(net.config, batch.ids.numel(), batch.visible_pairs, len(gain))
         work["padded"] += outputs.computed_slots
         work["inputs"] += batch.ids.numel()
     return int(lengths.sum())
@@ -345,7 +303,7 @@ def step():
         naive.learn(net, made, torch.randn(len(few), rows).tolist(), at_once)
         clear(net)  # its optimizer step would be one of the whole step's P * G rows: left out
         return kept
-    figures = in_turns(work, naive_work, place, net.compute_dtype, lambda: (engine.causal_flops() + count["flops"], engine.bytes_decoded()))
+    figures = in_turns(work, naive_work, place, net.compute_dtype, lambda: (causal_sampling_flops(engine) + count["flops"], bytes_decoded(engine)))
     rollout_s, learner_s, update_s = (median(values) for values in zip(*parts[1:]))
     clear(net)
     peak = peak_over(work, place)
@@ -388,7 +346,7 @@ def main():
     if not json:
         for name, value in result.items():
             print(f"{name:28} {value}")
-    print(dumps(dict(command=sys.argv[1], torch=torch.__version__, threads=torch.get_num_threads(), machine=rates(), settings=settings, **result)))
+    print(dumps(dict(command=sys.argv[1], torch=torch.__version__, threads=torch.get_num_threads(), machine=machine_rates(), settings=settings, **result)))
 
 
 if __name__ == "__main__":

@@ -99,9 +99,10 @@ def naive(model, reference, rollouts, s):
 BOUNDS = {torch.float64: (1e-9, 1e-10), torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.5, 0.2)}
 
 
-def compare(model, adapters, reference, rollouts, advantages, s):
+def compare(policy, rollouts, advantages, s):
     """Differences of the step that the trainer has just made (model's .grad, rollouts, advantages) from the naive one -> (lines, within bounds)."""
-    exact, logprobs, groups = naive(model, reference, rollouts, s)
+    model, adapters = policy.model, policy.adapters
+    exact, logprobs, groups = naive(model, policy.reference, rollouts, s)
     for name, (_, _, a, b) in adapters.projections.items() if adapters else ():  # W + scale B A: the chain rule
         g = adapters.scale * exact[f"{name}.weight"]
         exact[f"{name}.lora_A.weight"], exact[f"{name}.lora_B.weight"] = b.detach().double().T @ g, g @ a.detach().double().T
@@ -127,11 +128,11 @@ def compare(model, adapters, reference, rollouts, advantages, s):
             "  " + verdict], ok
 
 
-def report(model, adapters, reference, rollouts, advantages, s):
+def report(policy, rollouts, advantages, s):
     """On the first rank, compare all ranks' rollouts and advantages (P, G) and the summed gradient; exit status 1 when something is out of bounds."""
     rollouts, advantages, good = dist.gather(rollouts), dist.gather(advantages.tolist()), True
     if dist.is_main():
-        lines, good = compare(model, adapters, reference, rollouts, advantages, s)
+        lines, good = compare(policy, rollouts, advantages, s)
         print(*lines, sep="\n", flush=True)
     dist.barrier()
     if not good:

@@ -7,7 +7,7 @@ import sys
 
 from nanorl.runtime import checkpoint
 from nanorl.runtime.log import duration
-from nanorl.tools.bench import rates
+from nanorl.report.rates import machine_rates
 
 STAGES = ("base", "sft", "rl")
 
@@ -54,7 +54,7 @@ def main(run, seconds=None):
         json.dump(results, f, indent=2)
     print(f"\nwrote {os.path.join(run, 'summary.json')}")
     if seconds:
-        m = rates()
+        m = machine_rates()
         print(f"the whole command took {duration(float(seconds))} and at most {max(r['peak_gb'] for r in results.values()):.1f} GB; this machine now gives "
               f"{m['fp32_gflops']:.0f} GFLOP/s fp32, {m['bf16_gflops']:.0f} bf16, {m['copy_gb_s']:.0f} GB/s")
 

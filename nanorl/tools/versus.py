@@ -14,7 +14,8 @@ from statistics import NormalDist
 import numpy as np
 import torch
 
-from nanorl.evaluate import Z_POWER, compare, paired_bootstrap, percent, smallest_effect
+from nanorl.evaluate.statistics import Z_POWER, compare, paired_bootstrap, smallest_effect
+from nanorl.evaluate.words import percent
 from nanorl.runtime import checkpoint
 from nanorl.runtime.log import duration
 

@@ -1,81 +1,11 @@
-"""Problems -> outcomes -> accuracy, pass@k, intervals; two models' outcomes -> their difference."""
+"""Outcomes -> accuracy, pass@k, intervals; two models' outcomes -> their difference."""
 import math
 
 import numpy as np
-from tqdm import tqdm
-
-from nanorl import rollout
-from nanorl.runtime import dist
 
 Z = 1.959964  # 97.5% point of the normal distribution: 95% intervals, two-sided tests at 5%
 Z_POWER = 0.841621  # its 80% point: found in 4 of 5 cases
 RATES = ("format", "answered_given_format", "correct_given_answered")
-
-
-def outcomes(engine, tokenizer, task, indices, samples, max_new_tokens, temperature, seed=0, progress=None, leave_long=False):
-    """Sample each problem `samples` times (temperature 0: greedy, once). Returns one dict a problem, with everything
-    that is needed to judge it again: index, prompt, answer, and per sample text, reward, solved, parts, length, finished;
-    of multiple choice also chance. leave_long: a prompt that does not fit the model's context is not an error but a problem not solved."""
-    problems, fit = _those_that_fit(engine, tokenizer, task, indices, max_new_tokens, leave_long)
-    keys = [rollout.prompt_key(seed, "eval", i) for i, fits in zip(indices, fit) if fits]
-    some = [problem for problem, fits in zip(problems, fit) if fits]
-    rollouts = iter(rollout.generate(engine, tokenizer, task, some, keys, samples_per_prompt=samples,
-                                     max_new_tokens=max_new_tokens, temperature=temperature, progress=progress))
-    made = [next(rollouts) if fits else None for fits in fit]
-    return [_unsolved(i, problem, samples) if r is None else
-            dict(_about(i, problem), texts=r.texts, rewards=[x.total for x in r.rewards], solved=[is_correct(x) for x in r.rewards], parts=[x.parts for x in r.rewards],
-                 lengths=[len(c.ids) for c in r.completions], finished=[c.finished for c in r.completions])
-            for i, problem, r in zip(indices, problems, made)]
-
-
-def held_out(engine, tokenizer, task, n, max_new_tokens):
-    """Greedy accuracy on a task's first n problems, over all ranks -> metrics, and the FLOPs it took."""
-    n = min(n, len(task))
-    mine = range(n)[dist.share(n)]
-    with tqdm(total=len(mine), desc="held-out", disable=None, leave=False) as bar:
-        results = outcomes(engine, tokenizer, task, mine, 1, max_new_tokens, 0.0, progress=bar.update)
-    flops = dist.total(sum(engine.flops().values()))
-    results = dist.gather(results)
-    return dist.broadcast({f"val/{k}": v for k, v in summary(results).items()} if dist.is_main() else None), flops
-
-
-def by_likelihood(engine, tokenizer, task, indices, progress=None):
-    """Multiple-choice problems, each answered with the label that is likeliest as the answer's first token -> outcomes as above, with the labels' logprobs."""
-    problems, fit = _those_that_fit(engine, tokenizer, task, indices, 0, True)
-    found = iter(rollout.label_logprobs(engine, tokenizer, [p for p, fits in zip(problems, fit) if fits], progress))
-    results = []
-    for i, problem, fits in zip(indices, problems, fit):
-        if not fits:
-            results.append(_unsolved(i, problem, 1))
-            continue
-        logprobs = dict(zip(problem.meta["labels"], next(found)))
-        label = max(logprobs, key=logprobs.get)
-        solved = label == problem.answer
-        results.append(dict(_about(i, problem), texts=[label], rewards=[float(solved)], solved=[solved], parts=[{"correct": float(solved)}], lengths=[1],
-                            finished=[True], logprobs=logprobs))
-    return results
-
-
-def _those_that_fit(engine, tokenizer, task, indices, new_tokens, leave_long):
-    """-> the problems, and which of their prompts fit the context with `new_tokens` more; all, unless those that do not are to be left."""
-    problems = [task.problem(i) for i in indices]
-    context = engine.learner.config.context
-    return problems, [not leave_long or len(tokenizer.render_prompt(p.prompt)) + new_tokens <= context for p in problems]
-
-
-def _about(index, problem):
-    labels = problem.meta.get("labels")
-    return dict(index=int(index), prompt=problem.prompt, answer=problem.answer, **({"chance": 1 / len(labels)} if labels else {}))
-
-
-def _unsolved(index, problem, samples):
-    return dict(_about(index, problem), texts=[""] * samples, rewards=[0.0] * samples, solved=[False] * samples, parts=[{}] * samples, lengths=[0] * samples,
-                finished=[False] * samples, too_long=True)
-
-
-def is_correct(reward):
-    """Whether a Reward says that the problem was solved: its `correct` part, or a full reward where a task names none."""
-    return bool(reward.parts.get("correct", reward.total >= 1))
 
 
 # ---- one model ---------------------------------------------------------------------------------------------
@@ -235,75 +165,3 @@ def compare(results_a, results_b):
     else:
         words = f"no difference that n = {n} can see; one below about {100 * smallest:.1f} points would likely not show"
     return dict(**found, p=p, smallest=smallest, verdict=words)
-
-
-# ---- in words ----------------------------------------------------------------------------------------------
-
-def percent(share):
-    return "-" if share is None else f"{share:.1%}"
-
-
-def what_n_shows(n, paired):
-    """What to expect of n problems before any is sampled, of one model or of two compared."""
-    if not paired:
-        return f"with {n} problems a greedy accuracy is known to about {100 * half_width(n):.1f} points"
-    few, many = (f"{100 * smallest_effect(n, changed):.1f} points" for changed in (0.1, 0.5))
-    return f"with {n} problems a greedy difference below {few} (if 10% of the answers change) to {many} (if 50%) will likely not show"
-
-
-def describe(s, how=""):
-    """A summary, and how it was sampled -> lines: accuracy with its interval, lengths; the rates there are; pass@k, of samples."""
-    many = f" x {s['samples']}{how}" if s["samples"] > 1 else how
-    found = [f"{name.replace('_', ' ')} {percent(s[name])}" for name in RATES if name in s]
-    at_k = [f"{name} {share:.1%}" for name, share in s.items() if name.startswith("pass@") and s["samples"] > 1]
-    first = (f"{s['accuracy']:6.1%}  95% [{s['low']:.1%}, {s['high']:.1%}]  {s['n']} problems{many}, "
-             f"{s['length']:.1f} tokens, {s['clipped']:.1%} cut off")
-    guessed = f"guessing gets {s['chance']:.1%}; {s['centred']:.1%} of the way from there to 100%" if "chance" in s else ""
-    long = f"{s['too_long']} prompts do not fit the model's context and count as not solved" if "too_long" in s else ""
-    return [line for line in (first, guessed, long, ", ".join(found), "  ".join(at_k)) if line]
-
-
-def benchmark_table(rows):
-    """[(task, how, summary with seconds and tok_per_s)] -> lines of at most 100 columns."""
-    line = "{:13}  {:10}  {:>5}  {:>8}  {:16}  {:>6}  {:>7}  {:>7}  {:>9}"
-    lines = [line.format("benchmark", "how", "n", "accuracy", "95%", "chance", "centred", "seconds", "tokens/s")]
-    for task, how, s in rows:
-        lines.append(line.format(task, how, s["n"], percent(s["accuracy"]), f"[{s['low']:.1%}, {s['high']:.1%}]", percent(s.get("chance")), percent(s.get("centred")),
-                                 f"{s['seconds']:.1f}", f"{s['tok_per_s']:,.0f}"))
-    return lines + ["centred: share of the way from guessing to 100%. tokens/s: of prompts (likelihood) or sampled."]
-
-
-def describe_difference(c):
-    """A comparison -> lines: the difference with its interval and p; of greedy answers the four counts; the verdict."""
-    signed = {name: f"{100 * c[name]:+.1f}" for name in ("difference", "low", "high")}
-    lines = [f"A {c['accuracy_a']:.1%}, B {c['accuracy_b']:.1%}: B - A is {signed['difference']} points, "
-             f"95% [{signed['low']}, {signed['high']}], p = {c['p']:.2g}"]
-    if c["samples"] == 1:
-        lines.append(f"of {c['n']} problems both solve {c['both']}, only A {c['only_a']}, only B {c['only_b']}, neither {c['neither']}")
-    return lines + [c["verdict"]]
-
-
-# RL learns from live groups, those with right and wrong samples: below one in five most of a step's work is wasted.
-LIVE, NEARLY_ALL, CUT_OFF = 0.2, 0.95, 0.5
-
-
-def verdict(row):
-    """A summary of samples with `dead` (dead_groups) -> what RL could do on the task, in a few words."""
-    if row["accuracy"] < NEARLY_ALL and row["dead"] <= 1 - LIVE:
-        return "RL can learn here"
-    if row["accuracy"] >= 0.5:
-        return "little left to learn"
-    return "mostly cut off" if row["clipped"] > CUT_OFF else "too hard as it is"
-
-
-def survey_table(rows, G):
-    """{task: summary with pass@G, dead and verdict} -> lines of at most 110 columns, in the order given."""
-    line = f"{{:{max(map(len, ('task', *rows)))}}}  {{:>9}}  {{:>8}}  {{:>6}}  {{:>6}}  {{:>8}}  {{:>10}}  {{:>7}}  {{}}"
-    lines = [line.format("", "", "", "", "", "answered", "correct", "", "").rstrip(),
-             line.format("task", "pass rate", f"pass@{G}", "dead", "format", "| format", "| answered", "cut off", "verdict")]
-    for name, row in rows.items():
-        columns = (row["accuracy"], row[f"pass@{G}"], row["dead"], *(row.get(rate) for rate in RATES), row["clipped"])
-        lines.append(line.format(name, *map(percent, columns), row["verdict"]))
-    return lines + [f"dead: groups of {G} samples all right or all wrong, which teach nothing. | format: of those in the format.",
-                    f"RL can learn where the pass rate is below {NEARLY_ALL:.0%} and at least {LIVE:.0%} of the groups are live. Elsewhere little is",
-                    f"left from a pass rate of 50%; below it is too hard, or over {CUT_OFF:.0%} are cut off: raise --max_new_tokens."]

@@ -1,4 +1,4 @@
-"""Training tokens: documents -> token files -> windows (base); conversations -> packed rows (SFT).
+"""Training tokens of base: documents -> token files -> windows.
 
 Order is a pure function of (seed, epoch), so a cursor, one integer, is all the state there is."""
 import itertools
@@ -155,78 +155,4 @@ class Windows:
 def check_same_data(state, n):
     """A cursor means something only in the data it comes from."""
     if state["n"] != n:
-        raise ValueError(f"the data has changed: {n:,} windows or examples, {state['n']:,} when the run was saved; put it back, or start another --run")
-
-
-def pack(examples, seq_len):
-    """Put examples, lists of (ids, mask), whole into rows of at most `seq_len` tokens: longest first, each into the
-    fullest row that still holds it. Returns a list of rows, each a list of examples. Raises ValueError for one that
-    is longer than a row."""
-    rows, room = [], {}  # room: free tokens -> rows with that much
-    for example in sorted(examples, key=lambda e: -len(e[0])):  # stable, so the order is fixed
-        n = len(example[0])
-        if n > seq_len:
-            raise ValueError(f"an example of {n} tokens does not fit a row of {seq_len}: raise --seq_len")
-        free = next((f for f in range(n, seq_len) if room.get(f)), None)
-        if free is None:
-            rows.append([])
-            row, free = rows[-1], seq_len
-        else:
-            row = room[free].pop()
-        row.append(example)
-        room.setdefault(free - n, []).append(row)
-    return rows
-
-
-def collate(rows, seq_len, pad):
-    """Rows of examples (see pack) -> (inputs, targets, mask, document), all (rows, seq_len): mask is 1 where the target is the
-    assistant's, document numbers the examples of a row from 1, 0 is padding."""
-    shape = (len(rows), seq_len + 1)
-    ids, mask, document = np.full(shape, pad), np.zeros(shape, int), np.zeros(shape, int)
-    for i, row in enumerate(rows):
-        at = 0
-        for number, (example_ids, example_mask) in enumerate(row, 1):
-            place = slice(at, at + len(example_ids))
-            ids[i, place], mask[i, place], document[i, place] = example_ids, example_mask, number
-            at = place.stop
-    ids, mask, document = map(torch.from_numpy, (ids, mask, document))
-    return ids[:, :-1], ids[:, 1:], mask[:, 1:], document[:, :-1]
-
-
-class PackedRows:
-    """Batches from conversations: example(i) -> (ids, mask) for i < n_examples. Each epoch reshuffles the examples by
-    (seed, epoch), packs them `chunk` at a time and shuffles the rows. next() gives what collate does."""
-
-    def __init__(self, example, n_examples, seq_len, rows, seed=0, rank=0, world_size=1, chunk=4096, pad=0):
-        if n_examples < 1:
-            raise ValueError("there are no training examples")
-        self.example, self.n, self.T, self.rows, self.seed, self.chunk, self.pad = example, n_examples, seq_len, rows, seed, chunk, pad
-        self.rank, self.world_size = rank, world_size
-        self.position, self.offset = 0, 0  # examples consumed before the current chunk; rows handed out of it
-        self.packed = None
-
-    def state_dict(self):
-        return {"position": self.position, "offset": self.offset, "n": self.n}
-
-    def load_state_dict(self, state):
-        check_same_data(state, self.n)
-        self.position, self.offset, self.packed = state["position"], state["offset"], None
-
-    def _fill(self):
-        epoch, start = divmod(self.position, self.n)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)[start:start + self.chunk]
-        rows = pack([self.example(int(i)) for i in order], self.T + 1)
-        shuffle = np.random.default_rng([self.seed, epoch, start]).permutation(len(rows))
-        self.packed, self.in_chunk = [rows[i] for i in shuffle], len(order)
-
-    def _row(self):
-        if self.packed is None:
-            self._fill()
-        if self.offset == len(self.packed):
-            self.position, self.offset = self.position + self.in_chunk, 0
-            self._fill()
-        self.offset += 1
-        return self.packed[self.offset - 1]
-
-    def next(self):
-        return collate([self._row() for _ in range(self.rows)][self.rank::self.world_size], self.T, self.pad)
+        raise ValueError(f"the data has changed: {n:,} windows or examples, {state['n']:,} when the run was saved; put it back, or start another --run_name")

@@ -8,6 +8,7 @@ import torch
 
 from nanorl import learner
 from nanorl.batch import pack
+from nanorl.report.cost import cache_numbers
 from nanorl.runtime import dist
 
 # On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their shapes differ. Peak over what is needed, as measured
@@ -62,7 +63,7 @@ def passes(model, rollouts):
 
 def cache_bytes(config, itemsize, prompts, prompt_tokens, rows, new_tokens):
     """Bytes of the sampler's caches (nanorl/cache.py): prompts x prompt_tokens, rows x new_tokens."""
-    return 2 * config.n_layer * config.n_kv_head * config.head_dim * itemsize * (prompts * prompt_tokens + rows * new_tokens)
+    return itemsize * cache_numbers(config, prompts * prompt_tokens + rows * new_tokens)
 
 
 def estimate(model, copies, trained, used, activations, cache=0):
@@ -91,4 +92,9 @@ def rows_that_fit(engine, params, samples, new_tokens):
     """How many rows half of the free memory holds, beside gradients and AdamW's moments: the same on every rank."""
     to_come = 12 * sum(p.numel() for p in params)
     half = (dist.free_memory(engine.learner.cos.device) - to_come) // 2
-    return max(samples, int(dist.total(half // engine.bytes_per_row(new_tokens), "min")))
+    return max(samples, int(dist.total(half // bytes_per_row(engine.learner, new_tokens), "min")))
+
+
+def bytes_per_row(model, new_tokens):
+    """Memory that one more row takes while it is decoded: its own cache, and as much again for its prompt's (which the rows of a group share)."""
+    return 2 * cache_numbers(model.config, new_tokens) * model.compute_dtype.itemsize

@@ -1,0 +1,143 @@
+"""Problems -> outcomes: what a model answered, and what that was worth.
+
+An outcome is a dict, with all that is needed to judge it again: index, prompt, answer, and of each
+sample texts, rewards, solved, parts, lengths (in tokens), finished. Of multiple choice also chance.
+"""
+
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from nanorl import rollout
+from nanorl.evaluate.statistics import summary
+from nanorl.tasks import is_correct
+
+
+class Sampling(NamedTuple):
+    """How answers are sampled. Temperature 0 is greedy."""
+
+    samples: int  # of each problem
+    max_new_tokens: int
+    temperature: float
+    seed: int = 0
+
+
+def by_sampling(engine, tokenizer, task, indices, sampling, progress=None, leave_long=False):
+    """Sample the problems `indices` of a task -> an outcome each.
+
+    leave_long: a prompt that does not fit the model's context is no error but a problem not solved.
+    """
+    problems = [task.problem(i) for i in indices]
+    fits = [True] * len(problems)
+    if leave_long:
+        fits = which_fit(engine, tokenizer, problems, sampling.max_new_tokens)
+    asked = [problem for problem, is_asked in zip(problems, fits) if is_asked]
+    keys = [
+        rollout.prompt_key(sampling.seed, "eval", index)
+        for index, is_asked in zip(indices, fits)
+        if is_asked
+    ]
+    rollouts = rollout.generate(
+        engine,
+        tokenizer,
+        task,
+        asked,
+        keys,
+        samples_per_prompt=sampling.samples,
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        progress=progress,
+    )
+
+    found, answered = [], iter(rollouts)
+    for index, problem, is_asked in zip(indices, problems, fits):
+        if is_asked:
+            found.append(outcome_of(index, next(answered)))
+        else:
+            found.append(not_solved(index, problem, sampling.samples))
+    return found
+
+
+def outcome_of(index, rollout):
+    completions = rollout.completions
+    return dict(
+        about(index, rollout.problem),
+        texts=rollout.texts,
+        rewards=[reward.total for reward in rollout.rewards],
+        solved=[is_correct(reward) for reward in rollout.rewards],
+        parts=[reward.parts for reward in rollout.rewards],
+        lengths=[len(completion.ids) for completion in completions],
+        finished=[completion.finished for completion in completions],
+    )
+
+
+def by_likelihood(engine, tokenizer, task, indices, progress=None):
+    """Multiple choice: the answer is the label that is likeliest as its first token.
+
+    -> an outcome each, with the labels' logprobs.
+    """
+    problems = [task.problem(i) for i in indices]
+    fits = which_fit(engine, tokenizer, problems, 0)
+    asked = [problem for problem, is_asked in zip(problems, fits) if is_asked]
+    answered = iter(rollout.label_logprobs(engine, tokenizer, asked, progress))
+
+    found = []
+    for index, problem, is_asked in zip(indices, problems, fits):
+        if not is_asked:
+            found.append(not_solved(index, problem, samples=1))
+            continue
+        logprobs = dict(zip(problem.meta["labels"], next(answered)))
+        label = max(logprobs, key=logprobs.get)
+        solved = label == problem.answer
+        outcome = about(index, problem)
+        outcome.update(texts=[label], rewards=[float(solved)], solved=[solved])
+        outcome.update(parts=[{"correct": float(solved)}], lengths=[1], finished=[True])
+        found.append(dict(outcome, logprobs=logprobs))
+    return found
+
+
+def which_fit(engine, tokenizer, problems, new_tokens):
+    """-> of each problem whether its prompt, and so many new tokens, fit the model's context."""
+    context = engine.learner.config.context
+    lengths = [len(tokenizer.render_prompt(problem.prompt)) for problem in problems]
+    return [length + new_tokens <= context for length in lengths]
+
+
+def about(index, problem):
+    """What an outcome says of its problem."""
+    found = dict(index=int(index), prompt=problem.prompt, answer=problem.answer)
+    labels = problem.meta.get("labels")
+    if labels:
+        found["chance"] = 1 / len(labels)
+    return found
+
+
+def not_solved(index, problem, samples):
+    """The outcome of a problem whose prompt does not fit the context."""
+    return dict(
+        about(index, problem),
+        texts=[""] * samples,
+        rewards=[0.0] * samples,
+        solved=[False] * samples,
+        parts=[{}] * samples,
+        lengths=[0] * samples,
+        finished=[False] * samples,
+        too_long=True,
+    )
+
+
+def held_out(engine, tokenizer, task, n, max_new_tokens, ranks):
+    """Greedy accuracy on a task's first n problems, the same ones every time -> metrics, val/...
+
+    ranks: runtime.dist, by which all ranks share the work and know the result.
+    """
+    n = min(n, len(task))
+    mine = range(n)[ranks.share(n)]
+    greedy = Sampling(1, max_new_tokens, 0.0)
+    with tqdm(total=len(mine), desc="held-out", disable=None, leave=False) as bar:
+        found = by_sampling(engine, tokenizer, task, mine, greedy, bar.update)
+    found = ranks.gather(found)
+    row = None
+    if ranks.is_main():
+        row = {f"val/{name}": value for name, value in summary(found).items()}
+    return ranks.broadcast(row)
