@@ -150,7 +150,9 @@ def main():
         row.update(meter.end_of_step())
         run.log.row(done, **row)
         if validates or done % log_every == 0:
-            terminal.base_line(done, total_steps, row, losses, meter.seconds_left(total_steps - done))
+            terminal.base_line(
+                done, total_steps, row, losses, meter.seconds_left(total_steps - done)
+            )
             losses = []
         if validates and sample_tokens and dist.is_main():
             show_samples(net, tokenizer, val, 3 if last else 1)

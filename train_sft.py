@@ -101,7 +101,9 @@ def main():
     chats, held_out_chats, note = read_data(tokenizer)
     n, rows = min(examples or len(chats), len(chats)), batch_tokens // seq_len
     ranks = dist.rank(), dist.world_size()
-    train = PackedRows(chats.__getitem__, n, seq_len, rows, seed, *ranks, pad=tokenizer.document_end)
+    train = PackedRows(
+        chats.__getitem__, n, seq_len, rows, seed, *ranks, pad=tokenizer.document_end
+    )
     some = min(n, 500)
     mean_length = sum(len(chats[i][0]) for i in range(some)) / some
     total_steps = steps or math.ceil(n * mean_length / batch_tokens)
@@ -172,7 +174,9 @@ def main():
         row.update(meter.end_of_step())
         run.log.row(done, **row)
         if last or done % log_every == 0 or terminal.in_words(row):
-            terminal.sft_line(done, total_steps, row, losses, meter.seconds_left(total_steps - done))
+            terminal.sft_line(
+                done, total_steps, row, losses, meter.seconds_left(total_steps - done)
+            )
             losses = []
         run.end_of_step(done, last, partial(save_model, policy.model, tokenizer), state)
     if target:

@@ -10,6 +10,7 @@ Attention is an argument: `attend(layer, q, k, v) -> y`. Training passes causal 
 where rows are packed, and the sampler passes functions that read and write its caches (nanorl/cache.py), so there
 is one forward pass and no cache inside the model.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from nanorl.attention import CausalAttention
 
 # So many logits exist at a time. On a CPU as many as fit a buffer that the allocator keeps (below 32 MB); on a GPU enough that each product with the
 # head's large matrix serves many rows.
-LOGITS_AT_ONCE = {"cpu": 2 ** 22, "cuda": 2 ** 26}
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 
 @dataclass
@@ -39,21 +40,40 @@ class GPTConfig:
     qkv_bias: bool = False  # bias on q, k, v (Qwen2)
     tie_embeddings: bool = False  # the head is the embedding
     rope_theta: float = 10000.0
-    rope_scaling: tuple = None  # Llama-3.1's: factor, low and high frequency factor, context before; None: no scaling
+    rope_scaling: tuple = (
+        None  # Llama-3.1's: factor, low and high frequency factor, context before; None: no scaling
+    )
     norm_eps: float = 1e-6
-    n_tokens: int = 0  # ids the tokenizer knows; rows beyond are padding and get no probability. 0: all V
+    n_tokens: int = (
+        0  # ids the tokenizer knows; rows beyond are padding and get no probability. 0: all V
+    )
 
     def __post_init__(self):
         self.n_tokens = self.n_tokens or self.vocab_size
-        for name in ("vocab_size", "n_layer", "n_embd", "n_head", "n_kv_head", "head_dim", "n_inner", "context"):
+        for name in (
+            "vocab_size",
+            "n_layer",
+            "n_embd",
+            "n_head",
+            "n_kv_head",
+            "head_dim",
+            "n_inner",
+            "context",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs of channels")
+            raise ValueError(
+                f"head_dim {self.head_dim} is odd: rotary embeddings turn pairs of channels"
+            )
         if self.n_tokens > self.vocab_size:
-            raise ValueError(f"the tokenizer has {self.n_tokens} ids and the model only {self.vocab_size} embedding rows")
+            raise ValueError(
+                f"the tokenizer has {self.n_tokens} ids and the model only {self.vocab_size} embedding rows"
+            )
 
     @classmethod
     def from_depth(cls, depth, vocab_size, **overrides):
@@ -63,11 +83,21 @@ class GPTConfig:
         width = 64 * depth
         head_dim = 128 if depth >= 8 and depth % 2 == 0 else 64
         n_head = width // head_dim
-        halve = depth >= 12 and n_head % 2 == 0  # GQA pays where the cache's bytes bound the decode step
+        halve = (
+            depth >= 12 and n_head % 2 == 0
+        )  # GQA pays where the cache's bytes bound the decode step
         values = dict(
-            vocab_size=-(-vocab_size // 64) * 64, n_tokens=vocab_size, n_layer=depth, n_embd=width, n_head=n_head,
-            n_kv_head=n_head // 2 if halve else n_head, head_dim=head_dim, n_inner=-(-8 * width // 3 // 64) * 64,
-            qk_norm=True, tie_embeddings=depth < 12)
+            vocab_size=-(-vocab_size // 64) * 64,
+            n_tokens=vocab_size,
+            n_layer=depth,
+            n_embd=width,
+            n_head=n_head,
+            n_kv_head=n_head // 2 if halve else n_head,
+            head_dim=head_dim,
+            n_inner=-(-8 * width // 3 // 64) * 64,
+            qk_norm=True,
+            tie_embeddings=depth < 12,
+        )
         return cls(**{**values, **overrides})
 
     def n_params(self):
@@ -76,17 +106,22 @@ class GPTConfig:
         matrices = C * H * D + 2 * C * K * D + H * D * C + 3 * C * inner
         vectors = 2 * C + (2 * D if self.qk_norm else 0) + ((H + 2 * K) * D if self.qkv_bias else 0)
         embeddings = self.vocab_size * C * (1 if self.tie_embeddings else 2)
-        return self.n_layer * (matrices + vectors) + C + embeddings, self.n_layer * matrices + self.vocab_size * C
+        return self.n_layer * (
+            matrices + vectors
+        ) + C + embeddings, self.n_layer * matrices + self.vocab_size * C
 
 
 class Linear(nn.Linear):
     """Keeps its weight in the master precision and multiplies in the precision of its input. This is the one
     cast policy: the learner's fp32 weights become bf16 here, the sampler's bf16 copy needs no cast, and both
     multiply the same numbers."""
+
     product = staticmethod(F.linear)  # nanorl/lora.py puts in one with another gradient
 
     def forward(self, x):
-        return self.product(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return self.product(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -172,7 +207,9 @@ class GPT(nn.Module):
         self.model.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
-        cos, sin = rope_table(config.context, config.head_dim, config.rope_theta, config.rope_scaling)
+        cos, sin = rope_table(
+            config.context, config.head_dim, config.rope_theta, config.rope_scaling
+        )
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -197,20 +234,28 @@ class GPT(nn.Module):
         attend = attend or CausalAttention()
         if positions is None:
             if ids.size(1) > self.config.context:
-                raise ValueError(f"{ids.size(1)} tokens do not fit the model's context of {self.config.context}")
-            cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]  # (T, 1, D)
+                raise ValueError(
+                    f"{ids.size(1)} tokens do not fit the model's context of {self.config.context}"
+                )
+            cos, sin = self.cos[: ids.size(1)], self.sin[: ids.size(1)]  # (T, 1, D)
         else:
             cos, sin = self.cos[positions], self.sin[positions]  # (B, T, 1, D)
         cos, sin = cos.to(self.compute_dtype), sin.to(self.compute_dtype)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, C)
         for block in self.model.layers:
             again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False) if again else block(x, cos, sin, attend)
+            x = (
+                checkpoint(
+                    block, x, cos, sin, attend, use_reentrant=False, preserve_rng_state=False
+                )
+                if again
+                else block(x, cos, sin, attend)
+            )
         return self.model.norm(x)
 
     def head(self, h):
         """(..., C) -> logits (..., n_tokens): rows of the table that no token uses are left out."""
-        return F.linear(h, self.lm_head.weight[:self.config.n_tokens].to(h.dtype))
+        return F.linear(h, self.lm_head.weight[: self.config.n_tokens].to(h.dtype))
 
     def forward(self, ids, positions=None, attend=None):
         """ids (B, T) -> logits (B, T, V)."""
@@ -220,8 +265,13 @@ class GPT(nn.Module):
         """Activations h (N, C) and the ids (N,) that followed -> their log-probs (N,), with gradient, and, if asked for, the
         distributions' entropies (N,) in nats, without. The N x V logits never all exist (unless torch.compile keeps them): the head runs over as many rows at a
         time as have `chunk_elements` logits (0: LOGITS_AT_ONCE), and again in backward."""
-        weight, at_once = self.lm_head.weight[:self.config.n_tokens], chunk_elements or LOGITS_AT_ONCE[h.device.type]
-        return TokenLogprobs.apply(h, weight, ids, temperature, with_entropy, max(1, at_once // self.config.n_tokens))
+        weight, at_once = (
+            self.lm_head.weight[: self.config.n_tokens],
+            chunk_elements or LOGITS_AT_ONCE[h.device.type],
+        )
+        return TokenLogprobs.apply(
+            h, weight, ids, temperature, with_entropy, max(1, at_once // self.config.n_tokens)
+        )
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -230,7 +280,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, ids, temperature, with_entropy, rows):
-        logprobs, lse, entropy = (h.new_zeros(len(h), dtype=torch.promote_types(h.dtype, torch.float32)) for _ in range(3))  # (N,) each
+        logprobs, lse, entropy = (
+            h.new_zeros(len(h), dtype=torch.promote_types(h.dtype, torch.float32)) for _ in range(3)
+        )  # (N,) each
         w = weight.to(h.dtype)  # (V, C)
         for i in range(0, len(h), rows):
             some = slice(i, i + rows)
@@ -254,7 +306,13 @@ class TokenLogprobs(torch.autograd.Function):
         for i in range(0, len(h), ctx.rows):
             some = slice(i, i + ctx.rows)
             z = scaled(F.linear(h[some], w), ctx.temperature)  # (rows, V)
-            z = (z - lse[some, None]).exp_().mul_(-grad[some, None]).scatter_add_(1, ids[some, None], grad[some, None]).to(h.dtype)
+            z = (
+                (z - lse[some, None])
+                .exp_()
+                .mul_(-grad[some, None])
+                .scatter_add_(1, ids[some, None], grad[some, None])
+                .to(h.dtype)
+            )
             grad_h[some] = z @ w
             if grad_weight is not None:
                 grad_weight += z.T @ h[some]

@@ -5,6 +5,7 @@
 The model always holds the merged weights, in the precision of its activations, and multiplies by them alone: sampler, learner and what is
 saved are one set of numbers. (x W^T + x A^T B^T with W in bf16 would be another one: most of what is learned is smaller than the last bit of W, so
 the sampler would not see it.) Only the gradient knows about A and B, and never forms W's."""
+
 from contextlib import contextmanager
 
 import torch
@@ -63,15 +64,25 @@ class LoRA:
             raise ValueError(f"lora_rank is {rank} and lora_alpha {alpha}: both must be above 0")
         unknown = set(targets) - set(TARGETS)
         if unknown or not targets:
-            raise ValueError(f"lora_targets names {', '.join(sorted(unknown)) or 'nothing'}: it takes some of {', '.join(TARGETS)}")
+            raise ValueError(
+                f"lora_targets names {', '.join(sorted(unknown)) or 'nothing'}: it takes some of {', '.join(TARGETS)}"
+            )
         model.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
-        self.rank, self.scale, self.projections = rank, alpha / rank, {}  # name -> (Linear, its own weight W (out, in), A, B)
+        self.rank, self.scale, self.projections = (
+            rank,
+            alpha / rank,
+            {},
+        )  # name -> (Linear, its own weight W (out, in), A, B)
         for name, module in model.named_modules():
             if name.removesuffix("_proj").rpartition(".")[2] in targets and name.endswith("_proj"):
                 n_out, n_in = module.weight.shape
                 master = torch.promote_types(module.weight.dtype, torch.float32)
-                a = (torch.randn(rank, n_in, generator=generator) * n_in ** -0.5).to(module.weight.device, master).requires_grad_()
+                a = (
+                    (torch.randn(rank, n_in, generator=generator) * n_in**-0.5)
+                    .to(module.weight.device, master)
+                    .requires_grad_()
+                )
                 b = torch.zeros(n_out, rank, dtype=master, device=a.device, requires_grad=True)
                 self.projections[name] = module, module.weight.data.clone(), a, b
                 module.product = _Product(a, b, self.scale)

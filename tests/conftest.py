@@ -1,16 +1,20 @@
 """A toy model, a toy tokenizer and a toy task: small enough for fp64 and exact arithmetic."""
+
 import os
 import shutil
 import sys
 
 import pytest
 import torch
+from scripts import BASE, ROOT, SFT, call
 
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.tokenizer import Tokenizer
-from scripts import BASE, ROOT, SFT, call
 
-REAL_DATA, REAL_MODEL = os.environ.get("NANORL_DATA"), os.environ.get("NANORL_MODEL")  # now: tests change them
+REAL_DATA, REAL_MODEL = (
+    os.environ.get("NANORL_DATA"),
+    os.environ.get("NANORL_MODEL"),
+)  # now: tests change them
 sys.path.insert(0, ROOT)  # the scripts are modules there
 # One thread, here and in the scripts that tests start: for models this small more are slower, and a sum's last bits depend on their number.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -19,7 +23,17 @@ torch.set_num_threads(1)
 
 def toy_model(vocab=70, seed=0, dtype=torch.float64, **overrides):
     """A random model whose weights are large enough that probabilities are far from uniform."""
-    values = dict(vocab_size=vocab, n_layer=2, n_embd=32, n_head=4, n_kv_head=2, head_dim=8, n_inner=48, context=256, qk_norm=True)
+    values = dict(
+        vocab_size=vocab,
+        n_layer=2,
+        n_embd=32,
+        n_head=4,
+        n_kv_head=2,
+        head_dim=8,
+        n_inner=48,
+        context=256,
+        qk_norm=True,
+    )
     model = GPT(GPTConfig(**{**values, **overrides})).to(dtype)
     model.compute_dtype = dtype
     generator = torch.Generator().manual_seed(seed)
@@ -31,7 +45,11 @@ def toy_model(vocab=70, seed=0, dtype=torch.float64, **overrides):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    text = ["Calculate: 12 + 34 = #46", "user\nassistant\n", "7+5=12 5+5+1=11 the cat sat on the mat"] * 20
+    text = [
+        "Calculate: 12 + 34 = #46",
+        "user\nassistant\n",
+        "7+5=12 5+5+1=11 the cat sat on the mat",
+    ] * 20
     return Tokenizer.train(text, 320)
 
 

@@ -107,7 +107,9 @@ def free_port():
 def ranks(command, n=2, **more):
     """Start `command` on n ranks, without an agent -> their processes; none outlives the block."""
     port = str(free_port())
-    world = dict(WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    world = dict(
+        WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, *command],

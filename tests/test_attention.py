@@ -1,8 +1,9 @@
 """Rows packed together see what they would see alone."""
+
 import pytest
 import torch
-
 from conftest import toy_model
+
 from nanorl.attention import CausalAttention, SharedPrefixAttention, pick
 from nanorl.batch import Row
 
@@ -27,7 +28,10 @@ def test_spelled_out_attention_equals_the_fused_kernel(packed, kv_heads):
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(1)
-        q, k, v = (torch.randn(2, 20, heads, 8).to(dtype).requires_grad_() for heads in (4, kv_heads, kv_heads))
+        q, k, v = (
+            torch.randn(2, 20, heads, 8).to(dtype).requires_grad_()
+            for heads in (4, kv_heads, kv_heads)
+        )
         y = CausalAttention(document)(0, q, k, v)
         y.float().square().sum().backward()
         results.append([t.float() for t in (y, q.grad, k.grad, v.grad)])
@@ -63,14 +67,22 @@ def test_prompts_computed_once_give_what_each_row_alone_gives(groups, kv_heads):
     model = toy_model(n_kv_head=kv_heads)
     ids, positions, rows, alone = packed_groups(groups)
     together = model.hidden(ids, positions, SharedPrefixAttention(rows, "cpu"))[0]  # (N, C)
-    towards = torch.randn(len(alone), 64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    towards = torch.randn(
+        len(alone), 64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     for (row, places), target in zip(alone, towards):
         h = model.hidden(torch.tensor([row]))[0]
         assert (h - together[places]).abs().max() < 1e-12
-    sum((together[places] * target[:len(places)]).sum() for (_, places), target in zip(alone, towards)).backward()
+    sum(
+        (together[places] * target[: len(places)]).sum()
+        for (_, places), target in zip(alone, towards)
+    ).backward()
     shared = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    sum((model.hidden(torch.tensor([row]))[0] * target[:len(row)]).sum() for (row, _), target in zip(alone, towards)).backward()
+    sum(
+        (model.hidden(torch.tensor([row]))[0] * target[: len(row)]).sum()
+        for (row, _), target in zip(alone, towards)
+    ).backward()
     for a, b in zip(shared, (p.grad for p in model.parameters() if p.grad is not None)):
         assert (a - b).abs().max() <= 1e-10
 
@@ -78,7 +90,10 @@ def test_prompts_computed_once_give_what_each_row_alone_gives(groups, kv_heads):
 def test_padding_is_a_small_part_also_of_a_skewed_mix():
     """Only attention sees padding, and a long row does not widen the short ones' block."""
     lengths = [4] * 60 + [5] * 30 + [60] * 2
-    attend = SharedPrefixAttention([Row(0, 10, 0, 0)] + [Row(10 + sum(lengths[:i]), n, 0, 10) for i, n in enumerate(lengths)], "cpu")
+    attend = SharedPrefixAttention(
+        [Row(0, 10, 0, 0)] + [Row(10 + sum(lengths[:i]), n, 0, 10) for i, n in enumerate(lengths)],
+        "cpu",
+    )
     assert attend.computed_slots <= 1.15 * (10 + sum(lengths))
 
 
@@ -100,13 +115,16 @@ def test_all_layers_share_one_mask():
     kept = []
     for layers in (1, 4):
         model, seen = toy_model(n_layer=layers, dtype=torch.float32), {}
-        attend = SharedPrefixAttention([Row(0, 40, 0, 0), Row(40, 60, 0, 40), Row(100, 60, 0, 40)], "cpu")
+        attend = SharedPrefixAttention(
+            [Row(0, 40, 0, 0), Row(40, 60, 0, 40), Row(100, 60, 0, 40)], "cpu"
+        )
         masks = {2 * 60 * 100, 2 * 60 * 104, 40 * 40}
 
         def note(t):
             if t.untyped_storage().nbytes() // t.element_size() in masks:
                 seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
+
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             model.hidden(torch.zeros(1, 160, dtype=torch.long), torch.arange(160)[None], attend)
         kept.append(sum(seen.values()))

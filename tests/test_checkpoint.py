@@ -1,4 +1,5 @@
 """A checkpoint is whole or it is not there, whenever the process dies; and which run may be resumed."""
+
 import os
 import random
 import shutil
@@ -7,22 +8,43 @@ import time
 
 import pytest
 import torch
+from scripts import ROOT
 
 from nanorl.runtime import checkpoint
 from nanorl.runtime.config import read_constants
-from scripts import ROOT
 
-SETTINGS = dict(steps=40, lr=2e-4, seed=0, task="sum3", save_every=10, save_reward_above=1.0, eval_every=10, log_every=5,
-                run_name="d4", resume="auto", dry_run=False, device_rows=0, max_bad_steps=5, device_tokens=16384)
+SETTINGS = dict(
+    steps=40,
+    lr=2e-4,
+    seed=0,
+    task="sum3",
+    save_every=10,
+    save_reward_above=1.0,
+    eval_every=10,
+    log_every=5,
+    run_name="d4",
+    resume="auto",
+    dry_run=False,
+    device_rows=0,
+    max_bad_steps=5,
+    device_tokens=16384,
+)
 
 
 def save(directory, step, version=0, best_step=None, settings=SETTINGS):
     """A checkpoint of three files, in each of which step and version can be checked."""
+
     def write_model(path):
         for name in ("config.json", "model.safetensors"):
             with open(os.path.join(path, name), "w") as f:
                 f.write(f"{step} {version}\n" * 2000)
-    state = {"step": step, "version": version, "weights": torch.full((2000,), float(step)), "settings": settings}
+
+    state = {
+        "step": step,
+        "version": version,
+        "weights": torch.full((2000,), float(step)),
+        "settings": settings,
+    }
     return checkpoint.save(str(directory), step, write_model, state, best_step)
 
 
@@ -39,7 +61,10 @@ def version_of(path):
 
 def whole(directory):
     """{step: version} of all that are found as checkpoints; fails if one of them is not whole."""
-    found = {s: version_of(checkpoint.path_of(str(directory), s)) for s in checkpoint._steps(str(directory))}
+    found = {
+        s: version_of(checkpoint.path_of(str(directory), s))
+        for s in checkpoint._steps(str(directory))
+    }
     newest = checkpoint.latest(str(directory))
     assert newest == (checkpoint.path_of(str(directory), max(found)) if found else None)
     return found
@@ -68,6 +93,7 @@ def test_a_save_that_fails_leaves_none_and_the_earlier_one_intact(tmp_path):
         with open(os.path.join(path, "model-00001-of-00002.safetensors"), "w") as f:
             f.write("half")
         raise OSError("disk full")
+
     with pytest.raises(ValueError, match="disk full.*free some space.*nothing was saved before"):
         checkpoint.save(str(tmp_path), 1, write_half, {})
     assert whole(tmp_path) == {}
@@ -78,7 +104,12 @@ def test_a_save_that_fails_leaves_none_and_the_earlier_one_intact(tmp_path):
         assert whole(tmp_path) == {1: 0}
     save(tmp_path, 2)  # what the failed one left is no obstacle, and does not get into it
     assert whole(tmp_path) == {1: 0, 2: 0}
-    assert sorted(os.listdir(tmp_path / "step_000002")) == ["DONE", "config.json", "model.safetensors", "trainer.pt"]
+    assert sorted(os.listdir(tmp_path / "step_000002")) == [
+        "DONE",
+        "config.json",
+        "model.safetensors",
+        "trainer.pt",
+    ]
 
 
 def test_without_done_it_is_not_a_checkpoint(tmp_path):
@@ -126,14 +157,24 @@ def test_all_is_on_disk_before_it_takes_its_name_and_then_the_name(tmp_path, mon
 
 # ---- death at any moment ------------------------------------------------------------------------------------
 
+
 class Killed(BaseException):
     """Raised in place of a system call; from then on no other is made, as after a real death."""
 
 
-@pytest.mark.parametrize("step, allowed", [
-    (4, [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0, 4: 1}, {1: 0, 3: 0, 4: 1}]),  # before; saved; and step 2 pruned
-    (3, [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0}, {1: 0, 2: 0, 3: 1}]),  # a second save of step 3: old, absent or new
-])
+@pytest.mark.parametrize(
+    "step, allowed",
+    [
+        (
+            4,
+            [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0, 4: 1}, {1: 0, 3: 0, 4: 1}],
+        ),  # before; saved; and step 2 pruned
+        (
+            3,
+            [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0}, {1: 0, 2: 0, 3: 1}],
+        ),  # a second save of step 3: old, absent or new
+    ],
+)
 def test_death_before_each_system_call_of_a_save(tmp_path, monkeypatch, step, allowed):
     for s in (1, 2, 3):
         save(tmp_path / "start", s)
@@ -148,6 +189,7 @@ def test_death_before_each_system_call_of_a_save(tmp_path, monkeypatch, step, al
                     raise Killed
                 calls.append(real)
                 return real(*args, **kwargs)
+
             return call
 
         with monkeypatch.context() as patched:
@@ -167,7 +209,9 @@ def test_death_before_each_system_call_of_a_save(tmp_path, monkeypatch, step, al
 def test_sigkill_at_random_moments(tmp_path):
     rng, before = random.Random(0), 0
     for _ in range(10):
-        child = os.fork()  # not a fresh interpreter: importing torch takes longer than all saves together
+        child = (
+            os.fork()
+        )  # not a fresh interpreter: importing torch takes longer than all saves together
         if child == 0:
             try:
                 for step in range(before + 1, before + 1000):
@@ -191,6 +235,7 @@ def test_sigkill_at_random_moments(tmp_path):
 
 # ---- resuming -----------------------------------------------------------------------------------------------
 
+
 def test_resume_auto_never_must(tmp_path):
     directory = str(tmp_path)
     assert checkpoint.resume_point(directory, "auto", SETTINGS) is None
@@ -210,9 +255,16 @@ def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
     save(tmp_path, 5)
     for resume in ("auto", "must"):
         with pytest.raises(ValueError) as error:
-            checkpoint.resume_point(str(tmp_path), resume, {**SETTINGS, "lr": 1e-4, "task": "0-20", "eval_every": 1, "kl_coef": 0.1})
+            checkpoint.resume_point(
+                str(tmp_path),
+                resume,
+                {**SETTINGS, "lr": 1e-4, "task": "0-20", "eval_every": 1, "kl_coef": 0.1},
+            )
         said = str(error.value)
-        assert "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said and "--run_name=" in said
+        assert (
+            "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said
+            and "--run_name=" in said
+        )
 
 
 RUN = {"steps", "save_every", "after_save", "run_name", "resume", "max_bad_steps", "eval_every"}
@@ -282,5 +334,7 @@ def test_weights_are_known_again_by_their_hash(tmp_path):
 
 
 def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
-    assert checkpoint.free_disk(str(tmp_path / "a" / "b")) == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    assert checkpoint.free_disk(str(tmp_path / "a" / "b")) == pytest.approx(
+        shutil.disk_usage(tmp_path).free, rel=0.1
+    )
     assert checkpoint.free_disk("no/such/folder") > 0

@@ -1,31 +1,73 @@
 """Multiple choice: what the files hold, labels in texts, likelihoods against one full forward pass a label, prompts that do not fit, solved problems shown before."""
+
 import json
 import sys
 
 import pytest
 import torch
-
 from conftest import toy_model
+
+from nanorl.engine import Engine
 from nanorl.evaluate.outcomes import Sampling, by_likelihood, by_sampling
 from nanorl.evaluate.statistics import summary
 from nanorl.evaluate.words import describe
-from nanorl.engine import Engine
 from nanorl.rollout import label_logprobs
 from nanorl.tasks import FewShot, get_task
 from nanorl.tasks.answers import chosen_label
 from nanorl.tasks.problem import Problem
 
-ARC = [{"id": "1", "question": "Which is a colour?", "choices": {"text": ["red", "dog", "run"], "label": ["A", "B", "C"]}, "answerKey": "A"},
-       {"id": "2", "question": "Which is a number?", "choices": {"text": ["cat", "two", "sky", "sea"], "label": ["1", "2", "3", "4"]}, "answerKey": "2"},
-       {"id": "3", "question": "Which barks?", "choices": {"text": ["cat", "ant", "bee", "cow", "dog"], "label": ["A", "B", "C", "D", "E"]}, "answerKey": "E"},
-       {"id": "4", "question": "Which is " + "very " * 20 + "wet?", "choices": {"text": ["sand", "sea", "fire", "dust"], "label": ["A", "B", "C", "D"]}, "answerKey": "B"}]
-MMLU = [{"subject": subject, "question": f"{subject} {i}?", "choices": ["w", "x", "y", "z"], "answer": i % 4} for subject in ("law", "logic") for i in range(5)]
+ARC = [
+    {
+        "id": "1",
+        "question": "Which is a colour?",
+        "choices": {"text": ["red", "dog", "run"], "label": ["A", "B", "C"]},
+        "answerKey": "A",
+    },
+    {
+        "id": "2",
+        "question": "Which is a number?",
+        "choices": {"text": ["cat", "two", "sky", "sea"], "label": ["1", "2", "3", "4"]},
+        "answerKey": "2",
+    },
+    {
+        "id": "3",
+        "question": "Which barks?",
+        "choices": {
+            "text": ["cat", "ant", "bee", "cow", "dog"],
+            "label": ["A", "B", "C", "D", "E"],
+        },
+        "answerKey": "E",
+    },
+    {
+        "id": "4",
+        "question": "Which is " + "very " * 20 + "wet?",
+        "choices": {"text": ["sand", "sea", "fire", "dust"], "label": ["A", "B", "C", "D"]},
+        "answerKey": "B",
+    },
+]
+MMLU = [
+    {
+        "subject": subject,
+        "question": f"{subject} {i}?",
+        "choices": ["w", "x", "y", "z"],
+        "answer": i % 4,
+    }
+    for subject in ("law", "logic")
+    for i in range(5)
+]
 
 
 def write_files(folder):
-    for name, split, rows in (("arc_easy", "validation", ARC), ("arc_easy", "train", ARC), ("mmlu", "validation", MMLU[::2]), ("mmlu", "dev", MMLU)):
+    for name, split, rows in (
+        ("arc_easy", "validation", ARC),
+        ("arc_easy", "train", ARC),
+        ("mmlu", "validation", MMLU[::2]),
+        ("mmlu", "dev", MMLU),
+    ):
         (folder / name).mkdir(exist_ok=True)
-        (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / name / f"{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows)
+        )
 
 
 @pytest.fixture
@@ -37,31 +79,89 @@ def files(tmp_path, monkeypatch):
 def test_three_to_five_choices_with_letters_or_numbers(files, monkeypatch):
     task = get_task("arc_easy", "val")
     problems = [task.problem(i) for i in range(len(task))]
-    assert [p.answer for p in problems] == ["A", "2", "E", "B"] and [len(p.meta["labels"]) for p in problems] == [3, 4, 5, 4]
-    assert problems[1].prompt[0]["content"] == "Which is a number?\n1. cat\n2. two\n3. sky\n4. sea\nAnswer with 1, 2, 3 or 4."
-    assert [p.answer for p in map(get_task("mmlu", "val").problem, range(5))] == ["A", "C", "A", "B", "D"]  # the 1st, 3rd, 5th, and of the second subject 2nd, 4th
-    assert task.reward(problems[1], task.solution(problems[1])).total == 1 and task.reward(problems[1], "4").total == 0
+    assert [p.answer for p in problems] == ["A", "2", "E", "B"] and [
+        len(p.meta["labels"]) for p in problems
+    ] == [3, 4, 5, 4]
+    assert (
+        problems[1].prompt[0]["content"]
+        == "Which is a number?\n1. cat\n2. two\n3. sky\n4. sea\nAnswer with 1, 2, 3 or 4."
+    )
+    assert [p.answer for p in map(get_task("mmlu", "val").problem, range(5))] == [
+        "A",
+        "C",
+        "A",
+        "B",
+        "D",
+    ]  # the 1st, 3rd, 5th, and of the second subject 2nd, 4th
+    assert (
+        task.reward(problems[1], task.solution(problems[1])).total == 1
+        and task.reward(problems[1], "4").total == 0
+    )
     assert get_task("arc_easy", "val", rewards="signed").reward(problems[0], "B").total == -1
     monkeypatch.setitem(sys.modules, "datasets", None)  # no hub
     with pytest.raises(ValueError, match="arc_challenge.*not at hand.*allenai/ai2_arc"):
         get_task("arc_challenge", "val")
 
 
-@pytest.mark.parametrize("text, label", [
-    ("B", "B"), (" B.", "B"), ("(C)", "C"), ("B. Paris", "B"), ("**D**", "D"), ("A\nbecause", "A"), ("The answer is C.", "C"), ("The correct answer is (B) dog", "B"),
-    ("Answer: D", "D"), ("First A, but the answer would be B", "B"), ("The answer is A or rather the answer is D.", "D"), ("I choose D!", "D"),
-    ("A dog barks", None), ("", None), ("B or C", None), ("A or B", None), ("It is B in my view", "B"),
-    ("The answer is A because it is cold.", "A"), ("A is correct.", "A"), ("Option A is correct.", "A"), ("The correct answer is A since x", "A"), ("I think A is the right choice", "A"),
-    ("A. Incorrect, since rocks melt.\nB. Correct.\nThe answer is B.", "B"), ("A) wrong\nC) right\nAnswer: C", "C"), ("A: wrong. The correct answer is D", "D"), ("(b)", "B"),
-    ("The answer is A or B", None), ("The answer is A, B, C and D", None), ("Answer with A, B, C or D.", None), ("Answer with A, B, C or D.\nB", "B"), ("Vitamin D helps bones", None),
-    ("The answer is: **C**", "C"), ("B is a city and A is a river", "B"), ("A good choice is C", "C"), ("none", None), ("ABC", None), ("Because", None), ("b", "B"), ("The answer is a dog", None), ("E", None)])
+@pytest.mark.parametrize(
+    "text, label",
+    [
+        ("B", "B"),
+        (" B.", "B"),
+        ("(C)", "C"),
+        ("B. Paris", "B"),
+        ("**D**", "D"),
+        ("A\nbecause", "A"),
+        ("The answer is C.", "C"),
+        ("The correct answer is (B) dog", "B"),
+        ("Answer: D", "D"),
+        ("First A, but the answer would be B", "B"),
+        ("The answer is A or rather the answer is D.", "D"),
+        ("I choose D!", "D"),
+        ("A dog barks", None),
+        ("", None),
+        ("B or C", None),
+        ("A or B", None),
+        ("It is B in my view", "B"),
+        ("The answer is A because it is cold.", "A"),
+        ("A is correct.", "A"),
+        ("Option A is correct.", "A"),
+        ("The correct answer is A since x", "A"),
+        ("I think A is the right choice", "A"),
+        ("A. Incorrect, since rocks melt.\nB. Correct.\nThe answer is B.", "B"),
+        ("A) wrong\nC) right\nAnswer: C", "C"),
+        ("A: wrong. The correct answer is D", "D"),
+        ("(b)", "B"),
+        ("The answer is A or B", None),
+        ("The answer is A, B, C and D", None),
+        ("Answer with A, B, C or D.", None),
+        ("Answer with A, B, C or D.\nB", "B"),
+        ("Vitamin D helps bones", None),
+        ("The answer is: **C**", "C"),
+        ("B is a city and A is a river", "B"),
+        ("A good choice is C", "C"),
+        ("none", None),
+        ("ABC", None),
+        ("Because", None),
+        ("b", "B"),
+        ("The answer is a dog", None),
+        ("E", None),
+    ],
+)
 def test_labels_in_texts(text, label):
     assert chosen_label(text, list("ABCD")) == label
 
 
 def test_numbers_as_labels():
-    assert chosen_label("3", list("1234")) == "3" and chosen_label("The answer is 2.", list("1234")) == "2" and chosen_label("12", list("1234")) is None
-    assert [chosen_label(text, list("1234")) for text in ("1.5 grams", "2,000 m", "The answer is 3.5 m", "2. dog", "0.4")] == [None, None, None, "2", None]
+    assert (
+        chosen_label("3", list("1234")) == "3"
+        and chosen_label("The answer is 2.", list("1234")) == "2"
+        and chosen_label("12", list("1234")) is None
+    )
+    assert [
+        chosen_label(text, list("1234"))
+        for text in ("1.5 grams", "2,000 m", "The answer is 3.5 m", "2. dog", "0.4")
+    ] == [None, None, None, "2", None]
 
 
 @torch.no_grad()
@@ -74,7 +174,7 @@ def slow_logprobs(model, tokenizer, problem):
     return found
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 400, 10 ** 6])
+@pytest.mark.parametrize("batch_tokens", [1, 400, 10**6])
 def test_likelihoods_are_those_of_a_forward_pass_a_label(files, tokenizer, batch_tokens):
     task, model = get_task("arc_easy", "val"), toy_model(vocab=tokenizer.n_tokens, context=512)
     engine, problems = Engine(model), [task.problem(i) for i in (2, 0, 3, 1)]
@@ -82,13 +182,21 @@ def test_likelihoods_are_those_of_a_forward_pass_a_label(files, tokenizer, batch
     candidates = [[tokenizer.encode(label)[0] for label in p.meta["labels"]] for p in problems]
     done = []
     found = engine.next_logprobs(prompts, candidates, batch_tokens, done.append)
-    assert sum(done) == 4 and (len(done) == 4) == (batch_tokens == 1) and (len(done) == 1) == (batch_tokens == 10 ** 6)
+    assert (
+        sum(done) == 4
+        and (len(done) == 4) == (batch_tokens == 1)
+        and (len(done) == 1) == (batch_tokens == 10**6)
+    )
     for problem, logprobs in zip(problems, found):
         assert logprobs == pytest.approx(slow_logprobs(model, tokenizer, problem), abs=1e-9)
     results = by_likelihood(engine, tokenizer, task, range(4))
     for o, logprobs in zip(results, [found[i] for i in (1, 3, 0, 2)]):
         best = task.problem(o["index"]).meta["labels"][logprobs.index(max(logprobs))]
-        assert o["texts"] == [best] and o["solved"] == [best == o["answer"]] and list(o["logprobs"].values()) == pytest.approx(logprobs, abs=1e-9)
+        assert (
+            o["texts"] == [best]
+            and o["solved"] == [best == o["answer"]]
+            and list(o["logprobs"].values()) == pytest.approx(logprobs, abs=1e-9)
+        )
 
 
 def test_chance_is_of_each_problems_choices(files, tokenizer):
@@ -97,7 +205,9 @@ def test_chance_is_of_each_problems_choices(files, tokenizer):
     for o, right in zip(results, (True, True, False, False)):
         o["solved"] = [right]
     s = summary(results)
-    assert s["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4) and s["centred"] == pytest.approx((0.5 - s["chance"]) / (1 - s["chance"]))
+    assert s["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4) and s[
+        "centred"
+    ] == pytest.approx((0.5 - s["chance"]) / (1 - s["chance"]))
     assert any("guessing gets 25.8%" in line for line in describe(s))
     said = by_sampling(Engine(model), tokenizer, task, range(4), Sampling(2, 4, 1.0))
     assert summary(said)["chance"] == s["chance"]
@@ -107,10 +217,21 @@ def test_a_prompt_that_does_not_fit_is_not_solved_and_told(files, tokenizer):
     task = get_task("arc_easy", "val")
     longest = max(len(tokenizer.render_prompt(task.problem(i).prompt)) for i in range(4))
     model = toy_model(vocab=tokenizer.n_tokens, context=longest - 1)
-    for results in (by_likelihood(Engine(model), tokenizer, task, range(4)), by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0), leave_long=True)):
-        assert [o.get("too_long", False) for o in results] == [False, False, False, True] and results[3]["solved"] == [False] and [o["index"] for o in results] == [0, 1, 2, 3]
+    for results in (
+        by_likelihood(Engine(model), tokenizer, task, range(4)),
+        by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0), leave_long=True),
+    ):
+        assert (
+            [o.get("too_long", False) for o in results] == [False, False, False, True]
+            and results[3]["solved"] == [False]
+            and [o["index"] for o in results] == [0, 1, 2, 3]
+        )
         s = summary(results)
-        assert s["n"] == 4 and s["too_long"] == 1 and any(line.startswith("1 prompts do not fit") for line in describe(s))
+        assert (
+            s["n"] == 4
+            and s["too_long"] == 1
+            and any(line.startswith("1 prompts do not fit") for line in describe(s))
+        )
     with pytest.raises(ValueError, match="do not fit the model's context"):
         by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0))
 
@@ -124,19 +245,38 @@ def test_a_label_of_several_tokens_is_refused(tokenizer):
 def test_solved_problems_come_before_of_the_same_subject(files):
     task = FewShot(get_task("mmlu", "val"), get_task("mmlu", "train"), 2)
     law, logic = task.problem(0), task.problem(4)
-    assert [m["role"] for m in law.prompt] == ["user", "assistant"] * 2 + ["user"] and [m["content"] for m in law.prompt[1::2]] == ["B", "C"]  # dev's first is this very one
-    assert all(m["content"].startswith("logic") for m in logic.prompt[::2]) and all(m["content"].startswith("law") for m in law.prompt[::2])
-    assert task.reward(law, law.answer).total == 1 and len(task) == 5 and law.answer == get_task("mmlu", "val").problem(0).answer
+    assert [m["role"] for m in law.prompt] == ["user", "assistant"] * 2 + ["user"] and [
+        m["content"] for m in law.prompt[1::2]
+    ] == ["B", "C"]  # dev's first is this very one
+    assert all(m["content"].startswith("logic") for m in logic.prompt[::2]) and all(
+        m["content"].startswith("law") for m in law.prompt[::2]
+    )
+    assert (
+        task.reward(law, law.answer).total == 1
+        and len(task) == 5
+        and law.answer == get_task("mmlu", "val").problem(0).answer
+    )
     same = get_task("mmlu", "train")
-    assert all(same.problem(i).prompt[0] not in FewShot(same, same, 2).problem(i).prompt[:-1] for i in range(10))  # never the problem itself
+    assert all(
+        same.problem(i).prompt[0] not in FewShot(same, same, 2).problem(i).prompt[:-1]
+        for i in range(10)
+    )  # never the problem itself
     with pytest.raises(ValueError, match="only 4 solved problems to show of law"):
         FewShot(get_task("mmlu", "val"), get_task("mmlu", "train"), 6).problem(0)
 
 
 def test_the_published_files(real_data, monkeypatch):
     monkeypatch.setenv("NANORL_DATA", real_data)
-    for name, split, n in (("mmlu", "val", 1531), ("mmlu", "train", 285), ("arc_easy", "val", 570), ("arc_challenge", "val", 299), ("arc_challenge", "train", 1119)):
+    for name, split, n in (
+        ("mmlu", "val", 1531),
+        ("mmlu", "train", 285),
+        ("arc_easy", "val", 570),
+        ("arc_challenge", "val", 299),
+        ("arc_challenge", "train", 1119),
+    ):
         task = get_task(name, split)
         problems = [task.problem(i) for i in range(len(task))]
-        assert len(problems) == n and all(p.answer in p.meta["labels"] and 3 <= len(p.meta["labels"]) <= 5 for p in problems)
+        assert len(problems) == n and all(
+            p.answer in p.meta["labels"] and 3 <= len(p.meta["labels"]) <= 5 for p in problems
+        )
         assert all(task.reward(p, task.solution(p)).total == 1 for p in problems)

@@ -1,9 +1,10 @@
 """`--name=value` over a script's constants."""
+
 import os
 
 import pytest
-
 from conftest import ROOT
+
 from nanorl.runtime.config import configure, read_constants
 
 SOURCE = '''"""What the script does."""
@@ -37,8 +38,11 @@ def script(tmp_path):
     """-> a fresh copy of the globals of a script with SOURCE's constants"""
     path = tmp_path / "script.py"
     path.write_text(SOURCE)
-    return lambda: dict(__file__=str(path), __doc__="What the script does.",
-                        **{name: value for name, (value, _, _) in read_constants(SOURCE).items()})
+    return lambda: dict(
+        __file__=str(path),
+        __doc__="What the script does.",
+        **{name: value for name, (value, _, _) in read_constants(SOURCE).items()},
+    )
 
 
 def message(script, *argv):
@@ -68,12 +72,22 @@ def test_a_value_has_the_type_of_its_default(script):
     names = script()
     resolved = configure(names, ["--seed=1_000", "--lr=3", "--run=7", "--muon=no", "--floor=-2"])
     expected = dict(seed=1000, lr=3.0, run="7", muon=False, floor=-2.0, dry=False, bare=3)
-    assert resolved == expected and {n: type(v) for n, v in resolved.items()} == {n: type(v) for n, v in expected.items()}
-    assert {n: names[n] for n in expected} == expected  # the script's own globals are what main() reads
+    assert resolved == expected and {n: type(v) for n, v in resolved.items()} == {
+        n: type(v) for n, v in expected.items()
+    }
+    assert {
+        n: names[n] for n in expected
+    } == expected  # the script's own globals are what main() reads
 
 
 def test_true_and_false_in_words_and_the_bare_flag(script):
-    for text, value in [("--dry", True), ("--dry=true", True), ("--dry=1", True), ("--muon=False", False), ("--muon=0", False)]:
+    for text, value in [
+        ("--dry", True),
+        ("--dry=true", True),
+        ("--dry=1", True),
+        ("--muon=False", False),
+        ("--muon=0", False),
+    ]:
         assert configure(script(), [text])[text[2:].split("=")[0]] is value
 
 
@@ -93,15 +107,21 @@ def test_nothing_in_a_value_is_executed(script, tmp_path):
 def test_an_unknown_name_names_the_near_miss(script):
     assert message(script, "--sed=1") == "--sed: no such constant: did you mean --seed?"
     assert "--help" in message(script, "--zzzzzz=1")
-    assert "no such constant" in message(script, "--late=1")  # below the first function: not a setting
+    assert "no such constant" in message(
+        script, "--late=1"
+    )  # below the first function: not a setting
     assert "no such constant" in message(script, "--names=1")
 
 
 def test_an_ill_typed_value_is_refused_with_value_and_remedy(script):
     assert message(script, "--seed=1.5") == "--seed=1.5: seed takes a whole number (default 0)"
     assert message(script, "--lr=fast") == "--lr=fast: lr takes a number (default 0.0002)"
-    assert message(script, "--muon=maybe") == "--muon=maybe: muon takes true or false (default True)"
-    assert "--lr=0.0002" in message(script, "--lr")  # a bare name is a flag only where the default is true or false
+    assert (
+        message(script, "--muon=maybe") == "--muon=maybe: muon takes true or false (default True)"
+    )
+    assert "--lr=0.0002" in message(
+        script, "--lr"
+    )  # a bare name is a flag only where the default is true or false
     assert "--name=value" in message(script, "seed=1")
 
 
@@ -112,7 +132,9 @@ def test_help_shows_every_constant_with_its_comment(script, capsys, flag):
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and shown.startswith("What the script does.")
     for name, (default, comment, heading) in read_constants(SOURCE).items():
-        line = next(line for line in shown.splitlines() if line.startswith(f"  --{name}={default} "))
+        line = next(
+            line for line in shown.splitlines() if line.startswith(f"  --{name}={default} ")
+        )
         assert line.endswith(comment) and f"\n{heading}\n" in shown
 
 

@@ -1,4 +1,5 @@
 """Files -> documents and conversations: nothing lost, nothing on two sides, and what is broken is named; and the scripts on them."""
+
 import gzip
 import json
 import math
@@ -10,18 +11,18 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from scripts import assert_same_run, call, rows
 
 from nanorl.data import corpus
 from nanorl.data import tokens as data
 from nanorl.data.conversations import messages_of, read_conversations
-from nanorl.data.corpus import END, MAX_BYTES, MIN_BYTES, Corpus, cut, plain_documents
+from nanorl.data.corpus import MAX_BYTES, MIN_BYTES, Corpus, cut, plain_documents
 from nanorl.data.packing import pack_rows
-from nanorl.data.tokens import Windows, read_index
+from nanorl.data.tokens import read_index
 from nanorl.hf import load_model
 from nanorl.tasks.files import find_files
 from nanorl.tasks.problem import content_hash
 from nanorl.tokenizer import Tokenizer
-from scripts import assert_same_run, call, rows
 
 
 def texts_of(patterns, **settings):
@@ -32,10 +33,16 @@ def texts_of(patterns, **settings):
 def write_rows(path, rows):
     """Rows in the kind of file that the name asks for."""
     if path.suffix == ".parquet":
-        parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
-        parquet.write_table(table({key: [row.get(key) for row in rows] for key in rows[0]}), path, row_group_size=2)
+        parquet, table = (
+            pytest.importorskip("pyarrow.parquet"),
+            pytest.importorskip("pyarrow").table,
+        )
+        parquet.write_table(
+            table({key: [row.get(key) for row in rows] for key in rows[0]}), path, row_group_size=2
+        )
     elif path.suffix == ".csv":
         import csv
+
         with open(path, "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, list(rows[0]))
             writer.writeheader()
@@ -49,18 +56,48 @@ def write_rows(path, rows):
 def paragraphs(n, seed=0, words=60):
     """n different paragraphs of plain words."""
     rng = random.Random(seed)
-    return [" ".join(rng.choice(["the", "cat", "sat", "on", "a", "mat", "müde", "and", "slept", str(rng.randrange(10 ** 6))]) for _ in range(words)) + "."
-            for _ in range(n)]
+    return [
+        " ".join(
+            rng.choice(
+                [
+                    "the",
+                    "cat",
+                    "sat",
+                    "on",
+                    "a",
+                    "mat",
+                    "müde",
+                    "and",
+                    "slept",
+                    str(rng.randrange(10**6)),
+                ]
+            )
+            for _ in range(words)
+        )
+        + "."
+        for _ in range(n)
+    ]
 
 
 # ---- documents ------------------------------------------------------------------------------------------------
 
+
 def test_lines_of_endoftext_end_documents(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n" + "long " * 3000 + "\n\nstill one\n<|endoftext|>\ntwo <|endoftext|> of it\n <|endoftext|> \r\n\n<|endoftext|>\nthree")
+    (tmp_path / "a.txt").write_text(
+        "one\n\n"
+        + "long " * 3000
+        + "\n\nstill one\n<|endoftext|>\ntwo <|endoftext|> of it\n <|endoftext|> \r\n\n<|endoftext|>\nthree"
+    )
     texts, bad, empty = texts_of(tmp_path / "a.txt")
-    assert texts == ["one\n\n" + "long " * 3000 + "\n\nstill one", "two <|endoftext|> of it", "three"]
+    assert texts == [
+        "one\n\n" + "long " * 3000 + "\n\nstill one",
+        "two <|endoftext|> of it",
+        "three",
+    ]
     assert bad == [] and empty == [str(tmp_path / "a.txt")]
-    assert Corpus(str(tmp_path / "a.txt")).survey()[1]["notes"] == [f"1 empty documents were left out (first: {tmp_path / 'a.txt'})"]
+    assert Corpus(str(tmp_path / "a.txt")).survey()[1]["notes"] == [
+        f"1 empty documents were left out (first: {tmp_path / 'a.txt'})"
+    ]
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -68,7 +105,9 @@ def test_without_them_a_blank_line_does_once_there_is_enough(tmp_path, newline):
     parts = paragraphs(200)
     (tmp_path / "a.md").write_bytes((2 * newline).join(parts).encode())
     texts = texts_of(tmp_path / "a.md")[0]
-    assert (2 * newline).join(texts) == (2 * newline).join(parts)  # nothing lost but the blank lines between documents
+    assert (2 * newline).join(texts) == (2 * newline).join(
+        parts
+    )  # nothing lost but the blank lines between documents
     sizes = [len(text.encode()) for text in texts]
     assert all(MIN_BYTES - 2 <= size < MIN_BYTES + 600 for size in sizes[:-1]) and len(sizes) > 5
 
@@ -77,7 +116,10 @@ def test_a_stretch_without_blank_lines_is_cut_at_white_space(tmp_path):
     lines = paragraphs(1000)
     (tmp_path / "a.txt").write_text("\n".join(lines))
     texts = texts_of(tmp_path / "a.txt")[0]
-    assert all(MAX_BYTES - 20 < len(text.encode()) <= MAX_BYTES for text in texts[:-1]) and len(texts) > 3
+    assert (
+        all(MAX_BYTES - 20 < len(text.encode()) <= MAX_BYTES for text in texts[:-1])
+        and len(texts) > 3
+    )
     assert "".join(texts) == "\n".join(lines) and all(text[-1].isspace() for text in texts[:-1])
 
 
@@ -86,7 +128,9 @@ def test_cut_never_splits_a_character():
         pieces = list(cut(text.encode()))
         assert b"".join(pieces) == text.encode() and all(0 < len(p) <= MAX_BYTES for p in pieces)
         assert "".join(p.decode() for p in pieces) == text
-    assert [len(p) for p in cut(b"\x80" * 200_000)] == [MAX_BYTES] * 3 + [200_000 - 3 * MAX_BYTES]  # no character anywhere
+    assert [len(p) for p in cut(b"\x80" * 200_000)] == [MAX_BYTES] * 3 + [
+        200_000 - 3 * MAX_BYTES
+    ]  # no character anywhere
     assert list(cut(b"")) == [b""]
 
 
@@ -102,10 +146,18 @@ def test_a_line_of_any_length_in_little_memory(tmp_path, text):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
 def test_rows_give_their_text_field(tmp_path, name):
-    texts = ["first, with a\nline", "", "µ and \"quotes\"", "x" * 200_000, "last"]
-    path = write_rows(tmp_path / name, [{"id": str(i), "body": text} for i, text in enumerate(texts)])
+    texts = ["first, with a\nline", "", 'µ and "quotes"', "x" * 200_000, "last"]
+    path = write_rows(
+        tmp_path / name, [{"id": str(i), "body": text} for i, text in enumerate(texts)]
+    )
     found, bad, empty = texts_of(path, text_field="body")
-    assert found == texts[:1] + texts[2:3] + [texts[3][i:i + MAX_BYTES] for i in range(0, 200_000, MAX_BYTES)] + texts[4:]
+    assert (
+        found
+        == texts[:1]
+        + texts[2:3]
+        + [texts[3][i : i + MAX_BYTES] for i in range(0, 200_000, MAX_BYTES)]
+        + texts[4:]
+    )
     assert bad == [] and len(empty) == 1
 
 
@@ -126,12 +178,18 @@ def test_bytes_that_are_not_utf8_become_fffd_and_are_counted(tmp_path, name):
         (tmp_path / name).write_bytes(b"\n".join(b'{"text": "%s"}' % text for text in raw))
     else:
         pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        strings = pa.Array.from_buffers(pa.string(), 4, pa.array(raw, pa.binary()).buffers())  # as some writers leave them
+        strings = pa.Array.from_buffers(
+            pa.string(), 4, pa.array(raw, pa.binary()).buffers()
+        )  # as some writers leave them
         parquet.write_table(pa.table({"text": strings}), tmp_path / name)
     texts, bad, _ = texts_of(tmp_path / name)
     assert texts == [text.decode(errors="replace") for text in raw] and len(bad) == 2
     notes = Corpus(str(tmp_path / name)).survey()[1]["notes"]
-    assert len(notes) == 1 and "2 documents held bytes that are not UTF-8; they became U+FFFD" in notes[0] and name in notes[0]
+    assert (
+        len(notes) == 1
+        and "2 documents held bytes that are not UTF-8; they became U+FFFD" in notes[0]
+        and name in notes[0]
+    )
 
 
 def test_a_lone_surrogate_of_json_is_no_crash(tmp_path):
@@ -143,7 +201,11 @@ def test_a_lone_surrogate_of_json_is_no_crash(tmp_path):
 BROKEN = [
     ("a.jsonl", '{"text": "a"}\n\n{"text": "b\n', "a.jsonl, line 3: not JSON"),
     ("a.jsonl", '{"text": "a"}\n["b"]\n', "a.jsonl, line 2: not an object"),
-    ("a.jsonl", '{"text": "a"}\n{"id": 1, "body": "b"}\n', "a.jsonl, line 2: no field 'text', only id, body.*--text_field="),
+    (
+        "a.jsonl",
+        '{"text": "a"}\n{"id": 1, "body": "b"}\n',
+        "a.jsonl, line 2: no field 'text', only id, body.*--text_field=",
+    ),
     ("a.jsonl", '{"text": 5}\n', "a.jsonl, line 1: 'text' is 5, not text.*--text_field="),
     ("a.csv", "id,body\n1,b\n", "a.csv, line 2: no field 'text'"),
     ("a.parquet", "PAR1 and no more", "a.parquet cannot be read"),
@@ -175,15 +237,26 @@ def test_patterns_find_files_in_order_and_each_once(tmp_path, monkeypatch):
     os.makedirs("more/deep")
     for name in ("b.txt", "a.txt", "odd[1].txt", "more/c.md", "more/deep/d.md"):
         (tmp_path / name).write_text(name)
-    assert find_files("b.txt, *.txt ,more/**/*.md") == ["b.txt", "a.txt", "odd[1].txt", "more/c.md", "more/deep/d.md"]
+    assert find_files("b.txt, *.txt ,more/**/*.md") == [
+        "b.txt",
+        "a.txt",
+        "odd[1].txt",
+        "more/c.md",
+        "more/deep/d.md",
+    ]
     assert find_files("odd[1].txt") == ["odd[1].txt"]
-    for patterns, words in [("nothing*.txt", "'nothing\\*.txt' is no file and finds none"), ("a.txt,gone.txt", "'gone.txt' is no file"),
-                            ("more", "name its files, such as more/\\*.txt"), (" , ", "names no file")]:
+    for patterns, words in [
+        ("nothing*.txt", "'nothing\\*.txt' is no file and finds none"),
+        ("a.txt,gone.txt", "'gone.txt' is no file"),
+        ("more", "name its files, such as more/\\*.txt"),
+        (" , ", "names no file"),
+    ]:
         with pytest.raises(ValueError, match=words):
             find_files(patterns)
 
 
 # ---- which validate, and the tokenizer's sample ---------------------------------------------------------------
+
 
 def corpus_of(path, texts):
     path.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
@@ -205,7 +278,9 @@ def test_a_document_that_occurs_twice_is_on_one_side(tmp_path):
     share = sum(splits == {"val"} for splits in found.values()) / len(found)
     assert 0.012 < share < 0.03
     alone = sides(corpus_of(tmp_path / "b.txt", texts[1000:2000]))
-    assert all(found[text] == splits for text, splits in alone.items())  # whatever else is in the corpus
+    assert all(
+        found[text] == splits for text, splits in alone.items()
+    )  # whatever else is in the corpus
 
 
 def test_the_smallest_of_corpora_has_both_sides(tmp_path):
@@ -213,67 +288,125 @@ def test_the_smallest_of_corpora_has_both_sides(tmp_path):
         found = sides(corpus_of(tmp_path / "a.txt", paragraphs(2, seed)))
         assert sorted(map(sorted, found.values())) == [["train"], ["val"]]
     for texts in (["one"], ["one", "one"]):
-        with pytest.raises(ValueError, match=r"1 different documents in 1 file: there must be two or more.*<\|endoftext\|>"):
+        with pytest.raises(
+            ValueError,
+            match=r"1 different documents in 1 file: there must be two or more.*<\|endoftext\|>",
+        ):
             corpus_of(tmp_path / "a.txt", texts).survey()
 
 
-def test_the_tokenizer_sees_a_bounded_sample_spread_over_the_corpus_and_nothing_that_validates(tmp_path, monkeypatch):
+def test_the_tokenizer_sees_a_bounded_sample_spread_over_the_corpus_and_nothing_that_validates(
+    tmp_path, monkeypatch
+):
     texts = paragraphs(2000, words=20)
     size = len("".join(texts).encode())
     monkeypatch.setattr(corpus, "SAMPLE_BYTES", size // 10)
     source = corpus_of(tmp_path / "a.txt", texts + texts[:500])
     sample, facts = source.survey()
     drawn = [text for text in sample if text in set(texts)]
-    assert 0.9 * size / 10 < len("".join(drawn).encode()) <= size / 10 and len(set(drawn)) == len(drawn)
+    assert 0.9 * size / 10 < len("".join(drawn).encode()) <= size / 10 and len(set(drawn)) == len(
+        drawn
+    )
     assert 30 < sum(text in set(texts[:500]) for text in drawn) < 80  # a quarter of about 200
     val = {text for split, text in source.documents(facts) if split == "val"}
     monkeypatch.setattr(corpus, "SAMPLE_BYTES", 10 * size)  # all of it is wanted
     sample, facts = source.survey()
     assert val and set(texts) - set(sample) == val and not val & set(drawn)
     assert sample[-1] == "system\nuser\nassistant\n"  # the words of chat headers
-    assert sorted(corpus_of(tmp_path / "a.txt", texts[::-1]).survey()[0]) == sorted(sample)  # not by where it stands
+    assert sorted(corpus_of(tmp_path / "a.txt", texts[::-1]).survey()[0]) == sorted(
+        sample
+    )  # not by where it stands
 
 
 def test_words_of_any_length_are_cut_for_the_tokenizer(tmp_path):
     texts = ["short words " * 500, "a" * 5000, "one " + "b" * 5000, "word " * 2000]
     sample, facts = corpus_of(tmp_path / "a.txt", texts).survey()
-    val = {text for split, text in corpus_of(tmp_path / "a.txt", texts).documents(facts) if split == "val"}
+    val = {
+        text
+        for split, text in corpus_of(tmp_path / "a.txt", texts).documents(facts)
+        if split == "val"
+    }
     assert max(len(word) for text in sample for word in text.split()) == 1024
-    assert sorted(sample[:-500]) == sorted(part for text in texts if text not in val for part in (
-        [text[i:i + 1024] for i in range(0, len(text), 1024)] if "aa" in text or "bb" in text else [text]))
+    assert sorted(sample[:-500]) == sorted(
+        part
+        for text in texts
+        if text not in val
+        for part in (
+            [text[i : i + 1024] for i in range(0, len(text), 1024)]
+            if "aa" in text or "bb" in text
+            else [text]
+        )
+    )
 
 
 # ---- conversations --------------------------------------------------------------------------------------------
 
-U, A, S = ({"role": role, "content": content} for role, content in [("user", "Hi?"), ("assistant", "Yes."), ("system", "Be brief.")])
+U, A, S = (
+    {"role": role, "content": content}
+    for role, content in [("user", "Hi?"), ("assistant", "Yes."), ("system", "Be brief.")]
+)
 
 
-@pytest.mark.parametrize("row,messages", [
-    ({"messages": [S, U, A, U, A], "id": 7}, [S, U, A, U, A]),
-    ({"conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes."}]}, [S, U, A]),
-    ({"conversations": [U, A]}, [U, A]),
-    ({"messages": None, "conversations": [{**U, "from": None}, {**A, "from": None}]}, [U, A]),  # as parquet fills what is missing
-    ({"instruction": "Hi?", "input": "", "output": "Yes."}, [U, A]),
-    ({"instruction": "Hi?", "output": "Yes."}, [U, A]),
-    ({"instruction": "Add.", "input": "1, 2", "output": "3"}, [{"role": "user", "content": "Add.\n\n1, 2"}, {"role": "assistant", "content": "3"}]),
-    ({"prompt": "Hi?", "completion": "Yes."}, [U, A]),
-    ({"prompt": "Hi?", "messages": [U, A, U, A]}, [U, A, U, A]),
-])
+@pytest.mark.parametrize(
+    "row,messages",
+    [
+        ({"messages": [S, U, A, U, A], "id": 7}, [S, U, A, U, A]),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."},
+                    {"from": "human", "value": "Hi?"},
+                    {"from": "gpt", "value": "Yes."},
+                ]
+            },
+            [S, U, A],
+        ),
+        ({"conversations": [U, A]}, [U, A]),
+        (
+            {"messages": None, "conversations": [{**U, "from": None}, {**A, "from": None}]},
+            [U, A],
+        ),  # as parquet fills what is missing
+        ({"instruction": "Hi?", "input": "", "output": "Yes."}, [U, A]),
+        ({"instruction": "Hi?", "output": "Yes."}, [U, A]),
+        (
+            {"instruction": "Add.", "input": "1, 2", "output": "3"},
+            [{"role": "user", "content": "Add.\n\n1, 2"}, {"role": "assistant", "content": "3"}],
+        ),
+        ({"prompt": "Hi?", "completion": "Yes."}, [U, A]),
+        ({"prompt": "Hi?", "messages": [U, A, U, A]}, [U, A, U, A]),
+    ],
+)
 def test_rows_become_messages(row, messages):
     assert messages_of(row) == messages
 
 
-@pytest.mark.parametrize("row,words", [
-    ({"text": "a", "id": 1}, "no messages, conversations, instruction or prompt in it, only text, id"),
-    ({"messages": "Hi"}, "not a list"), ({"messages": ["Hi"]}, "not a list of objects"), ({"messages": []}, "no messages"),
-    ({"messages": [U, {"role": "assistant"}]}, "message 2: no 'content' or 'value'"),
-    ({"messages": [U, {"role": "assistant", "content": [{"text": "Yes."}]}]}, r"message 2: 'content' is \[.*not a string"),
-    ({"messages": [{"content": "Hi"}, A]}, "message 1: no 'role' or 'from'"),
-    ({"messages": [U, {"role": "tool", "content": "5"}, A]}, "message 2: role 'tool' is none of system, user, assistant"),
-    ({"messages": [U, A, U]}, "the last message is the user's"),
-    ({"instruction": "a"}, "no 'output'"), ({"instruction": 5, "output": "a"}, "'instruction' is 5, not a string"),
-    ({"instruction": "a", "input": 5, "output": "a"}, "'input' is 5, not a string"), ({"prompt": "a", "completion": None}, "no 'completion'"),
-])
+@pytest.mark.parametrize(
+    "row,words",
+    [
+        (
+            {"text": "a", "id": 1},
+            "no messages, conversations, instruction or prompt in it, only text, id",
+        ),
+        ({"messages": "Hi"}, "not a list"),
+        ({"messages": ["Hi"]}, "not a list of objects"),
+        ({"messages": []}, "no messages"),
+        ({"messages": [U, {"role": "assistant"}]}, "message 2: no 'content' or 'value'"),
+        (
+            {"messages": [U, {"role": "assistant", "content": [{"text": "Yes."}]}]},
+            r"message 2: 'content' is \[.*not a string",
+        ),
+        ({"messages": [{"content": "Hi"}, A]}, "message 1: no 'role' or 'from'"),
+        (
+            {"messages": [U, {"role": "tool", "content": "5"}, A]},
+            "message 2: role 'tool' is none of system, user, assistant",
+        ),
+        ({"messages": [U, A, U]}, "the last message is the user's"),
+        ({"instruction": "a"}, "no 'output'"),
+        ({"instruction": 5, "output": "a"}, "'instruction' is 5, not a string"),
+        ({"instruction": "a", "input": 5, "output": "a"}, "'input' is 5, not a string"),
+        ({"prompt": "a", "completion": None}, "no 'completion'"),
+    ],
+)
 def test_rows_that_are_no_conversation_are_named(row, words, tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}, row])
     with pytest.raises(ValueError, match=f"a.jsonl, line 2: .*{words}") as raised:
@@ -283,33 +416,68 @@ def test_rows_that_are_no_conversation_are_named(row, words, tmp_path, tokenizer
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
 def test_conversations_of_every_kind_of_file(tmp_path, tokenizer, name):
-    path = write_rows(tmp_path / name, [{"prompt": f"{i} + 1?", "completion": str(i + 1)} for i in range(300)])
+    path = write_rows(
+        tmp_path / name, [{"prompt": f"{i} + 1?", "completion": str(i + 1)} for i in range(300)]
+    )
     train, val, note = read_conversations(str(path), tokenizer, 64)
     assert len(train) + len(val) == 300 and 1 <= len(val) < 20 and note == ""
-    rendered = [tokenizer.render_chat([{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}]) for i in range(300)]
+    rendered = [
+        tokenizer.render_chat(
+            [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}]
+        )
+        for i in range(300)
+    ]
     found = [(ids.tolist(), mask.astype(int).tolist()) for ids, mask in train]
     assert found == [example for example in rendered if example in found]  # in the file's order
-    assert sorted(found + [(ids.tolist(), mask.astype(int).tolist()) for ids, mask in val]) == sorted(rendered)
-    again = read_conversations(f"{path},{write_rows(tmp_path / 'again.jsonl', [{'prompt': f'{i} + 1?', 'completion': str(i + 1)} for i in range(300)])}", tokenizer, 64)
-    assert [len(part) for part in again[:2]] == [2 * len(train), 2 * len(val)]  # a conversation that occurs twice is on one side
+    assert sorted(
+        found + [(ids.tolist(), mask.astype(int).tolist()) for ids, mask in val]
+    ) == sorted(rendered)
+    again = read_conversations(
+        f"{path},{write_rows(tmp_path / 'again.jsonl', [{'prompt': f'{i} + 1?', 'completion': str(i + 1)} for i in range(300)])}",
+        tokenizer,
+        64,
+    )
+    assert [len(part) for part in again[:2]] == [
+        2 * len(train),
+        2 * len(val),
+    ]  # a conversation that occurs twice is on one side
 
 
 def test_every_turn_of_the_assistant_is_in_the_loss(tmp_path, tokenizer):
-    turns = [S, U, {"role": "assistant", "content": "12 + 34"}, U, {"role": "assistant", "content": "the cat"}]
+    turns = [
+        S,
+        U,
+        {"role": "assistant", "content": "12 + 34"},
+        U,
+        {"role": "assistant", "content": "the cat"},
+    ]
     path = write_rows(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": [U, A]}])
-    (ids, mask), = [e for part in read_conversations(str(path), tokenizer, 128)[:2] for e in part if len(e[0]) > 30]
+    ((ids, mask),) = [
+        e
+        for part in read_conversations(str(path), tokenizer, 128)[:2]
+        for e in part
+        if len(e[0]) > 30
+    ]
     assert tokenizer.decode(ids[mask].tolist()) == "12 + 34<|im_end|>the cat<|im_end|>"
 
 
 def test_conversations_that_fit_no_row_are_left_out_and_counted(tmp_path, tokenizer):
     words = lambda n: {"prompt": "the", "completion": "cat" * n}
     longest = len(tokenizer.render_chat(messages_of(words(90)))[0])
-    fits = len(tokenizer.render_chat(messages_of(words(9)))[0]) - 1  # a row has one token more than inputs
+    fits = (
+        len(tokenizer.render_chat(messages_of(words(9)))[0]) - 1
+    )  # a row has one token more than inputs
     path = write_rows(tmp_path / "a.jsonl", [words(n) for n in (1, 9, 10, 90, 2)])
     train, val, note = read_conversations(str(path), tokenizer, fits)
     assert len(train) + len(val) == 3 and max(len(ids) for ids, _ in train + val) == fits + 1
-    assert note == f"2 of 5 conversations are longer than --seq_len={fits} tokens and are left out; the longest has {longest}"
-    with pytest.raises(ValueError, match="5 of 5 conversations are longer than --seq_len=4 .*two or more must be left"):
+    assert (
+        note
+        == f"2 of 5 conversations are longer than --seq_len={fits} tokens and are left out; the longest has {longest}"
+    )
+    with pytest.raises(
+        ValueError,
+        match="5 of 5 conversations are longer than --seq_len=4 .*two or more must be left",
+    ):
         read_conversations(str(path), tokenizer, 4)
     with pytest.raises(ValueError, match="1 different conversations: two or more"):
         read_conversations(str(write_rows(tmp_path / "b.jsonl", [words(1)] * 3)), tokenizer, 64)
@@ -317,7 +485,14 @@ def test_conversations_that_fit_no_row_are_left_out_and_counted(tmp_path, tokeni
 
 # ---- the scripts ----------------------------------------------------------------------------------------------
 
-SMALL = ["--depth=1", "--device=cpu", "--dtype=fp64", "--steps=4", "--batch_tokens=128", "--seq_len=64"]
+SMALL = [
+    "--depth=1",
+    "--device=cpu",
+    "--dtype=fp64",
+    "--steps=4",
+    "--batch_tokens=128",
+    "--seq_len=64",
+]
 BASE = [*SMALL, "--vocab_size=300", "--sample_tokens=8", "--eval_tokens=1024"]
 SFT = [*SMALL, "--run_name=a"]
 
@@ -329,26 +504,70 @@ def out(tmp_path_factory):
     os.environ["NANORL_OUT"] = str(folder)
     (folder / "a.txt").write_text("\n<|endoftext|>\n".join(paragraphs(150)), encoding="utf-8")
     write_rows(folder / "b.jsonl", [{"text": text} for text in paragraphs(150, seed=1)])
-    write_rows(folder / "chats.jsonl", [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} cats"}]} for i in range(300)]
-               + [{"prompt": "a", "completion": "mat " * 200}])
-    assert call("train_base.py", *BASE, f"--data={folder}/a.txt,{folder}/*b.jsonl", "--run_name=a", "--eval_every=2", "--eval_tokens=65536", "--save_every=2") is None
+    write_rows(
+        folder / "chats.jsonl",
+        [
+            {
+                "messages": [
+                    {"role": "user", "content": f"{i}?"},
+                    {"role": "assistant", "content": f"{i} cats"},
+                ]
+            }
+            for i in range(300)
+        ]
+        + [{"prompt": "a", "completion": "mat " * 200}],
+    )
+    assert (
+        call(
+            "train_base.py",
+            *BASE,
+            f"--data={folder}/a.txt,{folder}/*b.jsonl",
+            "--run_name=a",
+            "--eval_every=2",
+            "--eval_tokens=65536",
+            "--save_every=2",
+        )
+        is None
+    )
     yield folder
     del os.environ["NANORL_OUT"]
 
 
 def test_base_learns_from_files_and_says_what_it_made_of_them(out, capsys):
-    assert call("train_base.py", *BASE, f"--data={out}/a.txt,{out}/*b.jsonl", "--run_name=said", "--steps=1") is None
+    assert (
+        call(
+            "train_base.py",
+            *BASE,
+            f"--data={out}/a.txt,{out}/*b.jsonl",
+            "--run_name=said",
+            "--steps=1",
+        )
+        is None
+    )
     said = capsys.readouterr().out
     index = read_index(out / "said" / "base" / "tokens")
-    shard, = index["shards"]
-    total = {name: shard["train"][name] + shard["val"][name] for name in ("documents", "bytes", "tokens")}
+    (shard,) = index["shards"]
+    total = {
+        name: shard["train"][name] + shard["val"][name] for name in ("documents", "bytes", "tokens")
+    }
     size = sum(len(text.encode()) for seed in (0, 1) for text in paragraphs(150, seed))
-    assert total["documents"] == 300 and total["bytes"] == size and 0 < shard["val"]["documents"] < 20
-    assert (f"corpus  2 files, 300 documents ({shard['val']['documents']} to validate), 0.1 MB -> {total['tokens']:,} tokens, "
-            f"{size / total['tokens']:.2f} bytes a token") in said
-    val = [text for seed in (0, 1) for text in paragraphs(150, seed) if content_hash(text) < index["facts"]["val_bound"]]
+    assert (
+        total["documents"] == 300 and total["bytes"] == size and 0 < shard["val"]["documents"] < 20
+    )
+    assert (
+        f"corpus  2 files, 300 documents ({shard['val']['documents']} to validate), 0.1 MB -> {total['tokens']:,} tokens, "
+        f"{size / total['tokens']:.2f} bytes a token"
+    ) in said
+    val = [
+        text
+        for seed in (0, 1)
+        for text in paragraphs(150, seed)
+        if content_hash(text) < index["facts"]["val_bound"]
+    ]
     shown = [line.strip() for line in said.splitlines() if "▸" in line]
-    assert len(shown) == min(3, len(val)) and all(text.startswith(line.partition(" ▸")[0]) for line, text in zip(shown, val))
+    assert len(shown) == min(3, len(val)) and all(
+        text.startswith(line.partition(" ▸")[0]) for line, text in zip(shown, val)
+    )
 
 
 def test_bits_per_byte_equal_a_slow_reference(out):
@@ -356,15 +575,29 @@ def test_bits_per_byte_equal_a_slow_reference(out):
     model = load_model(out / "a" / "base" / "step_000004", torch.float64)
     model.compute_dtype = torch.float64
     tokenizer = Tokenizer.from_pretrained(out / "a" / "base" / "tokens")
-    val = [text for seed in (0, 1) for text in paragraphs(150, seed) if content_hash(text) < index["facts"]["val_bound"]]
-    ids = torch.tensor([i for text in val for i in tokenizer.encode(text) + [tokenizer.document_end]])
+    val = [
+        text
+        for seed in (0, 1)
+        for text in paragraphs(150, seed)
+        if content_hash(text) < index["facts"]["val_bound"]
+    ]
+    ids = torch.tensor(
+        [i for text in val for i in tokenizer.encode(text) + [tokenizer.document_end]]
+    )
     n = (len(ids) - 1) // 64
     with torch.no_grad():
-        logp = torch.cat([model.head(model.hidden(ids[None, 64 * i:64 * i + 64]))[0].log_softmax(-1) for i in range(n)])
-    nats = -logp[torch.arange(64 * n), ids[1:64 * n + 1]].mean()
+        logp = torch.cat(
+            [
+                model.head(model.hidden(ids[None, 64 * i : 64 * i + 64]))[0].log_softmax(-1)
+                for i in range(n)
+            ]
+        )
+    nats = -logp[torch.arange(64 * n), ids[1 : 64 * n + 1]].mean()
     bytes_per_token = sum(len(text.encode()) for text in val) / len(ids)
     last = rows(out / "a" / "base")[-1]
-    assert last["val/bits_per_byte"] == pytest.approx(float(nats) / math.log(2) / bytes_per_token, rel=1e-9)
+    assert last["val/bits_per_byte"] == pytest.approx(
+        float(nats) / math.log(2) / bytes_per_token, rel=1e-9
+    )
     assert ["val/bits_per_byte" in r for r in rows(out / "a" / "base")] == [False, True] * 2
 
 
@@ -380,6 +613,7 @@ def test_tokenizing_in_shards_goes_on_where_it_was_killed(out, monkeypatch):
         if len(calls) == 15:
             raise RuntimeError("killed")
         return encode_many(self, texts)
+
     monkeypatch.setattr(Tokenizer, "encode_many", dying)
     with pytest.raises(RuntimeError, match="killed"):
         call("train_base.py", *arguments, "--run_name=killed")
@@ -387,7 +621,9 @@ def test_tokenizing_in_shards_goes_on_where_it_was_killed(out, monkeypatch):
     assert call("train_base.py", *arguments, "--run_name=killed") is None
     assert len(read_index(out / "killed" / "base" / "tokens")["shards"]) > 5
     for name in os.listdir(out / "shards" / "base" / "tokens"):
-        assert (out / "shards" / "base" / "tokens" / name).read_bytes() == (out / "killed" / "base" / "tokens" / name).read_bytes(), name
+        assert (out / "shards" / "base" / "tokens" / name).read_bytes() == (
+            out / "killed" / "base" / "tokens" / name
+        ).read_bytes(), name
     assert_same_run(out / "shards" / "base", out / "killed" / "base", "step_000004")
 
 
@@ -401,6 +637,7 @@ def test_base_resumes_with_the_text_it_began_with(out):
 
     def back():
         shutil.rmtree(out / "r" / "base" / "step_000004")
+
     back()
     os.remove(source)
     assert call("train_base.py", *arguments, "--resume=must") is None
@@ -414,7 +651,11 @@ def test_base_resumes_with_the_text_it_began_with(out):
     source.write_text("\n<|endoftext|>\n".join(paragraphs(150, seed=5)), encoding="utf-8")
     shutil.rmtree(out / "r" / "base" / "tokens")
     message = call("train_base.py", *arguments, "--resume=must")
-    assert "it gives another tokenizer than" in message and "another --run_name" in message and "\n" not in message
+    assert (
+        "it gives another tokenizer than" in message
+        and "another --run_name" in message
+        and "\n" not in message
+    )
 
 
 def test_token_files_of_changed_files_are_made_again(out, tmp_path):
@@ -424,7 +665,11 @@ def test_token_files_of_changed_files_are_made_again(out, tmp_path):
     made_from = lambda patterns, field="text": Corpus(patterns, field).made_from
     first = made_from(str(a))
     assert made_from(str(a)) == first == json.loads(json.dumps(first))
-    assert made_from(str(a), "body") != first and made_from(f"{a},{b}") != first and made_from(f"{a},{b}") != made_from(f"{b},{a}")
+    assert (
+        made_from(str(a), "body") != first
+        and made_from(f"{a},{b}") != first
+        and made_from(f"{a},{b}") != made_from(f"{b},{a}")
+    )
     os.utime(a, ns=(1, 1))
     assert made_from(str(a)) != first
     a.write_text("one\n<|endoftext|>\ntwos")
@@ -433,11 +678,27 @@ def test_token_files_of_changed_files_are_made_again(out, tmp_path):
 
 
 def test_sft_learns_from_conversations_and_validates_on_others(out, capsys):
-    assert call("train_sft.py", *SFT, f"--data={out}/chats.jsonl", "--stage=chat", "--eval_every=2", "--save_every=2", "--matrix_lr=0.05") is None
+    assert (
+        call(
+            "train_sft.py",
+            *SFT,
+            f"--data={out}/chats.jsonl",
+            "--stage=chat",
+            "--eval_every=2",
+            "--save_every=2",
+            "--matrix_lr=0.05",
+        )
+        is None
+    )
     said = capsys.readouterr().out
-    assert "1 of 301 conversations are longer than --seq_len=64 tokens and are left out; the longest has" in said
+    assert (
+        "1 of 301 conversations are longer than --seq_len=64 tokens and are left out; the longest has"
+        in said
+    )
     found = rows(out / "a" / "chat")
-    assert [r["step"] for r in found if "val/loss" in r] == [0, 2, 4] and [r["step"] for r in found] == list(range(5))
+    assert [r["step"] for r in found if "val/loss" in r] == [0, 2, 4] and [
+        r["step"] for r in found
+    ] == list(range(5))
     tokenizer = Tokenizer.from_pretrained(out / "a" / "base" / "tokens")
     train, val, _ = read_conversations(f"{out}/chats.jsonl", tokenizer, 64)
     assert f"{len(train)} conversations" in said and f"{len(val)} held out" in said
@@ -446,9 +707,14 @@ def test_sft_learns_from_conversations_and_validates_on_others(out, capsys):
         model.compute_dtype = torch.float64
         for ids, mask in val:  # one by one
             with torch.no_grad():
-                logp = model.head(model.hidden(torch.tensor(ids[None, :-1].astype(np.int64))))[0].log_softmax(-1)
+                logp = model.head(model.hidden(torch.tensor(ids[None, :-1].astype(np.int64))))[
+                    0
+                ].log_softmax(-1)
             places = np.flatnonzero(mask[1:])
-            nats, n = nats - float(logp[places, ids[1:][places].astype(np.int64)].sum()), n + len(places)
+            nats, n = (
+                nats - float(logp[places, ids[1:][places].astype(np.int64)].sum()),
+                n + len(places),
+            )
         row = next(r for r in found if r["step"] == step)
         assert row["val/loss"] == pytest.approx(nats / n, rel=1e-9)
     assert found[-1]["val/loss"] < found[0]["val/loss"]
@@ -475,12 +741,24 @@ MISTAKES = [
     ("train_base.py", "--data={out}/empty.txt", "0 different documents in 1 file"),
     ("train_base.py", "--data={out}/one.txt", "1 different documents in 1 file"),
     ("train_base.py", "--data={out}/short.txt", "windows of 64 tokens"),
-    ("train_base.py", "--data={out}/chats.jsonl", "chats.jsonl, line 1: no field 'text', only messages"),
+    (
+        "train_base.py",
+        "--data={out}/chats.jsonl",
+        "chats.jsonl, line 1: no field 'text', only messages",
+    ),
     ("train_base.py", "--sample_tokens=5000", "--sample_tokens=5000"),
     ("train_base.py", "--sample_tokens=-1", "--sample_tokens=-1"),
     ("train_sft.py", "--data={out}/nothing*.jsonl", "is no file and finds none"),
-    ("train_sft.py", "--data={out}/a.txt", "a.txt is not a file of rows: convert it to one of .jsonl"),
-    ("train_sft.py", "--data={out}/b.jsonl", "b.jsonl, line 1: no messages, conversations, instruction or prompt in it, only text"),
+    (
+        "train_sft.py",
+        "--data={out}/a.txt",
+        "a.txt is not a file of rows: convert it to one of .jsonl",
+    ),
+    (
+        "train_sft.py",
+        "--data={out}/b.jsonl",
+        "b.jsonl, line 1: no messages, conversations, instruction or prompt in it, only text",
+    ),
     ("train_sft.py", "--data={out}/empty.jsonl", "0 different conversations"),
     ("train_sft.py", "--data={out}/latin.jsonl", "latin.jsonl, line 1: not UTF-8"),
     ("train_sft.py", "--eval_every=-1", "--eval_every=-1"),
@@ -489,15 +767,25 @@ MISTAKES = [
 
 @pytest.mark.parametrize("script,mistake,words", MISTAKES, ids=[f"{s} {m}" for s, m, _ in MISTAKES])
 def test_a_mistake_with_files_gets_one_line(out, script, mistake, words):
-    for name, content in [("empty.txt", b""), ("empty.jsonl", b"\n"), ("one.txt", b"just one"), ("short.txt", b"a\n<|endoftext|>\nb"),
-                          ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "b"}')]:
+    for name, content in [
+        ("empty.txt", b""),
+        ("empty.jsonl", b"\n"),
+        ("one.txt", b"just one"),
+        ("short.txt", b"a\n<|endoftext|>\nb"),
+        ("latin.jsonl", b'{"prompt": "caf\xe9", "completion": "b"}'),
+    ]:
         (out / name).write_bytes(content)
-    run = [f"--run_name=m{abs(hash(mistake))}", f"--model={out}/a/base"][:2 if script == "train_sft.py" else 1]
-    message = call(script, *(BASE if script == "train_base.py" else SFT), *run, mistake.format(out=out))
+    run = [f"--run_name=m{abs(hash(mistake))}", f"--model={out}/a/base"][
+        : 2 if script == "train_sft.py" else 1
+    ]
+    message = call(
+        script, *(BASE if script == "train_base.py" else SFT), *run, mistake.format(out=out)
+    )
     assert isinstance(message, str) and words in message and "\n" not in message
 
 
 # ---- real files -----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["brown", "tinystories", "tinyshakespeare"])
 def test_the_documents_of_a_real_text_hold_all_of_it(real_data, name):
@@ -511,7 +799,9 @@ def test_the_documents_of_a_real_text_hold_all_of_it(real_data, name):
 
 def test_real_conversations(real_data):
     tokenizer = Tokenizer.from_pretrained(os.path.join(real_data, "tokenizers", "qwen3"))
-    train, held_out, note = read_conversations(os.path.join(real_data, "alpaca", "train.jsonl"), tokenizer, 512)
+    train, held_out, note = read_conversations(
+        os.path.join(real_data, "alpaca", "train.jsonl"), tokenizer, 512
+    )
     assert note and 4900 < len(train) + len(held_out) < 5000 and 60 < len(held_out) < 150
     packed = pack_rows(train, 513)
     assert sum(len(ids) for row in packed for ids, _ in row) / (513 * len(packed)) > 0.95

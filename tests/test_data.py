@@ -1,4 +1,5 @@
 """Token files, windows and packed rows: everything once, nothing mixed up, and resumable."""
+
 import json
 import os
 import random
@@ -13,17 +14,28 @@ from nanorl.data.packing import PackedRows, pack_rows
 from nanorl.data.tokens import Windows, read_index, shard_path, tokenize
 from nanorl.tokenizer import Tokenizer
 
-
 # ---- tokenize -------------------------------------------------------------------------------------------------
 
-TEXTS = [("train", "the cat sat"), ("val", "12 + 34"), ("train", ""), ("train", "µ on the mat"), ("val", "the end")]
+TEXTS = [
+    ("train", "the cat sat"),
+    ("val", "12 + 34"),
+    ("train", ""),
+    ("train", "µ on the mat"),
+    ("val", "the end"),
+]
 
 
 class Source:
     """Documents for tokenize(); `dies` before the document of that number, as a process does. Counts what is asked of it."""
 
     def __init__(self, documents, dies=None, **made_from):
-        self.pairs, self.dies, self.made_from, self.surveys, self.given = documents, dies, made_from, 0, 0
+        self.pairs, self.dies, self.made_from, self.surveys, self.given = (
+            documents,
+            dies,
+            made_from,
+            0,
+            0,
+        )
 
     def survey(self):
         self.surveys += 1
@@ -40,19 +52,25 @@ class Source:
 def stored(directory, split):
     """The split's ids, in the order of the shards."""
     index = read_index(directory)
-    return [i for number in range(len(index["shards"])) for i in np.fromfile(shard_path(directory, split, number), index["dtype"]).tolist()]
+    return [
+        i
+        for number in range(len(index["shards"]))
+        for i in np.fromfile(shard_path(directory, split, number), index["dtype"]).tolist()
+    ]
 
 
 def files_in(directory):
     return {name: (directory / name).read_bytes() for name in sorted(os.listdir(directory))}
 
 
-@pytest.mark.parametrize("shard_bytes", [10 ** 8, 8])
+@pytest.mark.parametrize("shard_bytes", [10**8, 8])
 def test_documents_go_to_their_split_each_with_its_boundary(tmp_path, monkeypatch, shard_bytes):
     monkeypatch.setattr(data, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(data, "BATCH_BYTES", 4)
     index = tokenize(Source(TEXTS), 280, tmp_path)
-    assert index == read_index(tmp_path) and index["whole"] and index["dtype"] == "uint16"  # half the disk, as long as the ids fit
+    assert (
+        index == read_index(tmp_path) and index["whole"] and index["dtype"] == "uint16"
+    )  # half the disk, as long as the ids fit
     assert (len(index["shards"]) == 1) == (shard_bytes > 8)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     for split in ("train", "val"):
@@ -60,17 +78,22 @@ def test_documents_go_to_their_split_each_with_its_boundary(tmp_path, monkeypatc
         ids = [i for text in texts for i in tokenizer.encode(text) + [tokenizer.document_end]]
         total = lambda name: data.total(index, name, [split])
         assert stored(tmp_path, split) == ids and total("tokens") == len(ids)
-        assert total("bytes") == sum(len(text.encode()) for text in texts) and total("documents") == len(texts)
+        assert total("bytes") == sum(len(text.encode()) for text in texts) and total(
+            "documents"
+        ) == len(texts)
 
 
 def test_documents_are_written_as_they_come(tmp_path, monkeypatch):
     written = []
 
     class Watching(Source):
-        def documents(self, facts):  # far more than a batch and the file's buffer hold; a list of all would be written only at the end
+        def documents(
+            self, facts
+        ):  # far more than a batch and the file's buffer hold; a list of all would be written only at the end
             for pair in super().documents(facts):
                 yield pair
                 written.append(os.path.getsize(tmp_path / "train_00000.bin"))
+
     monkeypatch.setattr(data, "BATCH_BYTES", 10_000)
     tokenize(Watching([("train", "12 + 34 " * 500)] * 100), 280, tmp_path)
     assert written[50] > 0 and written[-1] > 1.5 * written[50]
@@ -80,7 +103,10 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD_BYTES", 400)
     monkeypatch.setattr(data, "BATCH_BYTES", 60)
     rng = random.Random(0)
-    documents = [(rng.choice(["train", "train", "val"]), "the cat sat " * rng.randrange(1, 6)) for _ in range(100)]
+    documents = [
+        (rng.choice(["train", "train", "val"]), "the cat sat " * rng.randrange(1, 6))
+        for _ in range(100)
+    ]
     tokenize(Source(documents), 280, tmp_path / "whole")
     expected = files_in(tmp_path / "whole")
     assert len(read_index(tmp_path / "whole")["shards"]) > 8
@@ -89,12 +115,19 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError):
             tokenize(killed, 280, tmp_path / "killed")
         assert not read_index(tmp_path / "killed")["whole"]
-        before = {name: os.stat(tmp_path / "killed" / name).st_mtime_ns for name in os.listdir(tmp_path / "killed")}
+        before = {
+            name: os.stat(tmp_path / "killed" / name).st_mtime_ns
+            for name in os.listdir(tmp_path / "killed")
+        }
         whole_shards = len(read_index(tmp_path / "killed")["shards"])
         again = Source(documents)
         tokenize(again, 280, tmp_path / "killed")
-        assert files_in(tmp_path / "killed") == expected and again.surveys == 0  # the tokenizer was there
-        kept = ["tokenizer.json"] + [f"{split}_{i:05d}.bin" for split in ("train", "val") for i in range(whole_shards)]
+        assert (
+            files_in(tmp_path / "killed") == expected and again.surveys == 0
+        )  # the tokenizer was there
+        kept = ["tokenizer.json"] + [
+            f"{split}_{i:05d}.bin" for split in ("train", "val") for i in range(whole_shards)
+        ]
         assert all(os.stat(tmp_path / "killed" / name).st_mtime_ns == before[name] for name in kept)
         shutil.rmtree(tmp_path / "killed")
 
@@ -106,16 +139,25 @@ def test_what_is_whole_is_left_and_what_was_made_from_something_else_is_made_aga
     for documents, vocab_size, made_from in [(TEXTS, 280, "b"), (TEXTS[:2], 270, "b")]:
         other = Source(documents, text=made_from)
         (tmp_path / "train_00007.bin").write_text("of another time")
-        assert tokenize(other, vocab_size, tmp_path)["made_from"] == {"text": made_from, "vocab_size": vocab_size}
-        assert other.surveys == 1 and other.given == len(documents) and not (tmp_path / "train_00007.bin").exists()
-    (tmp_path / "tokens.json").write_text(json.dumps({"made_from": {"text": "b", "vocab_size": 270}, "tokens": {}}))  # of an earlier nanorl
+        assert tokenize(other, vocab_size, tmp_path)["made_from"] == {
+            "text": made_from,
+            "vocab_size": vocab_size,
+        }
+        assert (
+            other.surveys == 1
+            and other.given == len(documents)
+            and not (tmp_path / "train_00007.bin").exists()
+        )
+    (tmp_path / "tokens.json").write_text(
+        json.dumps({"made_from": {"text": "b", "vocab_size": 270}, "tokens": {}})
+    )  # of an earlier nanorl
     older = Source(TEXTS[:2], text="b")
     assert tokenize(older, 270, tmp_path)["whole"] and older.given == 2
 
 
 def test_a_vocabulary_beyond_16_bits(tmp_path, monkeypatch):
     class Wide:
-        n_tokens, document_end = 2 ** 16 + 1, 2 ** 16
+        n_tokens, document_end = 2**16 + 1, 2**16
         train = classmethod(lambda cls, texts, vocab_size: cls())
         from_pretrained = classmethod(lambda cls, path: cls())
 
@@ -124,8 +166,9 @@ def test_a_vocabulary_beyond_16_bits(tmp_path, monkeypatch):
 
         def encode_many(self, texts):
             return [[ord(c) for c in text] for text in texts]
+
     monkeypatch.setattr(data, "Tokenizer", Wide)
-    tokenize(Source([("train", "ab"), ("val", "c")]), 10 ** 5, tmp_path)
+    tokenize(Source([("train", "ab"), ("val", "c")]), 10**5, tmp_path)
     assert stored(tmp_path, "train") == [97, 98, 65536] and stored(tmp_path, "val") == [99, 65536]
 
 
@@ -138,7 +181,11 @@ def shards_of(directory, *counts):
     """Token files of `counts` tokens: 0, 1, 2, ... in the first, 1000, 1001, ... in the second, and so on; 2.5 bytes a token."""
     for i, n in enumerate(counts):
         np.arange(1000 * i, 1000 * i + n, dtype="uint16").tofile(shard_path(directory, "train", i))
-    index = {"dtype": "uint16", "whole": True, "shards": [{"train": {"tokens": n, "bytes": 2.5 * n}} for n in counts]}
+    index = {
+        "dtype": "uint16",
+        "whole": True,
+        "shards": [{"train": {"tokens": n, "bytes": 2.5 * n}} for n in counts],
+    }
     (directory / "tokens.json").write_text(json.dumps(index))
     return str(directory)
 
@@ -162,7 +209,7 @@ def starts(windows, batches):
 
 def test_every_window_once_an_epoch_in_an_order_of_its_own(corpus):
     seen = starts(Windows(corpus, "train", T, rows=3), 10)  # three epochs; batches straddle them
-    epochs = [seen[i:i + 10] for i in (0, 10, 20)]
+    epochs = [seen[i : i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == list(range(0, 80, T)) for epoch in epochs)
     other = starts(Windows(corpus, "train", T, rows=3, seed=1), 4)[:10]
     assert sorted(other) == sorted(seen[:10])
@@ -172,18 +219,27 @@ def test_every_window_once_an_epoch_in_an_order_of_its_own(corpus):
 
 
 def test_windows_over_shards_each_once_and_none_in_two(tmp_path):
-    corpus = shards_of(tmp_path, 3 * T + 1, T, 0, 4 * T + T, T + 1)  # 3 windows; T tokens are none, for want of a target; none; 4; 1
+    corpus = shards_of(
+        tmp_path, 3 * T + 1, T, 0, 4 * T + T, T + 1
+    )  # 3 windows; T tokens are none, for want of a target; none; 4; 1
     expected = [*range(0, 3 * T, T), *range(3000, 3000 + 4 * T, T), 4000]
     windows = Windows(corpus, "train", T, rows=2)
-    assert windows.n == len(expected) == 8 and windows.n_tokens == 10 * T + 2 and windows.bytes_per_token == 2.5
+    assert (
+        windows.n == len(expected) == 8
+        and windows.n_tokens == 10 * T + 2
+        and windows.bytes_per_token == 2.5
+    )
     seen = starts(windows, 12)  # starts() checks that a window's tokens follow each other
-    assert all(sorted(seen[i:i + 8]) == expected for i in (0, 8, 16)) and seen[:8] != seen[8:16]
+    assert all(sorted(seen[i : i + 8]) == expected for i in (0, 8, 16)) and seen[:8] != seen[8:16]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_windows_of_all_ranks_are_the_batch_of_one(corpus, world_size):
     whole = Windows(corpus, "train", T, rows=6)
-    ranks = [Windows(corpus, "train", T, rows=6, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [
+        Windows(corpus, "train", T, rows=6, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
     for _ in range(5):
         assert sorted(sum((starts(r, 1) for r in ranks), [])) == sorted(starts(whole, 1))
 
@@ -202,7 +258,9 @@ def test_windows_resume(corpus):
 def test_a_cursor_of_other_data_is_refused(corpus, tmp_path):
     state = Windows(corpus, "train", T, rows=3).state_dict()
     os.makedirs(tmp_path / "b")
-    with pytest.raises(ValueError, match="the data has changed: 11 windows or examples, 10 when the run was saved"):
+    with pytest.raises(
+        ValueError, match="the data has changed: 11 windows or examples, 10 when the run was saved"
+    ):
         Windows(shards_of(tmp_path / "b", 11 * T + 4), "train", T, rows=3).load_state_dict(state)
     with pytest.raises(ValueError, match="the data has changed: 50 .* 49 "):
         make_rows().load_state_dict({"position": 0, "offset": 0, "n": N - 1})
@@ -216,15 +274,21 @@ def test_token_files_that_are_not_whole_are_refused(corpus, tmp_path):
 
 def test_too_small_a_corpus_is_refused(corpus):
     assert len(starts(Windows(corpus, "train", T, rows=10), 1)) == 10
-    with pytest.raises(ValueError, match="has 10 windows of 8 tokens, fewer than the 11 of one batch: lower --batch_tokens"):
+    with pytest.raises(
+        ValueError,
+        match="has 10 windows of 8 tokens, fewer than the 11 of one batch: lower --batch_tokens",
+    ):
         Windows(corpus, "train", T, rows=11)
 
 
 # ---- packing --------------------------------------------------------------------------------------------------
 
+
 def test_packing_keeps_examples_whole_and_fills_rows():
     rng = random.Random(0)
-    examples = [([i] * n, [0] * n) for i, n in enumerate(rng.randrange(20, 61) for _ in range(1000))]
+    examples = [
+        ([i] * n, [0] * n) for i, n in enumerate(rng.randrange(20, 61) for _ in range(1000))
+    ]
     rows = pack_rows(examples, 256)
     used = [sum(len(ids) for ids, _ in row) for row in rows]
     assert max(used) <= 256
@@ -235,7 +299,9 @@ def test_packing_keeps_examples_whole_and_fills_rows():
 
 def test_an_example_must_fit_a_row():
     assert pack_rows([([1] * 8, [0] * 8)], 8) == [[([1] * 8, [0] * 8)]]
-    with pytest.raises(ValueError, match="an example of 9 tokens does not fit a row of 8: raise --seq_len"):
+    with pytest.raises(
+        ValueError, match="an example of 9 tokens does not fit a row of 8: raise --seq_len"
+    ):
         pack_rows([([1] * 9, [0] * 9)], 8)
 
 
@@ -262,7 +328,7 @@ def examples_in(batch):
         while at < len(tokens) and tokens[at] != PAD:
             i = tokens[at] // 100 - 1
             ids, m = example(i)
-            assert tokens[at:at + len(ids)] == ids
+            assert tokens[at : at + len(ids)] == ids
             row.append(i)
             expected_mask += m
             expected_document += [len(row)] * len(ids)
@@ -283,10 +349,17 @@ def test_rows_hold_examples_mask_and_document_aligned():
         for row in examples_in(source.next()):
             assert row
             seen += row
-    epochs = [seen[i:i + N] for i in (0, N, 2 * N)]
-    assert all(sorted(epoch) == list(range(N)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 3
-    other = sum((examples_in(source.next()) for source in [make_rows(seed=1)] for _ in range(9)), [])
-    chunks = [set(order[:16]) for order in [*epochs, sum(other, [])]]  # what is packed together differs, not only its order
+    epochs = [seen[i : i + N] for i in (0, N, 2 * N)]
+    assert (
+        all(sorted(epoch) == list(range(N)) for epoch in epochs)
+        and len({tuple(e) for e in epochs}) == 3
+    )
+    other = sum(
+        (examples_in(source.next()) for source in [make_rows(seed=1)] for _ in range(9)), []
+    )
+    chunks = [
+        set(order[:16]) for order in [*epochs, sum(other, [])]
+    ]  # what is packed together differs, not only its order
     assert all(a != b for i, a in enumerate(chunks) for b in chunks[:i])
 
 
@@ -300,7 +373,11 @@ def test_packed_rows_resume_in_a_chunk_and_across_an_epoch():
         again.next()  # wherever it stood
         again.load_state_dict(state)
         assert all(torch.equal(a, b) for a, b in zip(source.next(), again.next(), strict=True))
-    assert {(0, True, True), (1, False, True), (1, True, True)} <= positions  # it was tried where it is hard
+    assert {
+        (0, True, True),
+        (1, False, True),
+        (1, True, True),
+    } <= positions  # it was tried where it is hard
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -315,8 +392,14 @@ def test_packed_rows_of_all_ranks_are_the_batch_of_one(world_size):
 def test_a_row_holds_one_token_more_than_the_model_reads():
     def one(n):
         return PackedRows(lambda i: (list(range(n)), [1] * n), 1, 8, rows=1).next()
+
     inputs, targets, mask, document, _ = one(9)
-    assert inputs.tolist() == [list(range(8))] and targets.tolist() == [list(range(1, 9))] and mask.all() and document.all()
+    assert (
+        inputs.tolist() == [list(range(8))]
+        and targets.tolist() == [list(range(1, 9))]
+        and mask.all()
+        and document.all()
+    )
     with pytest.raises(ValueError, match="does not fit"):
         one(10)
 

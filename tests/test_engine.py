@@ -1,11 +1,12 @@
 """The sampler against the slow, obvious way: one row at a time, a full forward per token."""
+
 import random
 
 import numpy as np
 import pytest
 import torch
-
 from conftest import toy_model
+
 from nanorl.cache import Capacity, Layout, Row, Settings, columns_for, fill_holes, merge
 from nanorl.engine import Engine
 from nanorl.gpt import LOGITS_AT_ONCE, token_logprobs
@@ -47,7 +48,9 @@ CASES = {
     "ragged": dict(lengths=[1, 9, 4, 4, 7, 2], G=4),
     "more rows than places": dict(lengths=[1, 9, 4, 4, 7, 2, 5, 8], G=3, max_rows=7),
     "places for one group": dict(lengths=[3, 5, 2], G=4, max_rows=4),
-    "one sample, refilled row by row": dict(lengths=[1, 9, 4, 4, 7, 2, 5, 8, 3, 3, 6], G=1, max_rows=4),
+    "one sample, refilled row by row": dict(
+        lengths=[1, 9, 4, 4, 7, 2, 5, 8, 3, 3, 6], G=1, max_rows=4
+    ),
     "one prompt": dict(lengths=[6], G=5),
     "one row": dict(lengths=[1], G=1),
     "greedy": dict(lengths=[5, 2, 8], G=2, temperature=0.0),
@@ -60,7 +63,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("fixed_shapes", [False, True])
-@pytest.mark.parametrize("heads", [dict(), dict(n_kv_head=4, tie_embeddings=True), dict(n_kv_head=1, qk_norm=False, qkv_bias=True)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        dict(),
+        dict(n_kv_head=4, tie_embeddings=True),
+        dict(n_kv_head=1, qk_norm=False, qkv_bias=True),
+    ],
+)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkeypatch):
     """In the shapes of a CPU's step and, on the same CPU, in those that a GPU's graphs have; with small constants, so that caches grow, logits come in
@@ -68,22 +78,42 @@ def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkey
     monkeypatch.setattr("nanorl.cache.COLUMNS", 5)
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("nanorl.cache.SAMPLED_AT_ONCE", 150)
-    c = {"max_rows": 0, "temperature": 1.0, "stops": [3, 5, 9, 11, 12, 40], "N": 24, "prefill_tokens": 16384, **CASES[case]}
+    c = {
+        "max_rows": 0,
+        "temperature": 1.0,
+        "stops": [3, 5, 9, 11, 12, 40],
+        "N": 24,
+        "prefill_tokens": 16384,
+        **CASES[case],
+    }
     model, prompts = toy_model(**heads), prompts_of(c["lengths"])
     keys = [1000 + 7 * i for i in range(len(prompts))]
     engine = Engine(model, c["max_rows"])
     engine.fixed_shapes = fixed_shapes
-    groups = engine.generate(prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"])
+    groups = engine.generate(
+        prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"]
+    )
     needed = {k: v for k, v in engine.stats.items() if k not in ("live", "row_slots")}
     lengths = [(len(p), [len(x.ids) for x in g]) for p, g in zip(prompts, groups)]
-    assert needed["row_steps"] == sum(n - 1 for _, g in lengths for n in g)  # what was needed, not what was done in the end
-    assert needed["cached"] == sum(p * (max(g) - 1) + sum(n * (n - 1) // 2 for n in g) for p, g in lengths)
+    assert needed["row_steps"] == sum(
+        n - 1 for _, g in lengths for n in g
+    )  # what was needed, not what was done in the end
+    assert needed["cached"] == sum(
+        p * (max(g) - 1) + sum(n * (n - 1) // 2 for n in g) for p, g in lengths
+    )
     if fixed_shapes:  # the kept caches and whatever is left in them change nothing
-        assert engine.generate(prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"]) == groups
+        assert (
+            engine.generate(
+                prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"]
+            )
+            == groups
+        )
     assert [len(g) for g in groups] == [c["G"]] * len(prompts)
     for prompt, key, group in zip(prompts, keys, groups):
         for number, completion in enumerate(group):
-            ids, logprobs = slow_generate(model, prompt, key, number, c["N"], c["temperature"], set(c["stops"]))
+            ids, logprobs = slow_generate(
+                model, prompt, key, number, c["N"], c["temperature"], set(c["stops"])
+            )
             assert completion.ids == ids
             assert completion.finished == (ids[-1] in c["stops"])
             assert np.abs(np.subtract(completion.logprobs, logprobs)).max() <= 1e-9
@@ -92,12 +122,17 @@ def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkey
 def test_samples_do_not_depend_on_order_places_or_company():
     model, prompts = toy_model(), prompts_of([1, 9, 4, 7, 2, 5])
     keys = [10, 11, 12, 13, 14, 15]
-    make = lambda prompts, keys, rows, G=4: [[c.ids for c in g] for g in Engine(model, rows).generate(prompts, G, 20, 1.0, [3, 5, 9], keys)]
+    make = lambda prompts, keys, rows, G=4: [
+        [c.ids for c in g]
+        for g in Engine(model, rows).generate(prompts, G, 20, 1.0, [3, 5, 9], keys)
+    ]
     whole = make(prompts, keys, 0)
     assert make(prompts, keys, 5) == whole
     assert make(prompts[::-1], keys[::-1], 0)[::-1] == whole
     assert make(prompts[2:3], keys[2:3], 0) == whole[2:3]
-    assert [g[:2] for g in whole] == make(prompts, keys, 0, G=2)  # the first samples are the same however many follow
+    assert [g[:2] for g in whole] == make(
+        prompts, keys, 0, G=2
+    )  # the first samples are the same however many follow
     assert make(prompts, [k + 1 for k in keys], 0) != whole
 
 
@@ -107,7 +142,9 @@ def test_sampler_logprobs_are_the_learners():
         for prompt, group in zip(prompts, Engine(model).generate(prompts, 4, 30, 0.8, [3])):
             for c in group:
                 ids = torch.tensor([prompt + c.ids])
-                learner = token_logprobs(model(ids[:, :-1])[0, len(prompt) - 1:], ids[0, len(prompt):], 0.8)
+                learner = token_logprobs(
+                    model(ids[:, :-1])[0, len(prompt) - 1 :], ids[0, len(prompt) :], 0.8
+                )
                 assert (learner - torch.tensor(c.logprobs, dtype=dtype)).abs().max() <= bound
 
 
@@ -118,7 +155,9 @@ def test_stopped_rows_cost_nothing_more():
         engine = Engine(model, rows)
         groups = engine.generate(prompts, 4, 100, 1.0, list(range(0, 70, 9)))
         lengths = [len(c.ids) for g in groups for c in g]
-        assert max(lengths) > 4 * np.median(lengths), "the mix is not skewed: the test would show nothing"
+        assert max(lengths) > 4 * np.median(lengths), (
+            "the mix is not skewed: the test would show nothing"
+        )
         assert engine.stats["new_tokens"] == sum(lengths)
         assert sum(engine.stats["live"]) <= 1.15 * sum(lengths)
 
@@ -139,48 +178,73 @@ def test_refresh_follows_the_learner_through_a_narrower_copy():
         p.data = torch.randn_like(p) * 0.3
     assert engine.generate([[1, 2, 3]], 2, 8, 0.0) == before
     engine.refresh()
-    assert engine.generate([[1, 2, 3]], 2, 8, 0.0) == Engine(model).generate([[1, 2, 3]], 2, 8, 0.0) != before
+    assert (
+        engine.generate([[1, 2, 3]], 2, 8, 0.0)
+        == Engine(model).generate([[1, 2, 3]], 2, 8, 0.0)
+        != before
+    )
 
 
 def test_sampling_follows_the_distribution():
     """Chi-square over 200,000 draws; one in a million runs with another seed would fail, this one is fixed."""
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, float("-inf"), 0.5], dtype=torch.float64)
     n = 200_000
-    u = uniforms(row_keys(torch.arange(n), torch.zeros(n, dtype=torch.long)), torch.zeros(n, dtype=torch.long))
+    u = uniforms(
+        row_keys(torch.arange(n), torch.zeros(n, dtype=torch.long)),
+        torch.zeros(n, dtype=torch.long),
+    )
     counts = torch.bincount(sample(logits.expand(n, -1), u, 0.7)[0], minlength=6)
     expected = (logits / 0.7).softmax(-1) * n
     live = expected > 0
     assert counts[4] == 0
-    assert float(((counts - expected)[live] ** 2 / expected[live]).sum()) < 33.4  # 4 degrees of freedom, p = 1e-6
+    assert (
+        float(((counts - expected)[live] ** 2 / expected[live]).sum()) < 33.4
+    )  # 4 degrees of freedom, p = 1e-6
 
 
 def test_uniforms_are_uniform_and_unrelated():
-    rows = row_keys(torch.arange(100)[:, None].expand(100, 50).flatten(), torch.arange(50).repeat(100))
+    rows = row_keys(
+        torch.arange(100)[:, None].expand(100, 50).flatten(), torch.arange(50).repeat(100)
+    )
     u = uniforms(rows[:, None], torch.arange(40)[None])  # (rows, positions)
     assert 0 <= u.min() and u.max() < 1 and u.unique().numel() == u.numel()
     assert abs(float(u.mean()) - 0.5) < 0.003 and abs(float(u.var()) - 1 / 12) < 0.001
-    assert abs(float(torch.corrcoef(torch.stack([u[:, :-1].flatten(), u[:, 1:].flatten()]))[0, 1])) < 0.01
+    assert (
+        abs(float(torch.corrcoef(torch.stack([u[:, :-1].flatten(), u[:, 1:].flatten()]))[0, 1]))
+        < 0.01
+    )
     assert abs(float(torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1])) < 0.01
 
 
 def test_the_edges_of_a_uniform_never_pick_an_impossible_token():
     """u = 0 with a first token of probability 0, and u that rounds to 1 in fp32 with a last one of probability 0."""
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
-    for u in (0.0, 1 - 2.0 ** -53, 0.5):
+    for u in (0.0, 1 - 2.0**-53, 0.5):
         assert int(sample(logits, torch.tensor([u], dtype=torch.float64), 1.0)[0]) in (1, 2)
 
 
 def test_kept_caches_survive_an_interrupted_call_and_calls_of_other_sizes():
     """As on a GPU, where they stay from call to call: Ctrl-C in a notebook, an evaluation between two steps, a longer prompt."""
+
     def interrupt(done):
         raise KeyboardInterrupt
+
     model, prompts = toy_model(), prompts_of([5, 2, 8])
-    engine, fresh = Engine(model), lambda *args: Engine(model).generate(*args, stop_ids=[3, 5, 9, 11])
+    engine, fresh = (
+        Engine(model),
+        lambda *args: Engine(model).generate(*args, stop_ids=[3, 5, 9, 11]),
+    )
     engine.fixed_shapes = True
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, 4, 20, stop_ids=[3, 5, 9, 11], progress=interrupt)
     kept = engine.batch
-    for args in ((prompts_of([4], seed=1), 4, 20), (prompts, 4, 20), (prompts, 1, 20, 0.0), (prompts_of([70]), 4, 20), (prompts, 4, 20)):
+    for args in (
+        (prompts_of([4], seed=1), 4, 20),
+        (prompts, 4, 20),
+        (prompts, 1, 20, 0.0),
+        (prompts_of([70]), 4, 20),
+        (prompts, 4, 20),
+    ):
         again = engine.generate(*args, stop_ids=[3, 5, 9, 11])
         assert [[c.ids for c in g] for g in again] == [[c.ids for c in g] for g in fresh(*args)]
         if args[1:] == (4, 20) and len(args[0][0]) < 64 and kept is not None:
@@ -199,7 +263,7 @@ def test_two_step_sampling_is_the_first_token_whose_cumulative_probability_passe
     logits[:, : vocab // 3] = float("-inf")
     logits[:, -1] = 0.0
     u = torch.rand(n, dtype=torch.float64, generator=generator)
-    u[:4] = torch.tensor([0.0, 1 - 2.0 ** -53, 2.0 ** -60, 0.5])
+    u[:4] = torch.tensor([0.0, 1 - 2.0**-53, 2.0**-60, 0.5])
     ids, logprobs = sample(logits, u, 0.8)
     p = (logits / 0.8).softmax(-1)
     before = p.cumsum(-1).gather(1, ids[:, None])[:, 0]
@@ -240,13 +304,18 @@ def test_the_suffix_cache_grows_with_the_oldest_row_only():
 def test_growing_copies_a_few_times_the_final_size_at_any_length():
     for longest in (40, 300, 5000, 100_000):
         sizes = sorted({columns_for(age) for age in range(1, longest + 1)})
-        assert sizes[-1] >= longest and all(columns_for(age) >= age for age in range(1, longest + 1))
+        assert sizes[-1] >= longest and all(
+            columns_for(age) >= age for age in range(1, longest + 1)
+        )
         assert sum(sizes[:-1]) <= 8 * longest and sizes[-1] <= max(1.25 * longest, 64)
 
 
 def test_merge_is_one_softmax():
     torch.manual_seed(0)
-    scores, values = torch.randn(2, 9, dtype=torch.float64) * 5, torch.randn(9, 4, dtype=torch.float64)
+    scores, values = (
+        torch.randn(2, 9, dtype=torch.float64) * 5,
+        torch.randn(9, 4, dtype=torch.float64),
+    )
     part = lambda s, v: (s.softmax(-1) @ v, s.logsumexp(-1))
     whole = merge(*part(scores[:, :3], values[:3]), *part(scores[:, 3:], values[3:]))
     assert (whole - scores.softmax(-1) @ values).abs().max() < 1e-12
@@ -257,7 +326,11 @@ def test_the_layout_of_the_example():
     layout = Layout(Capacity(4, 3, 9), 2, torch.device("cpu"))
     layout.update([Row(7, 0, 5), Row(8, 1, 3), Row(9, 0, 5)], [6, 9], width=2)
     assert layout.cell.tolist() == [0, 2, 1, 0] and layout.row_at.tolist() == [0, 2, 1, 0, 0, 0]
-    assert layout.starts.tolist() == [6, 9, 6, 0] and layout.ages.tolist() == [5, 3, 5, 1] and layout.prompt_lengths.tolist() == [6, 9, 1]
+    assert (
+        layout.starts.tolist() == [6, 9, 6, 0]
+        and layout.ages.tolist() == [5, 3, 5, 1]
+        and layout.prompt_lengths.tolist() == [6, 9, 1]
+    )
 
 
 def test_fill_holes():
@@ -267,15 +340,18 @@ def test_fill_holes():
         places = np.arange(len(stay))
         holes, movers = fill_holes(stay)
         places[holes] = places[movers]
-        assert sorted(places[:stay.sum()]) == sorted(np.flatnonzero(stay))
+        assert sorted(places[: stay.sum()]) == sorted(np.flatnonzero(stay))
         assert len(holes) <= (~stay).sum()  # copies do not grow with those that stay
 
 
 def test_mistakes_are_named():
     model = toy_model()
-    for arguments, word in [(dict(prompts=[[]]), "no tokens"), (dict(prompts=[[1] * 250], max_new_tokens=10), "context"),
-                            (dict(prompts=[[1]], samples_per_prompt=0), "samples_per_prompt is 0"),
-                            (dict(prompts=[[1]], samples_per_prompt=9), "device_rows is 8")]:
+    for arguments, word in [
+        (dict(prompts=[[]]), "no tokens"),
+        (dict(prompts=[[1] * 250], max_new_tokens=10), "context"),
+        (dict(prompts=[[1]], samples_per_prompt=0), "samples_per_prompt is 0"),
+        (dict(prompts=[[1]], samples_per_prompt=9), "device_rows is 8"),
+    ]:
         with pytest.raises(ValueError, match=word):
             Engine(model, 8).generate(**arguments)
     assert Engine(model).generate([]) == []
@@ -289,5 +365,7 @@ def test_the_bytes_that_decoding_reads_by_hand():
     engine.generate([[1, 2, 3], [1, 2, 3, 4, 5]], 2, 3)
     c = model.config
     per_token = 2 * c.n_layer * c.n_kv_head * c.head_dim
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    weights = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
+    )
     assert bytes_decoded(engine) == 8 * (2 * weights + per_token * (2 * (3 + 5) + 4 * (1 + 2)))

@@ -1,15 +1,18 @@
 """eval.py as a person runs it: one model, two compared, all tasks, two ranks."""
+
 import json
 import os
 import sys
 
 import pytest
-
-from nanorl.tasks import TASKS, Problem
 from scripts import BASE, ROOT, SFT, TOY, call, finish_ranks, ranks
 from toy_task import Toy
 
-TOY_FILE = TOY.removeprefix("--task=").replace("/", "_").replace(":", "_")  # how the toy task is called in file names
+from nanorl.tasks import TASKS, Problem
+
+TOY_FILE = (
+    TOY.removeprefix("--task=").replace("/", "_").replace(":", "_")
+)  # how the toy task is called in file names
 EVAL = ["--device=cpu", "--max_new_tokens=12", "--dtype=fp64"]
 FEW = ["--problems=30", "--samples=4", "--sample_problems=8"]
 
@@ -29,49 +32,92 @@ def models(tmp_path_factory):
 def written(stage, name):
     """What eval.py has written for the stage's one or newest checkpoint."""
     text = (sorted(stage.glob("step_*"))[-1] / "eval" / name).read_text()
-    return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+    return (
+        [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+    )
 
 
 def test_one_model(models, capsys):
-    assert call("eval.py", *EVAL, *FEW, f"--model={models[1]}", "--task=0-20", "--examples=2") is None
+    assert (
+        call("eval.py", *EVAL, *FEW, f"--model={models[1]}", "--task=0-20", "--examples=2") is None
+    )
     said = capsys.readouterr().out
-    assert said.startswith("with 30 problems a greedy accuracy is known to about 16.8 points\n")  # before anything else
-    assert "30 problems, " in said and "8 problems x 4 at temperature 1, " in said and "pass@4" in said and said.count("(answer ") == 2
+    assert said.startswith(
+        "with 30 problems a greedy accuracy is known to about 16.8 points\n"
+    )  # before anything else
+    assert (
+        "30 problems, " in said
+        and "8 problems x 4 at temperature 1, " in said
+        and "pass@4" in said
+        and said.count("(answer ") == 2
+    )
     result, outcomes = written(models[1], "summary.json")["0-20"], written(models[1], "0-20.jsonl")
-    assert [len(o["texts"]) for o in outcomes] == [1] * 30 + [4] * 8 and [o["temperature"] for o in outcomes] == [0.0] * 30 + [1.0] * 8
+    assert [len(o["texts"]) for o in outcomes] == [1] * 30 + [4] * 8 and [
+        o["temperature"] for o in outcomes
+    ] == [0.0] * 30 + [1.0] * 8
     parts = [p for o in outcomes[:30] for p in o["parts"]]
     greedy = result["greedy"]
-    assert greedy["format"] == sum(p["format"] for p in parts) / 30 > 0 and result["sampled"]["format"] < 1
-    assert f"format {greedy['format']:.1%}, answered given format {greedy['answered_given_format']:.1%}" in said
+    assert (
+        greedy["format"] == sum(p["format"] for p in parts) / 30 > 0
+        and result["sampled"]["format"] < 1
+    )
+    assert (
+        f"format {greedy['format']:.1%}, answered given format {greedy['answered_given_format']:.1%}"
+        in said
+    )
 
 
 def test_compare(models, capsys):
     base, sft = models
     assert call("eval.py", *EVAL, *FEW, TOY, f"--compare={base},{sft}", "--examples=0") is None
     said = capsys.readouterr().out
-    assert said.startswith("with 30 problems a greedy difference below 26.2 points (if 10% of the answers change) to 36.2 points (if 50%) "
-                           "will likely not show\n")
+    assert said.startswith(
+        "with 30 problems a greedy difference below 26.2 points (if 10% of the answers change) to 36.2 points (if 50%) "
+        "will likely not show\n"
+    )
     results = [written(stage, "summary.json")[TOY.removeprefix("--task=")] for stage in models]
     both = written(sft, f"compare.{TOY_FILE}.json")
-    assert [both["a"], both["b"]] == [r["model"] for r in results] and both["a"].startswith(str(base)) and both["settings"]["samples"] == 4
+    assert (
+        [both["a"], both["b"]] == [r["model"] for r in results]
+        and both["a"].startswith(str(base))
+        and both["settings"]["samples"] == 4
+    )
     greedy, sampled = both["greedy"], both["sampled"]
-    assert [greedy["accuracy_a"], greedy["accuracy_b"]] == [r["greedy"]["accuracy"] for r in results]
-    assert [sampled["accuracy_a"], sampled["accuracy_b"]] == [r["sampled"]["accuracy"] for r in results]
-    solved = [[o["solved"][0] for o in written(stage, f"{TOY_FILE}.jsonl")[:30]] for stage in models]
+    assert [greedy["accuracy_a"], greedy["accuracy_b"]] == [
+        r["greedy"]["accuracy"] for r in results
+    ]
+    assert [sampled["accuracy_a"], sampled["accuracy_b"]] == [
+        r["sampled"]["accuracy"] for r in results
+    ]
+    solved = [
+        [o["solved"][0] for o in written(stage, f"{TOY_FILE}.jsonl")[:30]] for stage in models
+    ]
     assert greedy["only_b"] == sum(b and not a for a, b in zip(*solved)) > 0
-    assert greedy["both"] + greedy["only_a"] + greedy["only_b"] + greedy["neither"] == greedy["n"] == 30 and sampled["n"] == 8
-    assert said.index(both["a"]) < said.index(both["b"]) < said.index(f"only B {greedy['only_b']}")  # each block, then the comparison
+    assert (
+        greedy["both"] + greedy["only_a"] + greedy["only_b"] + greedy["neither"]
+        == greedy["n"]
+        == 30
+        and sampled["n"] == 8
+    )
+    assert (
+        said.index(both["a"]) < said.index(both["b"]) < said.index(f"only B {greedy['only_b']}")
+    )  # each block, then the comparison
     assert greedy["verdict"] in said and sampled["verdict"] in said
     assert not list(base.glob("step_*/eval/compare*"))
 
 
 def test_a_model_is_no_better_than_itself(models, capsys):
     """With the same keys it gives the same samples, too. The task has 50 problems, not 60."""
-    assert call("eval.py", *EVAL, *FEW, TOY, "--problems=60", f"--compare={models[1]},{models[1]}") is None
+    assert (
+        call("eval.py", *EVAL, *FEW, TOY, "--problems=60", f"--compare={models[1]},{models[1]}")
+        is None
+    )
     both = written(models[1], f"compare.{TOY_FILE}.json")
     for kind in ("greedy", "sampled"):
         c = both[kind]
-        assert (c["difference"], c["low"], c["high"], c["p"]) == (0, 0, 0, 1) and c["verdict"].startswith(f"no difference that n = {c['n']} can see")
+        assert (c["difference"], c["low"], c["high"], c["p"]) == (0, 0, 0, 1) and c[
+            "verdict"
+        ].startswith(f"no difference that n = {c['n']} can see")
     assert 0 < both["sampled"]["accuracy_a"] < 1
     said = capsys.readouterr().out
     assert said.startswith("with 50 problems") and said.count("no difference that n = ") == 2
@@ -79,12 +125,14 @@ def test_a_model_is_no_better_than_itself(models, capsys):
 
 class Long(Toy):
     """Prompts beyond any small model's context."""
+
     def problem(self, index):
         return Problem([{"role": "user", "content": "word " * 5000}], "even")
 
 
 class Code(Toy):
     """Like humaneval: it wants allow_code, and has a test split alone."""
+
     def __init__(self, split="test", allow_code=False):
         if split != "test" or not allow_code:
             raise ValueError(f"split {split}, allow_code {allow_code}")
@@ -95,20 +143,46 @@ def missing(split):
     raise ValueError("its files are not at hand")
 
 
-QUICK = {name: TASKS[name] for name in ("arithmetic", "0-20", "2-digit", "binary", "spelling")}  # others take seconds to make
+QUICK = {
+    name: TASKS[name] for name in ("arithmetic", "0-20", "2-digit", "binary", "spelling")
+}  # others take seconds to make
 
 
 def test_all_tasks(models, capsys, monkeypatch):
     monkeypatch.setattr("nanorl.tasks.TASKS", {"gsm8k": missing, **QUICK, "toy": Toy, "long": Long})
-    assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=all", "--samples=4", "--sample_problems=6") is None
+    assert (
+        call(
+            "eval.py",
+            *EVAL,
+            f"--model={models[1]}",
+            "--task=all",
+            "--samples=4",
+            "--sample_problems=6",
+        )
+        is None
+    )
     said = capsys.readouterr().out
     result = written(models[1], "all.json")
     assert set(result["tasks"]) == set(QUICK) - {"arithmetic"} | {"toy"}  # arithmetic is sum3
-    assert result["skipped"]["gsm8k"] == "its files are not at hand" and "do not fit the model's context" in result["skipped"]["long"]
+    assert (
+        result["skipped"]["gsm8k"] == "its files are not at hand"
+        and "do not fit the model's context" in result["skipped"]["long"]
+    )
     assert "gsm8k  skipped: its files are not at hand\n" in said
     monkeypatch.setattr("nanorl.tasks.TASKS", {"humaneval": Code, "toy": Toy})
     for allow, skipped in (([], ["humaneval"]), (["--allow_code"], [])):
-        assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=all", "--samples=4", "--sample_problems=6", *allow) is None
+        assert (
+            call(
+                "eval.py",
+                *EVAL,
+                f"--model={models[1]}",
+                "--task=all",
+                "--samples=4",
+                "--sample_problems=6",
+                *allow,
+            )
+            is None
+        )
         assert list(written(models[1], "all.json")["skipped"]) == skipped
     lines = said.splitlines()
     table = [line for line in lines if line.split()[0] in result["tasks"]]
@@ -116,7 +190,10 @@ def test_all_tasks(models, capsys, monkeypatch):
     dead = [row["dead"] for row in result["tasks"].values()]
     assert dead == sorted(dead) and dead[-1] > 0  # what RL could teach comes first
     assert all(len(line) <= 110 for line in table)
-    assert all(row["n"] == 6 and row["samples"] == 4 and row["verdict"] in line for row, line in zip(result["tasks"].values(), table))
+    assert all(
+        row["n"] == 6 and row["samples"] == 4 and row["verdict"] in line
+        for row, line in zip(result["tasks"].values(), table)
+    )
 
 
 # What a rank runs: eval.py with each list of arguments, on quick tasks, one of which rank 1 lacks.
@@ -133,7 +210,10 @@ runpy.run_path("eval.py", run_name="__main__")
 def test_two_ranks_give_the_results_of_one(models, monkeypatch):
     """One problem for two ranks: the one without any takes part in what they do together. What one cannot load, both skip."""
     few = [*EVAL, "--examples=0", "--samples=2", "--sample_problems=1"]
-    runs = [[*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"], [*few, "--task=all", f"--model={models[1]}"]]
+    runs = [
+        [*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"],
+        [*few, "--task=all", f"--model={models[1]}"],
+    ]
     path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
     for arguments in runs:
         with ranks(["-c", RANK, json.dumps(arguments)], PYTHONPATH=path) as processes:
@@ -147,28 +227,37 @@ def test_two_ranks_give_the_results_of_one(models, monkeypatch):
     assert [written(models[1], name) for name in names] == two
 
 
-@pytest.mark.parametrize("mistake, words", [
-    (["--compare=one"], "--compare=one: it takes two model directories, --compare=A,B"),
-    (["--compare=one,"], "--compare=one,: it takes two"),
-    (["--compare=one,two,three"], "--compare=one,two,three: it takes two"),
-    (["--compare=one,two", "--model=three"], "--compare=one,two with --model=three"),
-    (["--compare=one,two", "--task=all"], "--compare=one,two with --task=all"),
-    (["--compare={sft},nowhere"], "no model in nowhere"),
-    (["--task=all", "--samples=1"], "--samples=1"),
-    (["--task=all", "--samples=0"], "--samples=0"),
-    (["--how=guess"], "--how=guess: it takes some of likelihood, greedy and sampled"),
-    (["--task=0-20", "--model={sft}", "--how=likelihood"], "in none of these ways 0-20 can be answered"),
-    (["--task=benchmarks", "--task_args=a=b"], "--task_args=a=b: settings are one task's, --task=benchmarks"),
-    (["--task=0-20", "--model={sft}", "--shots=-1"], "--shots=-1"),
-    (["--task=0-20", "--model={sft}", "--split=tset"], "split is 'tset'"),
-    (["--task=all", "--model={sft}", "--shots=3"], "--task=all with --shots=3"),
-    (["--task=all", "--model={sft}", "--how=greedy"], "--task=all with --how=greedy"),
-    (["--task=sum3=1,0-20=1", "--model={sft}", "--how=likelihood"], "in none of these ways"),
-    (["--task=all", "--temperature=0"], "--temperature=0"),
-    (["--task=all", "--task_args=demonstrations=worked"], "--task_args=demonstrations=worked"),
-    (["--task=all", "--model={sft}", "--split=tset"], "split is 'tset'"),
-    (["--model={sft}", "--task=all", "--device_rows=-1"], "--device_rows=-1"),
-])
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        (["--compare=one"], "--compare=one: it takes two model directories, --compare=A,B"),
+        (["--compare=one,"], "--compare=one,: it takes two"),
+        (["--compare=one,two,three"], "--compare=one,two,three: it takes two"),
+        (["--compare=one,two", "--model=three"], "--compare=one,two with --model=three"),
+        (["--compare=one,two", "--task=all"], "--compare=one,two with --task=all"),
+        (["--compare={sft},nowhere"], "no model in nowhere"),
+        (["--task=all", "--samples=1"], "--samples=1"),
+        (["--task=all", "--samples=0"], "--samples=0"),
+        (["--how=guess"], "--how=guess: it takes some of likelihood, greedy and sampled"),
+        (
+            ["--task=0-20", "--model={sft}", "--how=likelihood"],
+            "in none of these ways 0-20 can be answered",
+        ),
+        (
+            ["--task=benchmarks", "--task_args=a=b"],
+            "--task_args=a=b: settings are one task's, --task=benchmarks",
+        ),
+        (["--task=0-20", "--model={sft}", "--shots=-1"], "--shots=-1"),
+        (["--task=0-20", "--model={sft}", "--split=tset"], "split is 'tset'"),
+        (["--task=all", "--model={sft}", "--shots=3"], "--task=all with --shots=3"),
+        (["--task=all", "--model={sft}", "--how=greedy"], "--task=all with --how=greedy"),
+        (["--task=sum3=1,0-20=1", "--model={sft}", "--how=likelihood"], "in none of these ways"),
+        (["--task=all", "--temperature=0"], "--temperature=0"),
+        (["--task=all", "--task_args=demonstrations=worked"], "--task_args=demonstrations=worked"),
+        (["--task=all", "--model={sft}", "--split=tset"], "split is 'tset'"),
+        (["--model={sft}", "--task=all", "--device_rows=-1"], "--device_rows=-1"),
+    ],
+)
 def test_a_mistake_gets_one_line(models, capsys, mistake, words):
     message = call("eval.py", *(m.replace("{sft}", str(models[1])) for m in mistake))
     assert isinstance(message, str) and words in message and "\n" not in message
@@ -176,36 +265,70 @@ def test_a_mistake_gets_one_line(models, capsys, mistake, words):
 
 
 def test_file_names_are_safe(models):
-    assert call("eval.py", *EVAL, f"--model={models[1]}", "--task=sum3=2,0-20=1", "--problems=3", "--samples=0", "--examples=0") is None
+    assert (
+        call(
+            "eval.py",
+            *EVAL,
+            f"--model={models[1]}",
+            "--task=sum3=2,0-20=1",
+            "--problems=3",
+            "--samples=0",
+            "--examples=0",
+        )
+        is None
+    )
     assert written(models[1], "summary.json")["sum3=2,0-20=1"]["task"] == "sum3=2,0-20=1"
-    assert len(written(models[1], "sum3=2,0-20=1.jsonl")) == written(models[1], "summary.json")["sum3=2,0-20=1"]["greedy"]["n"]
+    assert (
+        len(written(models[1], "sum3=2,0-20=1.jsonl"))
+        == written(models[1], "summary.json")["sum3=2,0-20=1"]["greedy"]["n"]
+    )
 
 
 @pytest.fixture
 def few_files(tmp_path, monkeypatch):
     """NANORL_DATA with a few problems of arc_easy and mmlu, and nothing of the other benchmarks but spelling, which has words of its own."""
     from test_choice import write_files
+
     write_files(tmp_path)
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
     monkeypatch.setitem(sys.modules, "datasets", None)  # no hub
 
 
-BENCH = ["--device=cpu", "--dtype=fp64", "--task=benchmarks", "--problems=20", "--samples=2", "--sample_problems=3", "--max_new_tokens=4"]
+BENCH = [
+    "--device=cpu",
+    "--dtype=fp64",
+    "--task=benchmarks",
+    "--problems=20",
+    "--samples=2",
+    "--sample_problems=3",
+    "--max_new_tokens=4",
+]
 
 
 def test_benchmarks(models, few_files, capsys):
     assert call("eval.py", *BENCH, f"--model={models[0]}") is None
     said = capsys.readouterr().out
-    assert "gsm8k  skipped: data set 'gsm8k'" in said and "humaneval  skipped: humaneval runs code that the model writes: --allow_code" in said
-    table = said[said.index("benchmark "):].splitlines()
+    assert (
+        "gsm8k  skipped: data set 'gsm8k'" in said
+        and "humaneval  skipped: humaneval runs code that the model writes: --allow_code" in said
+    )
+    table = said[said.index("benchmark ") :].splitlines()
     rows = [line.split() for line in table[1:-1]]
-    assert [row[:2] for row in rows] == [[name, kind] for name in ("mmlu", "arc_easy") for kind in ("likelihood", "greedy", "sampled")] + [["spelling", "greedy"], ["spelling", "sampled"]]
+    assert [row[:2] for row in rows] == [
+        [name, kind]
+        for name in ("mmlu", "arc_easy")
+        for kind in ("likelihood", "greedy", "sampled")
+    ] + [["spelling", "greedy"], ["spelling", "sampled"]]
     assert [line for line in table if len(line) > 100] == []
     summary = written(models[0], "summary.json")
     new = ("mmlu", "arc_easy", "spelling")
     assert set(summary) >= set(new)
     arc = summary["arc_easy"]
-    assert arc["likelihood"]["n"] == arc["greedy"]["n"] == 4 and arc["sampled"]["n"] == 3 and arc["likelihood"]["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4)
+    assert (
+        arc["likelihood"]["n"] == arc["greedy"]["n"] == 4
+        and arc["sampled"]["n"] == 3
+        and arc["likelihood"]["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4)
+    )
     for name in new:
         outcomes = written(models[0], f"{name}.jsonl")
         for kind in ("likelihood", "greedy", "sampled"):
@@ -213,16 +336,52 @@ def test_benchmarks(models, few_files, capsys):
             assert len(some) == summary[name].get(kind, {"n": 0})["n"]
             if some:
                 s = summary[name][kind]
-                assert s["accuracy"] == pytest.approx(sum(map(sum, (o["solved"] for o in some))) / sum(len(o["solved"]) for o in some))
+                assert s["accuracy"] == pytest.approx(
+                    sum(map(sum, (o["solved"] for o in some))) / sum(len(o["solved"]) for o in some)
+                )
                 assert s["seconds"] > 0 and s["tok_per_s"] > 0 and s["flops"] > 0
-    assert all(sum(o["logprobs"].values()) < 0 and o["texts"][0] == max(o["logprobs"], key=o["logprobs"].get) for o in written(models[0], "mmlu.jsonl") if o["how"] == "likelihood")
-    assert call("eval.py", *BENCH[:2], "--task=0-20", "--problems=2", "--how=greedy", f"--model={models[0]}") is None
-    assert set(written(models[0], "summary.json")) == {*summary, "0-20"}  # another task's results join those that are there
-    assert call("eval.py", *BENCH[:2], "--task=arc_easy", "--shots=2", "--how=likelihood", f"--model={models[0]}") is None
+    assert all(
+        sum(o["logprobs"].values()) < 0
+        and o["texts"][0] == max(o["logprobs"], key=o["logprobs"].get)
+        for o in written(models[0], "mmlu.jsonl")
+        if o["how"] == "likelihood"
+    )
+    assert (
+        call(
+            "eval.py",
+            *BENCH[:2],
+            "--task=0-20",
+            "--problems=2",
+            "--how=greedy",
+            f"--model={models[0]}",
+        )
+        is None
+    )
+    assert set(written(models[0], "summary.json")) == {
+        *summary,
+        "0-20",
+    }  # another task's results join those that are there
+    assert (
+        call(
+            "eval.py",
+            *BENCH[:2],
+            "--task=arc_easy",
+            "--shots=2",
+            "--how=likelihood",
+            f"--model={models[0]}",
+        )
+        is None
+    )
     shown = written(models[0], "arc_easy.2shot.jsonl")
-    assert len(shown) == 4 and all(len(o["prompt"]) == 5 and o["prompt"][-1] not in o["prompt"][:-1] for o in shown)
+    assert len(shown) == 4 and all(
+        len(o["prompt"]) == 5 and o["prompt"][-1] not in o["prompt"][:-1] for o in shown
+    )
     after = written(models[0], "summary.json")
-    assert after["arc_easy"] == arc and after["arc_easy.2shot"]["settings"]["shots"] == 2 and "greedy" not in after["arc_easy.2shot"]
+    assert (
+        after["arc_easy"] == arc
+        and after["arc_easy.2shot"]["settings"]["shots"] == 2
+        and "greedy" not in after["arc_easy.2shot"]
+    )
 
 
 def test_benchmarks_of_two_models_on_two_ranks(models, few_files, monkeypatch):
@@ -230,12 +389,20 @@ def test_benchmarks_of_two_models_on_two_ranks(models, few_files, monkeypatch):
     arguments = [*BENCH, f"--compare={models[0]},{models[1]}"]
     with ranks(["eval.py", *arguments], HF_HUB_OFFLINE="1") as processes:
         finish_ranks(processes)
-    names = ["mmlu.jsonl", "arc_easy.jsonl", "spelling.jsonl", "compare.mmlu.json", "compare.spelling.json"]
+    names = [
+        "mmlu.jsonl",
+        "arc_easy.jsonl",
+        "spelling.jsonl",
+        "compare.mmlu.json",
+        "compare.spelling.json",
+    ]
     two = [written(models[1], name) for name in names]
     assert {"likelihood", "greedy", "sampled"} <= set(two[3]) and two[3]["likelihood"]["n"] == 5
     assert call("eval.py", *arguments) is None
     for a, b in zip(two, (written(models[1], name) for name in names)):
         for x, y in zip(a, b) if isinstance(a, list) else [(a, b)]:
             if "logprobs" in x:
-                assert list(x.pop("logprobs").values()) == pytest.approx(list(y.pop("logprobs").values()), abs=1e-9)
+                assert list(x.pop("logprobs").values()) == pytest.approx(
+                    list(y.pop("logprobs").values()), abs=1e-9
+                )
             assert x == y

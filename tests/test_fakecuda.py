@@ -39,7 +39,9 @@ def test_a_script_runs_on_the_fake_gpu_as_on_the_cpu(out):
     """One step of RL: the gradient of the CPU's, and a count of the host's waits."""
     few = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=1", "--eval_every=0"]
     assert call("train_rl.py", *few, "--run_name=cpu") is None
-    said = on_fake_gpu("tests/fakecuda/fake_run.py", "train_rl.py", *few, "--device=cuda", "--run_name=gpu")
+    said = on_fake_gpu(
+        "tests/fakecuda/fake_run.py", "train_rl.py", *few, "--device=cuda", "--run_name=gpu"
+    )
     assert "captures" in said and "syncs:" in said
     cpu, gpu = (rows(out / name / "rl")[1] for name in ("cpu", "gpu"))
     for name in ("reward", "completions/mean_length", "grad_norm", "entropy"):

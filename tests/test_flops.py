@@ -1,13 +1,15 @@
 """The FLOPs that the scripts log, computed from shapes, against torch's FlopCounterMode, which sees every product as it runs. It knows nothing of the fused
 attention on a CPU, so attention is spelled out here; whole squares are counted, masked or not."""
+
 import contextlib
 import json
 
 import pytest
 import torch
+from conftest import toy_model
+from scripts import RL, SMALL, call
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import toy_model
 from nanorl import grpo
 from nanorl.attention import CausalAttention, MaskedAttention, SharedPrefixAttention, pick
 from nanorl.batch import pack
@@ -15,7 +17,6 @@ from nanorl.engine import Engine
 from nanorl.lora import LoRA
 from nanorl.report.cost import causal_sampling_flops, forward_flops, learning_flops, sampling_flops
 from nanorl.rollout import Rollout
-from scripts import RL, SMALL, call
 
 BOUND = 0.02
 
@@ -24,7 +25,9 @@ BOUND = 0.02
 def attention_is_spelled_out(monkeypatch):
     monkeypatch.setattr(MaskedAttention, "__call__", MaskedAttention.by_matrix_products)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
-    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad)  # the optimizer's own products are not in the count
+    monkeypatch.setattr(
+        torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad
+    )  # the optimizer's own products are not in the count
 
 
 @contextlib.contextmanager
@@ -59,26 +62,41 @@ def test_prefill_and_decode(max_rows):
 @pytest.mark.parametrize("kind", ["all", "lora", "some lora"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_learner(kind, recompute):
-    model = toy_model(vocab=200, n_layer=6 if kind == "some lora" else 2)  # under a first layer without all adapters more products fall away: 3% of two layers
+    model = toy_model(
+        vocab=200, n_layer=6 if kind == "some lora" else 2
+    )  # under a first layer without all adapters more products fall away: 3% of two layers
     model.recompute = recompute
-    adapters = LoRA(model, 2, 4.0, *([("q", "down")] if kind == "some lora" else [])) if kind != "all" else None
+    adapters = (
+        LoRA(model, 2, 4.0, *([("q", "down")] if kind == "some lora" else []))
+        if kind != "all"
+        else None
+    )
     groups = Engine(model).generate(PROMPTS, 4, 20, stop_ids=range(0, 70, 20))
-    rollouts = [Rollout(None, prompt, group, None, None, None) for prompt, group in zip(PROMPTS, groups)]
+    rollouts = [
+        Rollout(None, prompt, group, None, None, None) for prompt, group in zip(PROMPTS, groups)
+    ]
     ones, found = torch.ones(4, 4, dtype=torch.float64), []
-    batch, = pack(rollouts, ones, ones, 10_000, "cpu")
+    (batch,) = pack(rollouts, ones, ones, 10_000, "cpu")
 
     def forward():
         attend = SharedPrefixAttention(batch.rows, "cpu")
         h = model.hidden(batch.ids, batch.positions, attend)
         return attend, model.logprobs(pick(h[0], batch.predicted_at), batch.targets)[0]
+
     with torch.no_grad(), counted(found):
         attend, logprobs = forward()
-    work = learning_flops(model.config, batch.ids.numel(), attend.computed_pairs, len(logprobs), recompute, adapters)
+    work = learning_flops(
+        model.config, batch.ids.numel(), attend.computed_pairs, len(logprobs), recompute, adapters
+    )
     close(work["forward"], found[0])
     with counted(found):
-        grpo.policy_loss(grpo.reinforce(forward()[1], batch.advantages), batch.token_weights, 1.0).backward()
+        grpo.policy_loss(
+            grpo.reinforce(forward()[1], batch.advantages), batch.token_weights, 1.0
+        ).backward()
     close(sum(work.values()), found[1])
-    assert attend.computed_pairs > batch.visible_pairs  # squares and padding, against what a token may see
+    assert (
+        attend.computed_pairs > batch.visible_pairs
+    )  # squares and padding, against what a token may see
 
 
 def test_padded_rows_of_documents_count_as_they_run():
@@ -94,23 +112,59 @@ def last_row(directory):
 
 
 SFT = [*SMALL, "--batch_tokens=512", "--seq_len=64", "--examples=400", "--dtype=fp32"]
-BASE = [*SMALL, "--documents=300", "--vocab_size=300", "--batch_tokens=512", "--seq_len=64", "--dtype=fp32", "--sample_tokens=0", "--eval_every=3"]
-FEW = ["--eval_problems=2", "--probe_prompts=1", "--prompts_per_step=2", "--eval_every=2", "--max_new_tokens=6"]
-SCRIPTS = {"base": ["train_base.py", *BASE], "sft": ["train_sft.py", *SFT], "sft lora": ["train_sft.py", *SFT, "--lora_rank=2"],
-           "sft answers": ["train_sft.py", *SFT, "--eval_problems=3", "--eval_every=2", "--eval_new_tokens=6"],
-           "rl lora kl": ["train_rl.py", *RL, *FEW, "--lora_rank=2", "--kl_coef=0.1", "--recompute"],
-           "rl kl": ["train_rl.py", *RL, *FEW, "--kl_coef=0.1", "--updates_per_rollout=2"]}
+BASE = [
+    *SMALL,
+    "--documents=300",
+    "--vocab_size=300",
+    "--batch_tokens=512",
+    "--seq_len=64",
+    "--dtype=fp32",
+    "--sample_tokens=0",
+    "--eval_every=3",
+]
+FEW = [
+    "--eval_problems=2",
+    "--probe_prompts=1",
+    "--prompts_per_step=2",
+    "--eval_every=2",
+    "--max_new_tokens=6",
+]
+SCRIPTS = {
+    "base": ["train_base.py", *BASE],
+    "sft": ["train_sft.py", *SFT],
+    "sft lora": ["train_sft.py", *SFT, "--lora_rank=2"],
+    "sft answers": [
+        "train_sft.py",
+        *SFT,
+        "--eval_problems=3",
+        "--eval_every=2",
+        "--eval_new_tokens=6",
+    ],
+    "rl lora kl": ["train_rl.py", *RL, *FEW, "--lora_rank=2", "--kl_coef=0.1", "--recompute"],
+    "rl kl": ["train_rl.py", *RL, *FEW, "--kl_coef=0.1", "--updates_per_rollout=2"],
+}
 
 
 @pytest.mark.parametrize("what", SCRIPTS)
 def test_what_a_script_logs(what, out):
     """Two runs of one seed, one of them longer: what is done before the first step is the same in both, so the difference is that of the logged sums."""
     found, logged, stage = [], [], what.split()[0]
-    model = [] if stage == "base" else [f"--model={out / 'a' / ('base' if stage == 'sft' else 'sft')}"]
+    model = (
+        [] if stage == "base" else [f"--model={out / 'a' / ('base' if stage == 'sft' else 'sft')}"]
+    )
     for steps in (1, 3):
         run = f"flops-{what.replace(' ', '-')}-{steps}"
         with counted(found):
-            assert call(*SCRIPTS[what], *model, f"--run_name={run}", f"--steps={steps}", "--save_every=0") is None
+            assert (
+                call(
+                    *SCRIPTS[what],
+                    *model,
+                    f"--run_name={run}",
+                    f"--steps={steps}",
+                    "--save_every=0",
+                )
+                is None
+            )
         row = last_row(out / run / stage)
         logged.append(row["flops_total"] + row["flops_eval_total"])
         assert 0 < row["flops_causal_total"] < row["flops_total"]

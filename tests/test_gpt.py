@@ -1,11 +1,12 @@
 """The model: against an independent implementation written with loops, against transformers, and against itself."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import toy_model
+
 from nanorl.gpt import GPT, GPTConfig, token_logprobs
 from nanorl.report.cost import forward_flops
 
@@ -22,28 +23,52 @@ def slow_logits(model, ids):
         out = []
         for head in range(c.n_head):
             kv = head // (c.n_head // c.n_kv_head)
-            q = linear(h, "self_attn.q_proj")[:, head * c.head_dim:(head + 1) * c.head_dim]
-            k = linear(h, "self_attn.k_proj")[:, kv * c.head_dim:(kv + 1) * c.head_dim]
-            v = linear(h, "self_attn.v_proj")[:, kv * c.head_dim:(kv + 1) * c.head_dim]
+            q = linear(h, "self_attn.q_proj")[:, head * c.head_dim : (head + 1) * c.head_dim]
+            k = linear(h, "self_attn.k_proj")[:, kv * c.head_dim : (kv + 1) * c.head_dim]
+            v = linear(h, "self_attn.v_proj")[:, kv * c.head_dim : (kv + 1) * c.head_dim]
             if c.qk_norm:
-                q, k = norm(q, at + "self_attn.q_norm.weight"), norm(k, at + "self_attn.k_norm.weight")
+                q, k = (
+                    norm(q, at + "self_attn.q_norm.weight"),
+                    norm(k, at + "self_attn.k_norm.weight"),
+                )
+
             def turn(x):
                 y = torch.empty_like(x)
                 for t in range(len(x)):
                     for i in range(c.head_dim // 2):
                         a = t / c.rope_theta ** (2 * i / c.head_dim)
                         u, z = x[t, i], x[t, i + c.head_dim // 2]
-                        y[t, i], y[t, i + c.head_dim // 2] = u * math.cos(a) - z * math.sin(a), u * math.sin(a) + z * math.cos(a)
+                        y[t, i], y[t, i + c.head_dim // 2] = (
+                            u * math.cos(a) - z * math.sin(a),
+                            u * math.sin(a) + z * math.cos(a),
+                        )
                 return y
+
             q, k = turn(q), turn(k)
-            out.append(torch.stack([((q[t] @ k[:t + 1].T) / math.sqrt(c.head_dim)).softmax(-1) @ v[:t + 1] for t in range(len(ids))]))
+            out.append(
+                torch.stack(
+                    [
+                        ((q[t] @ k[: t + 1].T) / math.sqrt(c.head_dim)).softmax(-1) @ v[: t + 1]
+                        for t in range(len(ids))
+                    ]
+                )
+            )
         x = x + linear(torch.cat(out, -1), "self_attn.o_proj")
         h = norm(x, at + "post_attention_layernorm.weight")
-        x = x + linear(F.silu(linear(h, "mlp.gate_proj")) * linear(h, "mlp.up_proj"), "mlp.down_proj")
+        x = x + linear(
+            F.silu(linear(h, "mlp.gate_proj")) * linear(h, "mlp.up_proj"), "mlp.down_proj"
+        )
     return norm(x, "model.norm.weight") @ w["lm_head.weight"].T
 
 
-@pytest.mark.parametrize("flags", [dict(qk_norm=True), dict(qk_norm=False, qkv_bias=True), dict(tie_embeddings=True, n_kv_head=4)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(qk_norm=True),
+        dict(qk_norm=False, qkv_bias=True),
+        dict(tie_embeddings=True, n_kv_head=4),
+    ],
+)
 def test_forward_equals_slow_reference(flags):
     model = toy_model(**flags)
     ids = [3, 14, 15, 9, 2, 6, 5]
@@ -51,13 +76,17 @@ def test_forward_equals_slow_reference(flags):
     assert (model(torch.tensor([ids]))[0] - slow_logits(model, ids)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("depth,vocab", [(1, 100), (2, 512), (4, 512), (8, 1000), (12, 2000), (13, 500)])
+@pytest.mark.parametrize(
+    "depth,vocab", [(1, 100), (2, 512), (4, 512), (8, 1000), (12, 2000), (13, 500)]
+)
 def test_parameter_count_is_exact(depth, vocab):
     config = GPTConfig.from_depth(depth, vocab)
     with torch.device("meta"):
         model = GPT(config)
     assert config.n_params()[0] == sum(p.numel() for p in model.parameters())
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ("proj" in n or "lm_head" in n)]
+    matrices = [
+        p for n, p in model.named_parameters() if p.dim() == 2 and ("proj" in n or "lm_head" in n)
+    ]
     tied = config.tie_embeddings * config.vocab_size * config.n_embd
     assert config.n_params()[1] == sum(p.numel() for p in matrices) + tied
 
@@ -65,11 +94,17 @@ def test_parameter_count_is_exact(depth, vocab):
 def test_flops_equal_the_counter_of_torch():
     """With attention as explicit matrix products, full squares counted: FlopCounterMode sees nothing of CPU SDPA."""
     from torch.utils.flop_counter import FlopCounterMode
+
     model = toy_model(dtype=torch.float32)
 
     def explicit(layer, q, k, v):
-        q, k, v = q.transpose(1, 2), k.repeat_interleave(2, 2).transpose(1, 2), v.repeat_interleave(2, 2).transpose(1, 2)
+        q, k, v = (
+            q.transpose(1, 2),
+            k.repeat_interleave(2, 2).transpose(1, 2),
+            v.repeat_interleave(2, 2).transpose(1, 2),
+        )
         return (((q @ k.transpose(-1, -2)).softmax(-1)) @ v).transpose(1, 2)
+
     B, T = 3, 20
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(B, T, dtype=torch.long), attend=explicit)
@@ -79,14 +114,16 @@ def test_flops_equal_the_counter_of_torch():
 def test_right_padding_changes_nothing():
     model = toy_model()
     row = torch.tensor([[5, 6, 7]])
-    assert (model(torch.cat([row, torch.zeros(1, 4, dtype=torch.long)], 1))[:, :3] - model(row)).abs().max() < 1e-12
+    assert (
+        model(torch.cat([row, torch.zeros(1, 4, dtype=torch.long)], 1))[:, :3] - model(row)
+    ).abs().max() < 1e-12
 
 
 def test_logprobs_and_their_gradients_equal_autograds_whatever_the_chunk():
     model, h0 = toy_model(), torch.randn(11, 32, dtype=torch.float64)
     ids = torch.randint(0, 70, (11,))
     results = []
-    for chunk in (1, 70 * 3, 2 ** 24, "autograd"):
+    for chunk in (1, 70 * 3, 2**24, "autograd"):
         model.zero_grad()
         h = h0.clone().requires_grad_()
         if chunk == "autograd":
@@ -99,13 +136,18 @@ def test_logprobs_and_their_gradients_equal_autograds_whatever_the_chunk():
         for a, b in zip(other, results[-1]):
             assert (a - b).abs().max() < 1e-12
     p = (model.head(h0) / 0.7).softmax(-1)
-    assert (results[0][1] - -(p * p.log()).sum(-1)).abs().max() < 1e-10  # entropy is of the distribution, not of the sample
+    assert (
+        results[0][1] - -(p * p.log()).sum(-1)
+    ).abs().max() < 1e-10  # entropy is of the distribution, not of the sample
     assert (results[0][0] - p.log()[torch.arange(11), ids]).abs().max() < 1e-10
 
 
 def test_the_heads_gradient_is_summed_in_the_master_weights_precision():
     """In bf16, over many chunks: each chunk's part is rounded, their sum is not."""
-    model, (h, ids) = toy_model(dtype=torch.float32), (torch.randn(4096, 32), torch.randint(0, 70, (4096,)))
+    model, (h, ids) = (
+        toy_model(dtype=torch.float32),
+        (torch.randn(4096, 32), torch.randint(0, 70, (4096,))),
+    )
     grads = []
     for kind in (torch.float32, torch.bfloat16):
         model.zero_grad()
@@ -128,7 +170,12 @@ def test_padded_embedding_rows_get_no_probability():
 
 
 def test_bad_sizes_are_refused_with_the_value():
-    for broken, word in [(dict(n_kv_head=3), "3"), (dict(head_dim=7), "7"), (dict(n_layer=0), "0"), (dict(n_tokens=71), "71")]:
+    for broken, word in [
+        (dict(n_kv_head=3), "3"),
+        (dict(head_dim=7), "7"),
+        (dict(n_layer=0), "0"),
+        (dict(n_tokens=71), "71"),
+    ]:
         with pytest.raises(ValueError, match=word):
             toy_model(**broken)
     with pytest.raises(ValueError, match="context"):

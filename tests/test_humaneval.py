@@ -1,4 +1,5 @@
 """HumanEval: where the code is found in a completion, and that the tests tell right from wrong."""
+
 import json
 
 import pytest
@@ -6,10 +7,22 @@ import pytest
 from nanorl.tasks.humaneval import HumanEval, find_code
 from nanorl.tasks.pool import RewardPool
 
-ROWS = [{"task_id": "HumanEval/0", "entry_point": "total", "prompt": 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """ Sum.\n    >>> total([1, 2])\n    3\n    """\n',
-         "canonical_solution": "    return sum(xs)\n", "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n"},
-        {"task_id": "HumanEval/1", "entry_point": "decode", "prompt": 'def encode(s: str):\n    return s[::-1]\n\n\ndef decode(s: str):\n    """ Undo encode. """\n',
-         "canonical_solution": "    return encode(s)\n", "test": "def check(candidate):\n    assert candidate(encode('abc')) == 'abc'\n    assert decode('ba') == 'ab'\n"}]
+ROWS = [
+    {
+        "task_id": "HumanEval/0",
+        "entry_point": "total",
+        "prompt": 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """ Sum.\n    >>> total([1, 2])\n    3\n    """\n',
+        "canonical_solution": "    return sum(xs)\n",
+        "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
+    },
+    {
+        "task_id": "HumanEval/1",
+        "entry_point": "decode",
+        "prompt": 'def encode(s: str):\n    return s[::-1]\n\n\ndef decode(s: str):\n    """ Undo encode. """\n',
+        "canonical_solution": "    return encode(s)\n",
+        "test": "def check(candidate):\n    assert candidate(encode('abc')) == 'abc'\n    assert decode('ba') == 'ab'\n",
+    },
+]
 
 
 @pytest.fixture
@@ -23,60 +36,107 @@ def task(tmp_path, monkeypatch):
 WHOLE = "from typing import List\ndef total(xs: List[int]):\n    return sum(xs)\n"
 
 
-@pytest.mark.parametrize("completion, parts", [
-    (f"Here it is:\n```python\n{WHOLE}```\nIt adds.", (1, 1, 1)),
-    (f"```python\n{WHOLE}", (1, 1, 1)),  # cut off after the code
-    (f"```\n{WHOLE}```\n```python\nprint(total([1]))\n```", (1, 1, 1)),
-    (f"Use:\n```python\ntotal([1])\n```\nCode:\n```python\n{WHOLE}```", (1, 1, 1)),
-    ("```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```", (1, 1, 1)),  # without the prompt's import
-    (WHOLE, (0, 1, 1)),
-    ("    return sum(xs)\n", (0, 1, 1)),
-    ("    return sum(\n        xs\n)\n\n\ndef other():\n    never closed (\n", (0, 1, 1)),
-    ("    return sum(xs)\nprint(total('x'))\n", (0, 1, 1)),
-    ("```python\n    return sum(xs)\n```", (1, 1, 1)),
-    ("    return 3\n", (0, 1, 0)),
-    ("```python\nreturn sum(xs)\n```", (1, 1, 1)),  # the body alone, at column 0
-    (f"The question:\n```python\n{ROWS[0]['prompt']}```\nMy answer:\n```python\n{WHOLE}```", (1, 1, 1)),  # the last one counts
-    (f"```python\ndef total(xs):\n    return 0\n```\nWait, better:\n```python\n{WHOLE}```", (1, 1, 1)),
-    ("1. Code:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```", (1, 1, 1)),  # in a list
-    (f"Here is the function:\n\n{WHOLE}\nIt adds them up, doesn't it?", (0, 1, 1)),  # no fence, words around it
-    ("import math\ndef total(xs):\n    return math.fsum(xs)\nExplanation: fsum is exact", (0, 1, 1)),
-    ("```python\ndef total(xs):\n    return sum(xs) +\n```", (1, 1, 0)),
-    ("```python\ndef sum_up(xs):\n    return sum(xs)\n```", (1, 0, 0)),
-    ("I do not know.", (0, 0, 0)),
-    ("", (0, 0, 0)),
-    ("   \n", (0, 0, 0)),
-    ("```python\n\ud800def total(xs):\n    return sum(xs)\n```", (1, 0, 0)),  # half of a surrogate pair
-])
+@pytest.mark.parametrize(
+    "completion, parts",
+    [
+        (f"Here it is:\n```python\n{WHOLE}```\nIt adds.", (1, 1, 1)),
+        (f"```python\n{WHOLE}", (1, 1, 1)),  # cut off after the code
+        (f"```\n{WHOLE}```\n```python\nprint(total([1]))\n```", (1, 1, 1)),
+        (f"Use:\n```python\ntotal([1])\n```\nCode:\n```python\n{WHOLE}```", (1, 1, 1)),
+        (
+            "```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```",
+            (1, 1, 1),
+        ),  # without the prompt's import
+        (WHOLE, (0, 1, 1)),
+        ("    return sum(xs)\n", (0, 1, 1)),
+        ("    return sum(\n        xs\n)\n\n\ndef other():\n    never closed (\n", (0, 1, 1)),
+        ("    return sum(xs)\nprint(total('x'))\n", (0, 1, 1)),
+        ("```python\n    return sum(xs)\n```", (1, 1, 1)),
+        ("    return 3\n", (0, 1, 0)),
+        ("```python\nreturn sum(xs)\n```", (1, 1, 1)),  # the body alone, at column 0
+        (
+            f"The question:\n```python\n{ROWS[0]['prompt']}```\nMy answer:\n```python\n{WHOLE}```",
+            (1, 1, 1),
+        ),  # the last one counts
+        (
+            f"```python\ndef total(xs):\n    return 0\n```\nWait, better:\n```python\n{WHOLE}```",
+            (1, 1, 1),
+        ),
+        (
+            "1. Code:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```",
+            (1, 1, 1),
+        ),  # in a list
+        (
+            f"Here is the function:\n\n{WHOLE}\nIt adds them up, doesn't it?",
+            (0, 1, 1),
+        ),  # no fence, words around it
+        (
+            "import math\ndef total(xs):\n    return math.fsum(xs)\nExplanation: fsum is exact",
+            (0, 1, 1),
+        ),
+        ("```python\ndef total(xs):\n    return sum(xs) +\n```", (1, 1, 0)),
+        ("```python\ndef sum_up(xs):\n    return sum(xs)\n```", (1, 0, 0)),
+        ("I do not know.", (0, 0, 0)),
+        ("", (0, 0, 0)),
+        ("   \n", (0, 0, 0)),
+        (
+            "```python\n\ud800def total(xs):\n    return sum(xs)\n```",
+            (1, 0, 0),
+        ),  # half of a surrogate pair
+    ],
+)
 def test_the_code_is_found_and_judged(task, completion, parts):
     reward = task.reward(task.problem(0), completion)
-    assert (reward.parts["format"], reward.parts["answered"], reward.parts["correct"]) == parts and reward.total == parts[2]
+    assert (
+        reward.parts["format"],
+        reward.parts["answered"],
+        reward.parts["correct"],
+    ) == parts and reward.total == parts[2]
 
 
 def test_tests_may_use_the_prompts_helpers(task):
     problem = task.problem(1)
-    assert task.reward(problem, "    return s[::-1]").total == 1 and task.reward(problem, "    return s").total == 0
+    assert (
+        task.reward(problem, "    return s[::-1]").total == 1
+        and task.reward(problem, "    return s").total == 0
+    )
     assert task.reward(problem, "```python\ndef decode(s):\n    return encode(s)\n```").total == 1
 
 
 def test_problem_and_solution(task):
     problem = task.problem(0)
     assert len(task) == 2 and problem.answer == "total" and problem.prompt[0]["role"] == "user"
-    assert f"```python\n{ROWS[0]['prompt'].strip()}\n```" in problem.prompt[0]["content"] and "sum(xs)" not in problem.prompt[0]["content"]
+    assert (
+        f"```python\n{ROWS[0]['prompt'].strip()}\n```" in problem.prompt[0]["content"]
+        and "sum(xs)" not in problem.prompt[0]["content"]
+    )
     assert "check" not in problem.prompt[0]["content"]
     for i in range(2):
-        assert task.reward(task.problem(i), task.solution(task.problem(i))).parts == {"format": 1, "answered": 1, "correct": 1}
+        assert task.reward(task.problem(i), task.solution(task.problem(i))).parts == {
+            "format": 1,
+            "answered": 1,
+            "correct": 1,
+        }
 
 
 def test_a_definition_of_another_name_is_not_the_function():
     assert find_code("def totals(x):\n    return 1\n", "total") == ("", False)
-    assert find_code("x\n```\ndef total(x): return 1\n```", "total") == ("def total(x): return 1\n", True)
+    assert find_code("x\n```\ndef total(x): return 1\n```", "total") == (
+        "def total(x): return 1\n",
+        True,
+    )
 
 
 def test_code_runs_only_when_allowed(task, monkeypatch):
     for yes in (True, "true", "yes", "1", "True"):
         assert len(HumanEval(allow_code=yes)) == 2
-    for no in ({}, {"allow_code": False}, {"allow_code": "false"}, {"allow_code": "no"}, {"allow_code": "0"}):
+    for no in (
+        {},
+        {"allow_code": False},
+        {"allow_code": "false"},
+        {"allow_code": "no"},
+        {"allow_code": "0"},
+    ):
         with pytest.raises(ValueError, match="guard and not a jail"):
             HumanEval(**no)
     with pytest.raises(ValueError, match="allow_code is 'perhaps'"):
@@ -88,11 +148,24 @@ def test_code_runs_only_when_allowed(task, monkeypatch):
 
 def test_rewards_come_from_worker_processes(task, tmp_path):
     """A program that hangs is over before the pool would kill its worker."""
-    (tmp_path / "quick.py").write_text("from functools import partial\nfrom nanorl.tasks import humaneval\nhumaneval.run = partial(humaneval.run, seconds=1.0)\nHumanEval = humaneval.HumanEval\n")
-    pool = RewardPool((f"{tmp_path / 'quick.py'}:HumanEval", "test", {"allow_code": "true"}), task.timeout, workers=2)
-    texts = ["    return sum(xs)", "    while True: pass", "    return 3", "    import os\n    os._exit(0)"]
+    (tmp_path / "quick.py").write_text(
+        "from functools import partial\nfrom nanorl.tasks import humaneval\nhumaneval.run = partial(humaneval.run, seconds=1.0)\nHumanEval = humaneval.HumanEval\n"
+    )
+    pool = RewardPool(
+        (f"{tmp_path / 'quick.py'}:HumanEval", "test", {"allow_code": "true"}),
+        task.timeout,
+        workers=2,
+    )
+    texts = [
+        "    return sum(xs)",
+        "    while True: pass",
+        "    return 3",
+        "    import os\n    os._exit(0)",
+    ]
     try:
-        assert [reward.total for reward in pool.judge([(task.problem(0), text) for text in texts])] == [1, 0, 0, 0]
+        assert [
+            reward.total for reward in pool.judge([(task.problem(0), text) for text in texts])
+        ] == [1, 0, 0, 0]
         assert len(pool.workers) == 2  # and none was killed
     finally:
         pool.close()
@@ -107,5 +180,15 @@ def test_published_problems(real_data, monkeypatch):
         problem = task.problem(i)
         assert task.reward(problem, task.solution(problem)).total == 1, problem.answer
         assert task.reward(problem, problem.meta["canonical_solution"]).total == 1, problem.answer
-        for wrong in ("    return None", "    return 1", "    return ''", "    return []", "    raise SystemExit(0)"):
-            assert task.reward(problem, wrong).parts == {"format": 0, "answered": 1, "correct": 0}, (problem.answer, wrong)
+        for wrong in (
+            "    return None",
+            "    return 1",
+            "    return ''",
+            "    return []",
+            "    raise SystemExit(0)",
+        ):
+            assert task.reward(problem, wrong).parts == {
+                "format": 0,
+                "answered": 1,
+                "correct": 0,
+            }, (problem.answer, wrong)

@@ -1,4 +1,5 @@
 """metrics.jsonl, rollouts/ and what a resumed run forgets of them."""
+
 import gzip
 import json
 import os
@@ -24,14 +25,21 @@ def test_rows_are_appended_with_step_and_time(tmp_path):
     log.row(1, reward=0.5, note="µ")
     RunLog(str(tmp_path / "a" / "rl")).row(2)  # a second process goes on with the same file
     found = rows(log)
-    assert [(r["step"], r.get("reward"), r.get("note")) for r in found] == [(0, 0.25, None), (1, 0.5, "µ"), (2, None, None)]
+    assert [(r["step"], r.get("reward"), r.get("note")) for r in found] == [
+        (0, 0.25, None),
+        (1, 0.5, "µ"),
+        (2, None, None),
+    ]
     assert all(r["time"] > 1.7e9 for r in found)
 
 
 def test_rows_are_json_whatever_the_numbers(tmp_path):
     log = RunLog(str(tmp_path))
     log.row(1, loss=float("nan"), grad_norm=float("inf"), reward=0.5)
-    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    strict = json.loads(
+        (tmp_path / "metrics.jsonl").read_text(),
+        parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
+    )
     assert (strict["loss"], strict["grad_norm"], strict["reward"]) == (None, None, 0.5)
 
 
@@ -41,10 +49,14 @@ def test_cut_drops_later_rows_rollouts_and_a_torn_line(tmp_path):
         log.row(step, reward=step / 10)
         log.rollouts(step, [{"text": str(step)}])
     with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('{"step": 3, "rew')  # what a killed process leaves: of a step that stays, so only its tear can drop it
+        f.write(
+            '{"step": 3, "rew'
+        )  # what a killed process leaves: of a step that stays, so only its tear can drop it
     log.cut(9)
     assert [r["step"] for r in rows(log)] == list(range(1, 10))
-    assert stored(tmp_path) == ["metrics.jsonl"] + [f"rollouts/step_{s:06d}.jsonl.gz" for s in range(1, 10)]
+    assert stored(tmp_path) == ["metrics.jsonl"] + [
+        f"rollouts/step_{s:06d}.jsonl.gz" for s in range(1, 10)
+    ]
     log.row(10)  # goes on with a line of its own
     assert [r["step"] for r in rows(log)] == list(range(1, 11))
 
@@ -63,7 +75,9 @@ def test_rollouts_are_records_and_equal_ones_give_equal_bytes(tmp_path, monkeypa
         log.rollouts(120, records)
         written.append((tmp_path / name / "rollouts" / "step_000120.jsonl.gz").read_bytes())
     assert written[0] == written[1]
-    assert [json.loads(line) for line in gzip.decompress(written[0]).decode().splitlines()] == records
+    assert [
+        json.loads(line) for line in gzip.decompress(written[0]).decode().splitlines()
+    ] == records
 
 
 def test_the_card_holds_the_constants_and_where_they_ran(tmp_path):
@@ -86,15 +100,22 @@ def test_an_inactive_log_touches_nothing(tmp_path):
     first = RunLog(str(tmp_path))
     first.row(1), first.rollouts(1, [])
     RunLog(str(tmp_path), active=False).cut(0)  # nor does it cut the first rank's files
-    assert stored(tmp_path) == ["metrics.jsonl", "rollouts/step_000001.jsonl.gz"] and [r["step"] for r in rows(first)] == [1]
+    assert stored(tmp_path) == ["metrics.jsonl", "rollouts/step_000001.jsonl.gz"] and [
+        r["step"] for r in rows(first)
+    ] == [1]
 
 
-@pytest.mark.parametrize("seconds, text", [(0, "0s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (7260, "2h01m")])
+@pytest.mark.parametrize(
+    "seconds, text", [(0, "0s"), (59.6, "1m00s"), (75, "1m15s"), (3599.7, "1h00m"), (7260, "2h01m")]
+)
 def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("step, words", [(2, "1 rows after step 2"), (-1, "3 rows of a run that had saved no checkpoint")])
+@pytest.mark.parametrize(
+    "step, words",
+    [(2, "1 rows after step 2"), (-1, "3 rows of a run that had saved no checkpoint")],
+)
 def test_rows_that_go_are_named(tmp_path, capsys, step, words):
     log = RunLog(str(tmp_path))
     log.cut(-1)  # nothing there, nothing to say
@@ -110,31 +131,69 @@ def test_rows_that_go_are_named(tmp_path, capsys, step, words):
 def test_the_size_on_disk_is_known_before(tmp_path):
     records = [{"text": "the same again and again " * 20, "reward": 1.0}] * 50
     RunLog(str(tmp_path)).rollouts(1, iter(records))
-    assert size_of(records) == os.path.getsize(tmp_path / "rollouts" / "step_000001.jsonl.gz") < 1000
+    assert (
+        size_of(records) == os.path.getsize(tmp_path / "rollouts" / "step_000001.jsonl.gz") < 1000
+    )
 
 
-@pytest.mark.parametrize("n, text", [(0, "0 bytes"), (999, "999 bytes"), (1234, "1.2 kB"), (5.6e6, "5.6 MB"), (7.8e9, "7.8 GB"), (3e12, "3.0 TB"), (4e15, "4000.0 TB")])
+@pytest.mark.parametrize(
+    "n, text",
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1234, "1.2 kB"),
+        (5.6e6, "5.6 MB"),
+        (7.8e9, "7.8 GB"),
+        (3e12, "3.0 TB"),
+        (4e15, "4000.0 TB"),
+    ],
+)
 def test_size(n, text):
     assert size(n) == text
 
 
-QUIET = {"reward": 0.5, "reward/correct": 0.5, "frac_learned_zero_std": 0.1, "completions/clipped_ratio": 0.0, "entropy": 1.0, "logp_diff/mean": 1e-7,
-         "reward/errors": 0, "reward/timeouts": 0}
+QUIET = {
+    "reward": 0.5,
+    "reward/correct": 0.5,
+    "frac_learned_zero_std": 0.1,
+    "completions/clipped_ratio": 0.0,
+    "entropy": 1.0,
+    "logp_diff/mean": 1e-7,
+    "reward/errors": 0,
+    "reward/timeouts": 0,
+}
 
 
-@pytest.mark.parametrize("change, words, others", [
-    ({"frac_learned_zero_std": 0.26}, "above 0.25", "above 0.5"), ({"frac_learned_zero_std": 0.51}, "above 0.5", "above 0.25"),
-    ({"frac_learned_zero_std": 0.51, "reward/correct": 0.9}, "harder task", "more SFT"), ({"frac_learned_zero_std": 0.51, "reward/correct": 0.1}, "more SFT", "harder task"),
-    ({"entropy": 0.09}, "--kl_coef", "groups"), ({"reward/errors": 3}, "failed on 3 completions", "groups"), ({"reward/timeouts": 2}, "too long on 2", "groups"), ({"completions/clipped_ratio": 0.21}, "--max_new_tokens", "groups"), ({"logp_diff/mean": 5.1e-7}, "--dtype=fp32", "groups")])
+@pytest.mark.parametrize(
+    "change, words, others",
+    [
+        ({"frac_learned_zero_std": 0.26}, "above 0.25", "above 0.5"),
+        ({"frac_learned_zero_std": 0.51}, "above 0.5", "above 0.25"),
+        ({"frac_learned_zero_std": 0.51, "reward/correct": 0.9}, "harder task", "more SFT"),
+        ({"frac_learned_zero_std": 0.51, "reward/correct": 0.1}, "more SFT", "harder task"),
+        ({"entropy": 0.09}, "--kl_coef", "groups"),
+        ({"reward/errors": 3}, "failed on 3 completions", "groups"),
+        ({"reward/timeouts": 2}, "too long on 2", "groups"),
+        ({"completions/clipped_ratio": 0.21}, "--max_new_tokens", "groups"),
+        ({"logp_diff/mean": 5.1e-7}, "--dtype=fp32", "groups"),
+    ],
+)
 def test_warnings_in_words_when_something_begins(change, words, others):
     watch = Watch()
     assert watch.look(QUIET) == []
-    for edge in ({"frac_learned_zero_std": 0.25}, {"entropy": 0.11}, {"completions/clipped_ratio": 0.2}, {"logp_diff/mean": 4.9e-7}):
+    for edge in (
+        {"frac_learned_zero_std": 0.25},
+        {"entropy": 0.11},
+        {"completions/clipped_ratio": 0.2},
+        {"logp_diff/mean": 4.9e-7},
+    ):
         assert watch.look({**QUIET, **edge}) == []
-    said, = watch.look({**QUIET, **change})
+    (said,) = watch.look({**QUIET, **change})
     assert words in said and others not in said and "\n" not in said
     assert watch.look({**QUIET, **change}) == []  # once
-    assert Watch(json.loads(json.dumps(watch.state))).look({**QUIET, **change}) == []  # and not again when the run is resumed
+    assert (
+        Watch(json.loads(json.dumps(watch.state))).look({**QUIET, **change}) == []
+    )  # and not again when the run is resumed
 
 
 def test_the_warnings_compare_with_the_first_step_also_after_a_resume():

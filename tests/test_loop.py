@@ -6,13 +6,6 @@ import shutil
 
 import pytest
 import torch
-
-from nanorl import hf, optim, rollout
-from nanorl.data.conversations import read_conversations
-from nanorl.data.tokens import Windows
-from nanorl.gpt import GPT, GPTConfig
-from nanorl.tokenizer import Tokenizer
-from nanorl.tools import selfcheck
 from scripts import (
     APART,
     BASE,
@@ -30,6 +23,13 @@ from scripts import (
     trainer_state,
     weights,
 )
+
+from nanorl import hf, optim, rollout
+from nanorl.data.conversations import read_conversations
+from nanorl.data.tokens import Windows
+from nanorl.gpt import GPT, GPTConfig
+from nanorl.tokenizer import Tokenizer
+from nanorl.tools import selfcheck
 
 FILE = TOY.removeprefix("--task=").removesuffix(":Toy")
 EVAL = ["eval.py", "--device=cpu", "--examples=0"]
@@ -104,7 +104,10 @@ def test_sfts_first_loss_is_that_of_each_conversation_alone(sft, out, tmp_path):
     """Nine conversations in one row: none sees another, and only what the assistant says counts."""
     chats = tmp_path / "chats.jsonl"
     turns = [
-        [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "12" * (1 + i % 3)}]
+        [
+            {"role": "user", "content": f"Say {i}"},
+            {"role": "assistant", "content": "12" * (1 + i % 3)},
+        ]
         for i in range(10)
     ]
     chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
@@ -115,7 +118,9 @@ def test_sfts_first_loss_is_that_of_each_conversation_alone(sft, out, tmp_path):
     start = out / "a" / "base" / "step_000006"
     model = hf.load_model(start, torch.float64)
     model.compute_dtype = torch.float64
-    conversations, held_out, _ = read_conversations(str(chats), Tokenizer.from_pretrained(start), 256)
+    conversations, held_out, _ = read_conversations(
+        str(chats), Tokenizer.from_pretrained(start), 256
+    )
     assert len(conversations) == 9 and len(held_out) == 1
     loss, said = 0.0, 0
     for ids, mask in conversations:
@@ -198,7 +203,9 @@ def test_the_first_adamw_step_is_as_long_as_the_rate_says(rl, sft, out):
     options = ["--optimizer=adamw", "--matrix_lr=1e-3", "--warmup=4", "--steps=5", "--save_every=1"]
     moved = movement(start_of(out, "sft"), weights(sft("warm", *options), 1))
     assert max(moved.values()) == pytest.approx(1e-3 / 4, rel=1e-3)
-    moved = movement(start_of(out, "sft"), weights(sft("short", *options, "--max_grad_norm=1e-10"), 1))
+    moved = movement(
+        start_of(out, "sft"), weights(sft("short", *options, "--max_grad_norm=1e-10"), 1)
+    )
     assert 0 < max(moved.values()) < 0.05 * 1e-3 / 4
 
     options = ["--other_lr=1e-3", "--warmup=4", "--steps=5", "--save_every=1", "--sample_tokens=0"]
@@ -207,7 +214,9 @@ def test_the_first_adamw_step_is_as_long_as_the_rate_says(rl, sft, out):
         after = weights(out / name / "base", 1)
         before = dict(initial_model(out / name, 0).named_parameters())
         moved = movement(before, after)["model.norm.weight"]
-        assert moved == pytest.approx(length * 1e-3 / 4, rel=1e-3, abs=0.05 * 1e-3 / 4) and moved > 0
+        assert (
+            moved == pytest.approx(length * 1e-3 / 4, rel=1e-3, abs=0.05 * 1e-3 / 4) and moved > 0
+        )
 
 
 def test_the_default_rates_follow_from_the_width(sft, out):
@@ -307,7 +316,9 @@ def test_sfts_seed_fixes_the_order_of_the_examples_and_loras_first_weights(sft):
     runs = [sft(f"seed-{seed}", *options, f"--seed={seed}") for seed in (0, 1)]
     assert rows(runs[0])[-1]["loss"] != pytest.approx(rows(runs[1])[-1]["loss"], rel=1e-4)
     states = [trainer_state(run, 1)["lora"] for run in runs]
-    assert not any(torch.equal(p, states[1][name]) for name, p in states[0].items() if "lora_A" in name)
+    assert not any(
+        torch.equal(p, states[1][name]) for name, p in states[0].items() if "lora_A" in name
+    )
 
 
 def test_bases_seed_fixes_the_weights_and_the_data(out):
@@ -344,11 +355,16 @@ def test_training_validates_on_val(rl, sft):
 
 
 @pytest.mark.parametrize("split, others", [("val", "train"), ("test", "train")])
-def test_eval_takes_the_split_that_it_is_asked_for_and_shows_problems_of_train(rl, out, split, others):
+def test_eval_takes_the_split_that_it_is_asked_for_and_shows_problems_of_train(
+    rl, out, split, others
+):
     run = rl(f"shown-{split}", "--steps=1", "--eval_every=0")
     options = [SPLITS, f"--split={split}", "--problems=3", "--samples=0", "--shots=2"]
     summary, outcomes = evaluated(run, *options, "--max_new_tokens=2")
-    assert summary["split"] == split and summary["greedy"]["reward"] == {"val": -0.5, "test": -0.25}[split]
+    assert (
+        summary["split"] == split
+        and summary["greedy"]["reward"] == {"val": -0.5, "test": -0.25}[split]
+    )
     for outcome in outcomes:
         asked = [turn["content"].split()[0] for turn in outcome["prompt"] if turn["role"] == "user"]
         assert asked == [others, others, split]
@@ -399,7 +415,10 @@ def test_sft_and_base_on_two_ranks_are_those_of_one(out, tmp_path):
     """Loss, gradient, validation and weights: no rank sees another's rows, and all count."""
     chats = tmp_path / "chats.jsonl"
     turns = [
-        [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "1" * (1 + i % 9)}]
+        [
+            {"role": "user", "content": f"Say {i}"},
+            {"role": "assistant", "content": "1" * (1 + i % 9)},
+        ]
         for i in range(300)
     ]
     chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
@@ -407,7 +426,15 @@ def test_sft_and_base_on_two_ranks_are_those_of_one(out, tmp_path):
     base = [*BASE, *few, "--matrix_lr=0", "--sample_tokens=0", "--eval_every=2"]
     start = [f"--model={out / 'a' / 'base'}", "--optimizer=adamw", "--eval_every=2"]
     runs = {
-        "task": ["train_sft.py", *SFT, *few, *start, TOY, "--eval_problems=5", "--eval_new_tokens=6"],
+        "task": [
+            "train_sft.py",
+            *SFT,
+            *few,
+            *start,
+            TOY,
+            "--eval_problems=5",
+            "--eval_new_tokens=6",
+        ],
         "chats": ["train_sft.py", *SFT, *few, *start, f"--data={chats}"],
         "text": ["train_base.py", *base],
     }

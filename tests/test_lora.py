@@ -1,9 +1,10 @@
 """Adapters: their gradient against autograd through W + scale B A, and that sampler, learner, reference and files agree about the merged weights."""
+
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import toy_model
+
 from nanorl.engine import Engine
 from nanorl.gpt import token_logprobs
 from nanorl.hf import load_model, save_model
@@ -32,17 +33,26 @@ def loss_of(model):
 
 def test_the_gradient_is_autograds_through_the_sum():
     generator = torch.Generator().manual_seed(0)
-    x, w, a, b, g = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 7), (4, 7), (3, 7), (4, 3), (2, 5, 4)))
+    x, w, a, b, g = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 5, 7), (4, 7), (3, 7), (4, 3), (2, 5, 4))
+    )
     x, a, b = (t.requires_grad_() for t in (x, a, b))
-    for y in (F.linear(x, w + 0.5 * b @ a), LowRank.apply(x, (w + 0.5 * b @ a).detach(), a, b, 0.5)):
+    gradients = []
+    for y in (
+        F.linear(x, w + 0.5 * b @ a),
+        LowRank.apply(x, (w + 0.5 * b @ a).detach(), a, b, 0.5),
+    ):
         y.backward(g)
-        found = [t.grad for t in (x, a, b)]
+        gradients.append([t.grad for t in (x, a, b)])
         x.grad = a.grad = b.grad = None
-        expected = found if "expected" not in locals() else expected
+    expected, found = gradients
     assert all((e - f).abs().max() < 1e-12 for e, f in zip(expected, found))
 
 
-@pytest.mark.parametrize("overrides", [dict(), dict(qkv_bias=True, qk_norm=False, tie_embeddings=True)])
+@pytest.mark.parametrize(
+    "overrides", [dict(), dict(qkv_bias=True, qk_norm=False, tie_embeddings=True)]
+)
 def test_the_models_gradient_is_the_full_ones_by_the_chain_rule(overrides):
     model, lora = adapted(**overrides)
     loss_of(model).backward()
@@ -68,7 +78,11 @@ def test_a_fresh_adapter_changes_nothing_and_an_update_only_what_it_names():
     update(optimizers, [p for _, p in lora.named_parameters()], 1.0, 1.0)
     lora.merge()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {f"model.layers.{i}.{part}_proj.weight" for i in range(2) for part in ("self_attn.q", "mlp.down")}
+    assert moved == {
+        f"model.layers.{i}.{part}_proj.weight"
+        for i in range(2)
+        for part in ("self_attn.q", "mlp.down")
+    }
 
 
 def test_sampler_learner_and_merged_weights_are_one_policy():
@@ -77,8 +91,10 @@ def test_sampler_learner_and_merged_weights_are_one_policy():
     with torch.no_grad():
         for name, (_, own, a, b) in lora.projections.items():
             dict(explicit.named_parameters())[f"{name}.weight"].copy_(own + 6.0 / 3 * b @ a)
-    assert (explicit(IDS) - model(IDS)).abs().max() < 1e-12 and (explicit(IDS) - toy_model()(IDS)).abs().max() > 0.1
-    c, = Engine(model).generate([IDS[0].tolist()], 1, 12)[0]
+    assert (explicit(IDS) - model(IDS)).abs().max() < 1e-12 and (
+        explicit(IDS) - toy_model()(IDS)
+    ).abs().max() > 0.1
+    (c,) = Engine(model).generate([IDS[0].tolist()], 1, 12)[0]
     ids = torch.tensor([IDS[0].tolist() + c.ids])
     learner = token_logprobs(model(ids)[0, 9:-1], ids[0, 10:])
     assert (learner - torch.tensor(c.logprobs, dtype=torch.float64)).abs().max() < 1e-9
@@ -89,19 +105,27 @@ def test_in_bf16_the_sampler_has_no_weights_of_its_own():
     model, lora = adapted(dtype=torch.bfloat16)
     merged = toy_model(dtype=torch.bfloat16)
     merged.load_state_dict(model.state_dict())
-    assert torch.equal(model(IDS), merged(IDS)) and not torch.equal(model(IDS), toy_model(dtype=torch.bfloat16)(IDS))
+    assert torch.equal(model(IDS), merged(IDS)) and not torch.equal(
+        model(IDS), toy_model(dtype=torch.bfloat16)(IDS)
+    )
     assert Engine(model).model is model
     _, own, a, b = lora.projections["model.layers.0.mlp.up_proj"]
     assert a.dtype == b.dtype == torch.float32
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, (own + lora.scale * (b @ a)).bfloat16())
+    assert torch.equal(
+        model.model.layers[0].mlp.up_proj.weight, (own + lora.scale * (b @ a)).bfloat16()
+    )
 
 
 def test_the_base_is_the_reference_and_costs_no_memory():
     model, lora = adapted()
     merged = model(IDS)
     lora.merge()
-    assert torch.equal(model(IDS), merged)  # from the weights as they were, not on top of what was merged before
-    addresses = {p.data_ptr() for p in model.parameters()} | {own.data_ptr() for _, own, _, _ in lora.projections.values()}
+    assert torch.equal(
+        model(IDS), merged
+    )  # from the weights as they were, not on top of what was merged before
+    addresses = {p.data_ptr() for p in model.parameters()} | {
+        own.data_ptr() for _, own, _, _ in lora.projections.values()
+    }
     with lora.base(model) as base:
         assert torch.equal(base(IDS), toy_model()(IDS))
         assert {p.data_ptr() for p in base.parameters()} <= addresses
@@ -126,11 +150,21 @@ def test_saved_merged_it_is_a_plain_model(tmp_path, tokenizer):
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
-        assert torch.equal(load_model(tmp_path)(IDS), model(IDS)) and (theirs(IDS).logits - model(IDS)).abs().max() <= 5e-4
+        assert (
+            torch.equal(load_model(tmp_path)(IDS), model(IDS))
+            and (theirs(IDS).logits - model(IDS)).abs().max() <= 5e-4
+        )
 
 
-@pytest.mark.parametrize("rank, alpha, targets, words", [
-    (0, 1.0, TARGETS, "lora_rank is 0"), (2, 0.0, TARGETS, "lora_alpha 0.0"), (2, 1.0, ("q", "x"), "lora_targets names x: it takes some of q, k"), (2, 1.0, (), "names nothing")])
+@pytest.mark.parametrize(
+    "rank, alpha, targets, words",
+    [
+        (0, 1.0, TARGETS, "lora_rank is 0"),
+        (2, 0.0, TARGETS, "lora_alpha 0.0"),
+        (2, 1.0, ("q", "x"), "lora_targets names x: it takes some of q, k"),
+        (2, 1.0, (), "names nothing"),
+    ],
+)
 def test_what_cannot_be(rank, alpha, targets, words):
     with pytest.raises(ValueError, match=words):
         LoRA(toy_model(), rank, alpha, targets)

@@ -1,4 +1,5 @@
 """The estimate: what is counted on a small pass holds for a large one. Against the process's own peak: the slow test."""
+
 import json
 import os
 import re
@@ -7,16 +8,19 @@ import sys
 
 import pytest
 import torch
-
 from conftest import ROOT, toy_model
-from nanorl.report import memory
+
 from nanorl.lora import LoRA
+from nanorl.report import memory
 from nanorl.rollout import Rollout
 from nanorl.sampling import Completion
 
 
 def forward(model, rows, T=32):
-    return lambda: model.logprobs(model.hidden(torch.ones(rows, T, dtype=torch.long)).flatten(0, 1), torch.ones(rows * T, dtype=torch.long))
+    return lambda: model.logprobs(
+        model.hidden(torch.ones(rows, T, dtype=torch.long)).flatten(0, 1),
+        torch.ones(rows * T, dtype=torch.long),
+    )
 
 
 def test_what_backward_needs_grows_with_the_tokens_and_shrinks_with_recomputation_and_lora():
@@ -24,7 +28,9 @@ def test_what_backward_needs_grows_with_the_tokens_and_shrinks_with_recomputatio
     one, four = (memory.saved_bytes(model, forward(model, rows)) for rows in (1, 4))
     assert 3.7 * one < four < 4 * one  # the table of log-probs' weight is there once
     c = model.config
-    at_least = 32 * c.n_layer * 4 * (4 * c.n_embd + 3 * c.n_inner)  # a linear layer keeps its input, SwiGLU its factors
+    at_least = (
+        32 * c.n_layer * 4 * (4 * c.n_embd + 3 * c.n_inner)
+    )  # a linear layer keeps its input, SwiGLU its factors
     assert at_least < one < 4 * at_least
     LoRA(model, 2, 4.0)
     assert memory.saved_bytes(model, forward(model, 1)) <= one
@@ -42,7 +48,9 @@ def test_the_activations_to_the_byte(monkeypatch):
     assert memory.activation_bytes(model, *passes, 4 * 32) == four + 4 * per_row / 4
     model.recompute = True
     entering = 4 * 32 * 4 * 32 * 4  # rows x tokens x layers x channels x bytes
-    assert memory.activation_bytes(model, *passes, 4 * 32) == once / 4 + entering + 2 * 4 * per_row / 4
+    assert (
+        memory.activation_bytes(model, *passes, 4 * 32) == once / 4 + entering + 2 * 4 * per_row / 4
+    )
 
 
 def test_on_a_cpu_holes_are_allowed_for(monkeypatch):
@@ -57,7 +65,9 @@ def test_on_a_cpu_holes_are_allowed_for(monkeypatch):
 @pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [9, 1, 1, 1, 50], [3, 2]])
 def test_any_rollout_will_do(lengths):
     model = toy_model(dtype=torch.float32)
-    group = Rollout(None, [1, 2, 3], [Completion([5] * n, [0.0] * n, True) for n in lengths], None, None, None)
+    group = Rollout(
+        None, [1, 2, 3], [Completion([5] * n, [0.0] * n, True) for n in lengths], None, None, None
+    )
     small, large = memory.passes(model, [group])
     assert large[1] == 2 * small[1] and memory.activation_bytes(model, small, large, 1000) > 0
     model.recompute = True
@@ -69,41 +79,101 @@ def test_any_rollout_will_do(lengths):
 def test_the_parts():
     model = toy_model(dtype=torch.float32)
     n = 4 * sum(p.numel() for p in model.parameters())
-    parts = memory.estimate(model, [model], list(model.parameters()), used=10 * n, activations=5, cache=3)
-    assert parts == dict(weights=n, copies=n, gradients=n, optimizer=2 * n, activations=5, cache=0, program=8 * n)
-    assert memory.estimate(model, [], [], used=n, activations=5, cache=7)["cache"] == 7  # never both at a time
+    parts = memory.estimate(
+        model, [model], list(model.parameters()), used=10 * n, activations=5, cache=3
+    )
+    assert parts == dict(
+        weights=n, copies=n, gradients=n, optimizer=2 * n, activations=5, cache=0, program=8 * n
+    )
+    assert (
+        memory.estimate(model, [], [], used=n, activations=5, cache=7)["cache"] == 7
+    )  # never both at a time
     assert memory.cache_bytes(model.config, 2, 3, 10, 6, 5) == 2 * 2 * 2 * 8 * 2 * (3 * 10 + 6 * 5)
     tied = toy_model(dtype=torch.float32, tie_embeddings=True)
     assert memory.estimate(tied, [], [], 0, 0)["weights"] == 4 * tied.config.n_params()[0]  # once
 
 
 def test_too_little_memory_is_said():
-    parts = dict(weights=10 ** 9, gradients=10 ** 9, optimizer=2 * 10 ** 9, activations=0, cache=10 ** 8)
-    line, warning = memory.describe(parts, free=3 * 10 ** 9)
-    assert line == "memory: about 4.10 GB at most: weights 1.00, gradients 1.00, optimizer 2.00, cache 0.10"
-    assert warning.startswith("WARNING: 3.10 GB of that are still to be taken and 3.00 are free: lower --device_tokens")
-    assert len(memory.describe(parts, free=4 * 10 ** 9)) == 1
+    parts = dict(weights=10**9, gradients=10**9, optimizer=2 * 10**9, activations=0, cache=10**8)
+    line, warning = memory.describe(parts, free=3 * 10**9)
+    assert (
+        line
+        == "memory: about 4.10 GB at most: weights 1.00, gradients 1.00, optimizer 2.00, cache 0.10"
+    )
+    assert warning.startswith(
+        "WARNING: 3.10 GB of that are still to be taken and 3.00 are free: lower --device_tokens"
+    )
+    assert len(memory.describe(parts, free=4 * 10**9)) == 1
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """out/ with an untrained base of 18 million parameters -> run(script, constants), its output."""
-    environment = {**os.environ, "NANORL_OUT": str(tmp_path_factory.mktemp("wide")), "OMP_NUM_THREADS": "1"}
-    run = lambda *arguments: subprocess.run([sys.executable, *arguments, "--device=cpu", "--task=sum3"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    run("train_base.py", "--run_name=m", "--depth=7", "--documents=300", "--steps=1", "--batch_tokens=256", "--seq_len=64", "--sample_tokens=0")
+    environment = {
+        **os.environ,
+        "NANORL_OUT": str(tmp_path_factory.mktemp("wide")),
+        "OMP_NUM_THREADS": "1",
+    }
+    run = lambda *arguments: (
+        subprocess.run(
+            [sys.executable, *arguments, "--device=cpu", "--task=sum3"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    run(
+        "train_base.py",
+        "--run_name=m",
+        "--depth=7",
+        "--documents=300",
+        "--steps=1",
+        "--batch_tokens=256",
+        "--seq_len=64",
+        "--sample_tokens=0",
+    )
     run.out = environment["NANORL_OUT"]
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more, tolerance", [([], 0.2), (["--lora_rank=8"], 0.25), (["--recompute"], 0.3)], ids=["all weights", "lora", "recompute"])
-@pytest.mark.parametrize("script, start, arguments", [
-    ("train_sft.py", "base", ["--steps=2", "--batch_tokens=4096", "--optimizer=adamw"]),
-    ("train_rl.py", "base", ["--steps=2", "--eval_problems=20", "--prompts_per_step=8", "--max_new_tokens=120", "--probe_prompts=4", "--lr=1e-6"])], ids=["sft", "rl"])
+@pytest.mark.parametrize(
+    "more, tolerance",
+    [([], 0.2), (["--lora_rank=8"], 0.25), (["--recompute"], 0.3)],
+    ids=["all weights", "lora", "recompute"],
+)
+@pytest.mark.parametrize(
+    "script, start, arguments",
+    [
+        ("train_sft.py", "base", ["--steps=2", "--batch_tokens=4096", "--optimizer=adamw"]),
+        (
+            "train_rl.py",
+            "base",
+            [
+                "--steps=2",
+                "--eval_problems=20",
+                "--prompts_per_step=8",
+                "--max_new_tokens=120",
+                "--probe_prompts=4",
+                "--lr=1e-6",
+            ],
+        ),
+    ],
+    ids=["sft", "rl"],
+)
 def test_the_estimate_against_the_peak(wide, script, start, arguments, more, tolerance):
     """On a CPU the factor for what the allocator keeps is a measured one, and varies from run to run, with LoRA and recomputation most (docs/log.md)."""
     name = script + "".join(more)
-    said = wide(script, *arguments, *more, f"--run_name={name}", "--stage=s", f"--model={wide.out}/m/{start}")
+    said = wide(
+        script,
+        *arguments,
+        *more,
+        f"--run_name={name}",
+        "--stage=s",
+        f"--model={wide.out}/m/{start}",
+    )
     estimate = float(re.search(r"memory: about ([\d.]+) GB", said)[1])
     with open(os.path.join(wide.out, name, "s", "metrics.jsonl")) as f:
         measured = json.loads(f.readlines()[-1])["memory/peak_gb"]

@@ -2,8 +2,8 @@ import math
 
 import pytest
 import torch
-
 from conftest import toy_model
+
 from nanorl.optim import group_norms, lr_scale, make_optimizers, update
 
 
@@ -12,12 +12,16 @@ from nanorl.optim import group_norms, lr_scale, make_optimizers, update
 def test_a_gradient_that_is_zero_or_not_finite_changes_nothing(muon, bad):
     """Muon with old momentum moves weights as far on a zero gradient as on a full one."""
     model = toy_model(dtype=torch.float32)
-    params, optimizers = list(model.parameters()), make_optimizers(model, 0.02, 0.01, weight_decay=0.1, muon=muon)
+    params, optimizers = (
+        list(model.parameters()),
+        make_optimizers(model, 0.02, 0.01, weight_decay=0.1, muon=muon),
+    )
 
     def step(value):
         for p in params:
             p.grad = torch.full_like(p, value)
         return update(optimizers, params, 1.0, 1.0)
+
     assert step(1.0) > 0
     weights = [p.clone() for p in params]
     states = [str(o.state_dict()) for o in optimizers]
@@ -36,7 +40,9 @@ def test_clipping_is_by_the_global_norm_and_reports_the_norm_before():
     sgd.param_groups[0]["initial_lr"] = 1.0
     params[0].grad, params[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     assert update([sgd], params, 0.5, 1.0) == pytest.approx(5.0)
-    assert params[0].tolist() == pytest.approx([-0.3, 0.0]) and params[1].tolist() == pytest.approx([-0.4])
+    assert params[0].tolist() == pytest.approx([-0.3, 0.0]) and params[1].tolist() == pytest.approx(
+        [-0.4]
+    )
 
 
 def test_muon_gets_the_blocks_matrices_and_adamw_the_rest():
@@ -49,11 +55,17 @@ def test_muon_gets_the_blocks_matrices_and_adamw_the_rest():
 
 def test_schedule():
     assert [lr_scale(s, 10, warmup=4) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert [lr_scale(s, 10, cooldown=0.5) for s in range(10)] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert [lr_scale(s, 10, cooldown=0.5) for s in range(10)] == pytest.approx(
+        [1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+    )
     assert lr_scale(9, 10) == 1.0
-    assert [lr_scale(s, 4, cooldown=1.0, shape="linear") for s in range(4)] == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert [lr_scale(s, 4, cooldown=1.0, shape="linear") for s in range(4)] == pytest.approx(
+        [1, 0.75, 0.5, 0.25]
+    )
     half = math.sqrt(0.5) / 2
-    assert [lr_scale(s, 4, cooldown=1.0, shape="cosine") for s in range(4)] == pytest.approx([1, 0.5 + half, 0.5, 0.5 - half])
+    assert [lr_scale(s, 4, cooldown=1.0, shape="cosine") for s in range(4)] == pytest.approx(
+        [1, 0.5 + half, 0.5, 0.5 - half]
+    )
     assert [lr_scale(s, 4, warmup=2, shape="constant") for s in range(4)] == [0.5, 1, 1, 1]
 
 
@@ -63,7 +75,9 @@ def test_norms_by_parameter_group_make_up_the_whole(tied):
     model(torch.tensor([[1, 2, 3]])).square().sum().backward()
     norms = group_norms(model)
     assert set(norms) == {"attention", "mlp", "norms", "embeddings"} | (set() if tied else {"head"})
-    assert sum(n * n for n in norms.values()) == pytest.approx(sum(float(p.grad.square().sum()) for p in model.parameters()))
+    assert sum(n * n for n in norms.values()) == pytest.approx(
+        sum(float(p.grad.square().sum()) for p in model.parameters())
+    )
     only = [p.grad.square().sum() for name, p in model.named_parameters() if ".mlp." in name]
     assert norms["mlp"] == pytest.approx(float(sum(only)) ** 0.5)
     for p in model.parameters():

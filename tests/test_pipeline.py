@@ -1,4 +1,5 @@
 """The scripts as a person runs them, on a model of 80 thousand parameters: end to end, killed and resumed, on two ranks."""
+
 import gzip
 import json
 import os
@@ -11,10 +12,23 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scripts import (
+    BASE,
+    RL,
+    ROOT,
+    SFT,
+    SMALL,
+    assert_rows_agree,
+    assert_same_run,
+    call,
+    call_on_ranks,
+    records,
+    rows,
+    start_and_kill,
+)
 
 from nanorl.runtime import checkpoint
 from nanorl.tokenizer import Tokenizer
-from scripts import BASE, RL, ROOT, SFT, SMALL, assert_same_run, call, call_on_ranks, assert_rows_agree, records, rows, start_and_kill
 
 
 def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
@@ -27,7 +41,9 @@ def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
     assert call("train_rl.py", *RL, "--run_name=d", model, "--resume=must") is None
     assert_same_run(out / "c" / "rl", out / "d" / "rl", "step_000006")
     assert rows(out / "a" / "rl") == rows(out / "c" / "rl")  # one seed, one run
-    assert all(r["updated"] for r in rows(out / "c" / "rl")[1:]), "nothing was learnt: the test would show little"
+    assert all(r["updated"] for r in rows(out / "c" / "rl")[1:]), (
+        "nothing was learnt: the test would show little"
+    )
 
 
 LORA = ["--lora_rank=2", "--lora_alpha=8", "--lora_targets=q,v,down"]
@@ -42,19 +58,52 @@ def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
     assert_same_run(out / "lora" / "rl", out / "lora2" / "rl", "step_000006")
     assert rows(out / "lora" / "rl")[-1]["kl"] > 0  # from the base, which is the reference
     last = out / "lora" / "rl" / "step_000006"
-    state, base = torch.load(last / "trainer.pt", weights_only=True), load_file(out / "a" / "sft" / "step_000030" / "model.safetensors")
-    assert state["start"]["hash"] == checkpoint.fingerprint(out / "a" / "sft" / "step_000030") and len(state["lora"]) == 6  # one layer, three projections
-    assert sum(len(group["params"]) for optimizer in state["optimizers"] for group in optimizer["param_groups"]) == 6
-    moved = {name for name, p in load_file(last / "model.safetensors").items() if not torch.equal(p, base[name].to(p.dtype))}
-    assert moved == {f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "self_attn.v", "mlp.down")}
+    state, base = (
+        torch.load(last / "trainer.pt", weights_only=True),
+        load_file(out / "a" / "sft" / "step_000030" / "model.safetensors"),
+    )
+    assert (
+        state["start"]["hash"] == checkpoint.fingerprint(out / "a" / "sft" / "step_000030")
+        and len(state["lora"]) == 6
+    )  # one layer, three projections
+    assert (
+        sum(
+            len(group["params"])
+            for optimizer in state["optimizers"]
+            for group in optimizer["param_groups"]
+        )
+        == 6
+    )
+    moved = {
+        name
+        for name, p in load_file(last / "model.safetensors").items()
+        if not torch.equal(p, base[name].to(p.dtype))
+    }
+    assert moved == {
+        f"model.layers.0.{name}_proj.weight" for name in ("self_attn.q", "self_attn.v", "mlp.down")
+    }
     for name in moved:  # merged
         a, b = (state["lora"][f"{name.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
-        assert torch.equal(load_file(last / "model.safetensors")[name], base[name].double() + 4 * b @ a)
+        assert torch.equal(
+            load_file(last / "model.safetensors")[name], base[name].double() + 4 * b @ a
+        )
 
 
 def test_lora_moves_between_the_updates_of_one_rollout(out):
     """The second update is taken at the merged weights of the first: the ratio to the sampler has left 1."""
-    assert call("train_rl.py", *RL, *LORA, f"--model={out / 'a' / 'sft'}", "--lr=3e-2", "--run_name=twice", "--steps=2", "--updates_per_rollout=2") is None
+    assert (
+        call(
+            "train_rl.py",
+            *RL,
+            *LORA,
+            f"--model={out / 'a' / 'sft'}",
+            "--lr=3e-2",
+            "--run_name=twice",
+            "--steps=2",
+            "--updates_per_rollout=2",
+        )
+        is None
+    )
     ratios = [row["ratio/std"] for row in rows(out / "twice" / "rl")[1:]]
     assert max(ratios) > 1e-3, ratios
 
@@ -65,12 +114,17 @@ def test_lora_without_its_base_is_refused(out, tmp_path):
     assert call("train_rl.py", *arguments, "--steps=1") is None
     weights = load_file(tmp_path / "base" / "model.safetensors")
     save_file({name: p + 1 for name, p in weights.items()}, tmp_path / "base" / "model.safetensors")
-    assert "is gone or has changed since this run started from it" in call("train_rl.py", *arguments, "--steps=2")
+    assert "is gone or has changed since this run started from it" in call(
+        "train_rl.py", *arguments, "--steps=2"
+    )
 
 
 def test_recomputation_changes_only_what_it_costs(out):
     arguments = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=3"]
-    assert call("train_rl.py", *arguments, "--run_name=keep") is None and call("train_rl.py", *arguments, "--run_name=again", "--recompute") is None
+    assert (
+        call("train_rl.py", *arguments, "--run_name=keep") is None
+        and call("train_rl.py", *arguments, "--run_name=again", "--recompute") is None
+    )
     keep, again = rows(out / "keep" / "rl"), rows(out / "again" / "rl")
     assert again[-1].pop("flops_total") > 1.1 * keep[-1].pop("flops_total")
     assert again[-1]["flops/recompute"] > 0 == keep[-1]["flops/recompute"]
@@ -81,13 +135,45 @@ def test_recomputation_changes_only_what_it_costs(out):
 
 def test_a_published_model_in_sft(out, capsys):
     """Without trainer.pt a directory is a published model: AdamW at a published model's rate. With LoRA, resumed."""
-    shutil.copytree(out / "a" / "base" / "step_000006", out / "published", ignore=shutil.ignore_patterns("trainer.pt", "DONE"))
-    arguments = [*SMALL, f"--model={out / 'published'}", "--steps=6", "--batch_tokens=512", "--seq_len=64", "--examples=400", "--save_every=3", "--dtype=fp32"]
+    shutil.copytree(
+        out / "a" / "base" / "step_000006",
+        out / "published",
+        ignore=shutil.ignore_patterns("trainer.pt", "DONE"),
+    )
+    arguments = [
+        *SMALL,
+        f"--model={out / 'published'}",
+        "--steps=6",
+        "--batch_tokens=512",
+        "--seq_len=64",
+        "--examples=400",
+        "--save_every=3",
+        "--dtype=fp32",
+    ]
     assert call("train_sft.py", *arguments, "--run_name=p1") is None
     assert "AdamW 2e-05" in capsys.readouterr().out
-    assert call("train_rl.py", *RL[:-2], "--dtype=fp64", f"--model={out / 'p1' / 'sft'}", "--run_name=p4", "--dry_run") is None
+    assert (
+        call(
+            "train_rl.py",
+            *RL[:-2],
+            "--dtype=fp64",
+            f"--model={out / 'p1' / 'sft'}",
+            "--run_name=p4",
+            "--dry_run",
+        )
+        is None
+    )
     assert "AdamW 5e-06" in capsys.readouterr().out  # what descends from a published model is one
-    assert call("train_sft.py", *arguments, f"--model={out / 'p1' / 'sft'}", "--run_name=p5", "--steps=1") is None
+    assert (
+        call(
+            "train_sft.py",
+            *arguments,
+            f"--model={out / 'p1' / 'sft'}",
+            "--run_name=p5",
+            "--steps=1",
+        )
+        is None
+    )
     assert "AdamW 2e-05" in capsys.readouterr().out
     assert call("train_sft.py", *arguments, *LORA, "--run_name=p2", "--steps=3") is None
     assert "AdamW 0.0002 on adapters of rank 2" in capsys.readouterr().out
@@ -96,16 +182,37 @@ def test_a_published_model_in_sft(out, capsys):
     shutil.rmtree(out / "p6" / "sft" / "step_000006")  # as if it had died after step 3
     assert call("train_sft.py", *arguments, *LORA, "--run_name=p6", "--resume=must") is None
     assert_same_run(out / "p3" / "sft", out / "p6" / "sft", "step_000006")
-    assert len(torch.load(out / "p6" / "sft" / "step_000006" / "trainer.pt", weights_only=True)["lora"]) == 6
-    early, late = (load_file(out / "p6" / "sft" / step / "model.safetensors") for step in ("step_000003", "step_000006"))
+    assert (
+        len(
+            torch.load(out / "p6" / "sft" / "step_000006" / "trainer.pt", weights_only=True)["lora"]
+        )
+        == 6
+    )
+    early, late = (
+        load_file(out / "p6" / "sft" / step / "model.safetensors")
+        for step in ("step_000003", "step_000006")
+    )
     assert any(not torch.equal(early[name], late[name]) for name in early)  # it went on learning
 
 
 def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
     """Resumed from a checkpoint in the middle: what came after it is taken away, as if the process had died there."""
     for script, stage, keep, last, arguments in [
-            ("train_base.py", "base", "step_000002", "step_000006", [*BASE, "--steps=6", "--save_every=2"]),
-            ("train_sft.py", "sft", "step_000010", "step_000030", [*SFT, "--steps=30", "--save_every=10"])]:
+        (
+            "train_base.py",
+            "base",
+            "step_000002",
+            "step_000006",
+            [*BASE, "--steps=6", "--save_every=2"],
+        ),
+        (
+            "train_sft.py",
+            "sft",
+            "step_000010",
+            "step_000030",
+            [*SFT, "--steps=30", "--save_every=10"],
+        ),
+    ]:
         shutil.copytree(out / "a" / stage, out / "before" / stage)
         for name in os.listdir(out / "a" / stage):
             if name.startswith("step_") and name != keep:
@@ -121,40 +228,97 @@ def test_two_ranks_give_the_rows_of_one(out):
     one, two = (out / name / "rl" for name in ("one", "two"))
     assert [r["step"] for r in rows(one)] == list(range(7))
     assert_rows_agree(rows(one), rows(two))
-    texts = [[r["completion"] for r in records(run / "rollouts" / "step_000006.jsonl.gz")] for run in (one, two)]
+    texts = [
+        [r["completion"] for r in records(run / "rollouts" / "step_000006.jsonl.gz")]
+        for run in (one, two)
+    ]
     assert texts[0] == texts[1]
 
 
 def test_what_a_run_leaves(out):
-    assert call("train_rl.py", *RL, "--run_name=left", f"--model={out / 'a' / 'sft'}", "--steps=3") is None
+    assert (
+        call("train_rl.py", *RL, "--run_name=left", f"--model={out / 'a' / 'sft'}", "--steps=3")
+        is None
+    )
     directory = out / "left" / "rl"
     card = json.loads((directory / "run.json").read_text())
-    assert card["settings"]["prompts_per_step"] == 4 and card["device_rows"] >= 4 and card["torch"] == torch.__version__
+    assert (
+        card["settings"]["prompts_per_step"] == 4
+        and card["device_rows"] >= 4
+        and card["torch"] == torch.__version__
+    )
     assert [r["step"] for r in rows(directory)] == [0, 1, 2, 3]
     assert "val/accuracy" in rows(directory)[2] and "val/accuracy" not in rows(directory)[1]
-    records = [json.loads(line) for line in gzip.open(directory / "rollouts" / "step_000001.jsonl.gz", "rt", encoding="utf-8")]
+    records = [
+        json.loads(line)
+        for line in gzip.open(
+            directory / "rollouts" / "step_000001.jsonl.gz", "rt", encoding="utf-8"
+        )
+    ]
     assert len(records) == 16
-    assert records[0]["prompt"].startswith("<|im_start|>user\nWrite about ") and records[0]["prompt"].endswith("<|im_start|>assistant\n")
+    assert records[0]["prompt"].startswith("<|im_start|>user\nWrite about ") and records[0][
+        "prompt"
+    ].endswith("<|im_start|>assistant\n")
     assert {"completion", "reward", "parts", "advantage", "finish", "tokens"} <= records[0].keys()
-    assert sorted(os.listdir(directory / "step_000003")) == sorted([
-        "DONE", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "trainer.pt"])
+    assert sorted(os.listdir(directory / "step_000003")) == sorted(
+        [
+            "DONE",
+            "chat_template.jinja",
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "trainer.pt",
+        ]
+    )
 
 
 def test_forecast_warns_when_the_task_is_too_hard(out, capsys):
-    assert call("train_rl.py", *RL, "--task=chain4", "--run_name=dry", f"--model={out / 'a' / 'base'}", "--dry_run") is None
+    assert (
+        call(
+            "train_rl.py",
+            *RL,
+            "--task=chain4",
+            "--run_name=dry",
+            f"--model={out / 'a' / 'base'}",
+            "--dry_run",
+        )
+        is None
+    )
     said = capsys.readouterr().out
-    assert "4 problems x 4 samples = 16 rows" in said and "0 of 16 samples solved" in said and "too hard" in said
+    assert (
+        "4 problems x 4 samples = 16 rows" in said
+        and "0 of 16 samples solved" in said
+        and "too hard" in said
+    )
     assert not (out / "dry").exists()  # a dry run leaves everything as it was
 
 
 def test_eval_writes_outcomes_that_can_be_judged_again(out):
-    assert call("eval.py", f"--model={out / 'a' / 'sft'}", "--task=0-20", "--problems=12", "--samples=4", "--sample_problems=5", "--max_new_tokens=12") is None
+    assert (
+        call(
+            "eval.py",
+            f"--model={out / 'a' / 'sft'}",
+            "--task=0-20",
+            "--problems=12",
+            "--samples=4",
+            "--sample_problems=5",
+            "--max_new_tokens=12",
+        )
+        is None
+    )
     folder = out / "a" / "sft" / "step_000030" / "eval"
     outcomes = [json.loads(line) for line in (folder / "0-20.jsonl").read_text().splitlines()]
     assert [len(o["texts"]) for o in outcomes] == [1] * 12 + [4] * 5
     result = json.loads((folder / "summary.json").read_text())["0-20"]
-    assert result["greedy"]["n"] == 12 and result["greedy"]["accuracy"] == sum(o["rewards"][0] for o in outcomes[:12]) / 12
-    assert {"pass@1", "pass@2", "pass@4"} <= result["sampled"].keys() and result["greedy"]["flops"] > 0
+    assert (
+        result["greedy"]["n"] == 12
+        and result["greedy"]["accuracy"] == sum(o["rewards"][0] for o in outcomes[:12]) / 12
+    )
+    assert {"pass@1", "pass@2", "pass@4"} <= result["sampled"].keys() and result["greedy"][
+        "flops"
+    ] > 0
 
 
 def test_a_users_own_task_in_every_stage(out, tmp_path):
@@ -175,11 +339,30 @@ class Vowels:
     def reward(self, problem, completion):
         return Reward(float(completion.strip() == problem.answer), {"digit": float(completion.strip().isdigit())})
 ''')
-    task = [f"--task={tmp_path / 'vowels.py'}:Vowels", "--task_args=letters=4", "--depth=1", "--run_name=own", "--device=cpu"]
-    assert call("train_sft.py", *task, f"--model={out / 'a' / 'base'}", "--steps=3", "--batch_tokens=512", "--seq_len=64") is None
+    task = [
+        f"--task={tmp_path / 'vowels.py'}:Vowels",
+        "--task_args=letters=4",
+        "--depth=1",
+        "--run_name=own",
+        "--device=cpu",
+    ]
+    assert (
+        call(
+            "train_sft.py",
+            *task,
+            f"--model={out / 'a' / 'base'}",
+            "--steps=3",
+            "--batch_tokens=512",
+            "--seq_len=64",
+        )
+        is None
+    )
     assert call("train_rl.py", *RL, *task, "--steps=1") is None
     assert "reward/digit" in rows(out / "own" / "rl")[1]
-    assert call("eval.py", f"--model={out / 'own' / 'rl'}", *task[:2], "--problems=5", "--samples=0") is None
+    assert (
+        call("eval.py", f"--model={out / 'own' / 'rl'}", *task[:2], "--problems=5", "--samples=0")
+        is None
+    )
 
 
 MISTAKES = [
@@ -207,11 +390,23 @@ MISTAKES = [
     ("train_rl.py", ["--task=comparision"], "did you mean comparison"),
     ("train_rl.py", ["--task=0-20=0,counting=5"], "'0-20=0' must be a task and its weight"),
     ("train_rl.py", ["--task=0-20 until 3; 2-digit until 2; sum3"], "'2-digit until 2' must be"),
-    ("train_rl.py", ["--task=0-20=1,counting=1", "--task_args=binary.rewards=signed"], "no task 'binary'"),
+    (
+        "train_rl.py",
+        ["--task=0-20=1,counting=1", "--task_args=binary.rewards=signed"],
+        "no task 'binary'",
+    ),
     ("train_rl.py", ["--problems=100000"], "--problems=100000: task 0-20 has"),
-    ("train_rl.py", ["--problems=3", "--prompts_per_step=4"], "ask for 4 different problems, and the run has 3"),
+    (
+        "train_rl.py",
+        ["--problems=3", "--prompts_per_step=4"],
+        "ask for 4 different problems, and the run has 3",
+    ),
     ("train_rl.py", ["--problems=-5"], "problems=-5"),
-    ("train_rl.py", ["--problems=16", "--prompts_per_step=8", "--resample=2"], "may ask for 24 different problems"),
+    (
+        "train_rl.py",
+        ["--problems=16", "--prompts_per_step=8", "--resample=2"],
+        "may ask for 24 different problems",
+    ),
     ("train_rl.py", ["--reward_weights=style=1"], "names style"),
     ("train_rl.py", ["--reward_weights=correct=nan"], "correct=nan"),
     ("train_rl.py", ["--reward_weights=correct"], "'correct'"),
@@ -228,7 +423,11 @@ MISTAKES = [
     ("train_sft.py", ["--optimizer=muon", "--lora_rank=4"], "with LoRA it must be adamw"),
     ("train_rl.py", ["--clip_low=1.5"], "clip_low=1.5"),
     ("train_rl.py", ["--updates_per_rollout=0"], "updates_per_rollout=0"),
-    ("train_rl.py", ["--problems=2500", "--task=0-20=1,counting=1"], "are only"),  # 0-20 comes round again
+    (
+        "train_rl.py",
+        ["--problems=2500", "--task=0-20=1,counting=1"],
+        "are only",
+    ),  # 0-20 comes round again
     ("train_rl.py", ["--lr=nan"], "lr=nan"),
     ("train_rl.py", ["--lr=-0.1"], "lr=-0.1"),
     ("train_rl.py", ["--temperature=inf"], "temperature=inf"),
@@ -250,9 +449,17 @@ def test_a_users_mistake_gets_one_line(out, script, mistake, words, monkeypatch)
     """With the value and the remedy, and no traceback: anything but SystemExit would come through `call`."""
     monkeypatch.setitem(sys.modules, "datasets", None)  # the hub is out of reach
     monkeypatch.delenv("NANORL_DATA", raising=False)
-    run = [] if script == "eval.py" or mistake[0].startswith("--run") else [f"--run_name=m{abs(hash(str(mistake)))}"]
+    run = (
+        []
+        if script == "eval.py" or mistake[0].startswith("--run")
+        else [f"--run_name=m{abs(hash(str(mistake)))}"]
+    )
     small = [] if script == "eval.py" else SMALL
-    model = [f"--model={out / 'a' / ('sft' if script == 'train_rl.py' else 'base')}"] if run and script != "train_base.py" else []
+    model = (
+        [f"--model={out / 'a' / ('sft' if script == 'train_rl.py' else 'base')}"]
+        if run and script != "train_base.py"
+        else []
+    )
     message = call(script, *small, *run, *model, *mistake)
     assert isinstance(message, str) and words in message and "\n" not in message
 
@@ -285,16 +492,30 @@ class NotANumber(Own):
     def reward(self, problem, completion): return Reward(float("nan"))
 """
 OWN_MISTAKES = [
-    ("train_rl.py", "NoReward", "has no reward"), ("train_rl.py", "NoProblems", "there are no problems"), ("train_rl.py", "PlainText", "not a nanorl.tasks.Problem"),
-    ("train_rl.py", "LongPrompt", "context"), ("train_rl.py", "WordReward", "'good'"), ("train_rl.py", "NotANumber", "nan"), ("train_rl.py", "None", "no class 'None'"),
-    ("train_sft.py", "Own", "no solution()"), ("train_base.py", "Own", "no document()"), ("eval.py", "NoReward", "has no reward")]
+    ("train_rl.py", "NoReward", "has no reward"),
+    ("train_rl.py", "NoProblems", "there are no problems"),
+    ("train_rl.py", "PlainText", "not a nanorl.tasks.Problem"),
+    ("train_rl.py", "LongPrompt", "context"),
+    ("train_rl.py", "WordReward", "'good'"),
+    ("train_rl.py", "NotANumber", "nan"),
+    ("train_rl.py", "None", "no class 'None'"),
+    ("train_sft.py", "Own", "no solution()"),
+    ("train_base.py", "Own", "no document()"),
+    ("eval.py", "NoReward", "has no reward"),
+]
 
 
 @pytest.mark.parametrize("script,name,words", OWN_MISTAKES)
 def test_a_mistake_in_a_users_own_task_gets_one_line(out, tmp_path, script, name, words):
     (tmp_path / "own.py").write_text(OWN)
-    arguments = [*SMALL[::2], f"--task={tmp_path / 'own.py'}:{name}"] + ([] if script == "eval.py" else [f"--run_name=own{name}"])
-    arguments += [] if script == "train_base.py" else [f"--model={out / 'a' / ('base' if script == 'train_sft.py' else 'sft')}"]
+    arguments = [*SMALL[::2], f"--task={tmp_path / 'own.py'}:{name}"] + (
+        [] if script == "eval.py" else [f"--run_name=own{name}"]
+    )
+    arguments += (
+        []
+        if script == "train_base.py"
+        else [f"--model={out / 'a' / ('base' if script == 'train_sft.py' else 'sft')}"]
+    )
     message = call(script, *arguments)
     assert isinstance(message, str) and words in message and "\n" not in message
 
@@ -317,17 +538,38 @@ def damaged(model, how):
         os.remove(model / "tokenizer.json")
         return "tokenizer.json"
     config = json.loads((model / "config.json").read_text())
-    config.update({"architectures": ["MambaForCausalLM"]} if how == "another architecture" else {"hidden_size": 128})
+    config.update(
+        {"architectures": ["MambaForCausalLM"]}
+        if how == "another architecture"
+        else {"hidden_size": 128}
+    )
     (model / "config.json").write_text(json.dumps(config))
     return "MambaForCausalLM" if how == "another architecture" else "expected"
 
 
-@pytest.mark.parametrize("how", ["weights cut short", "no weights", "config cut short", "another tokenizer", "no tokenizer", "another architecture", "another size"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "weights cut short",
+        "no weights",
+        "config cut short",
+        "another tokenizer",
+        "no tokenizer",
+        "another architecture",
+        "another size",
+    ],
+)
 @pytest.mark.parametrize("script", ["train_sft.py", "train_rl.py", "eval.py"])
 def test_a_damaged_model_gets_one_line(out, tmp_path, script, how):
     shutil.copytree(out / "a" / "sft" / "step_000030", tmp_path / "model")
     words = damaged(tmp_path / "model", how)
-    message = call(script, *SMALL[::2], "--task=0-20", f"--model={tmp_path / 'model'}", *([] if script == "eval.py" else ["--run_name=damaged"]))
+    message = call(
+        script,
+        *SMALL[::2],
+        "--task=0-20",
+        f"--model={tmp_path / 'model'}",
+        *([] if script == "eval.py" else ["--run_name=damaged"]),
+    )
     assert isinstance(message, str) and words in message and "\n" not in message
 
 
@@ -347,49 +589,132 @@ def test_a_full_disk_while_saving_is_said_and_loses_nothing(out):
     run = [*RL, "--run_name=full", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
     limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); runpy.run_path(sys.argv[0], run_name='__main__')"
-    ended = subprocess.run([sys.executable, "-c", "import sys; sys.argv = sys.argv[1:]; " + limited, "train_rl.py", *run],
-                           cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.argv = sys.argv[1:]; " + limited,
+            "train_rl.py",
+            *run,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     lines = ended.stderr.strip().splitlines()
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert "step 3 could not be saved" in lines[-1] and "free some space" in lines[-1] and "step_000002" in lines[-1]
+    assert (
+        "step 3 could not be saved" in lines[-1]
+        and "free some space" in lines[-1]
+        and "step_000002" in lines[-1]
+    )
     assert call("train_rl.py", *run, "--resume=must") is None
     assert call("train_rl.py", *RL, "--run_name=whole", f"--model={out / 'a' / 'sft'}") is None
     assert_same_run(out / "full" / "rl", out / "whole" / "rl", "step_000006")
 
 
 def test_a_fixed_set_of_problems_is_all_that_is_trained_on(out):
-    assert call("train_rl.py", *RL, "--run_name=fixed", f"--model={out / 'a' / 'sft'}", "--problems=5", "--steps=5") is None
-    prompts = [{json.loads(line)["prompt"] for line in gzip.open(path, "rt")} for path in sorted((out / "fixed" / "rl" / "rollouts").iterdir())]
+    assert (
+        call(
+            "train_rl.py",
+            *RL,
+            "--run_name=fixed",
+            f"--model={out / 'a' / 'sft'}",
+            "--problems=5",
+            "--steps=5",
+        )
+        is None
+    )
+    prompts = [
+        {json.loads(line)["prompt"] for line in gzip.open(path, "rt")}
+        for path in sorted((out / "fixed" / "rl" / "rollouts").iterdir())
+    ]
     assert len(set().union(*prompts)) == 5 and all(len(p) >= 2 for p in prompts)
-    counts = [json.loads(line)["prompt"] for path in (out / "fixed" / "rl" / "rollouts").iterdir() for line in gzip.open(path, "rt")]
-    assert {counts.count(p) for p in set(counts)} == {16}  # 5 steps of 4 problems are 4 passes, of 4 samples each
+    counts = [
+        json.loads(line)["prompt"]
+        for path in (out / "fixed" / "rl" / "rollouts").iterdir()
+        for line in gzip.open(path, "rt")
+    ]
+    assert {counts.count(p) for p in set(counts)} == {
+        16
+    }  # 5 steps of 4 problems are 4 passes, of 4 samples each
 
 
 def test_a_mixture_and_a_curriculum(out):
     task = "--task=0-20 until 2; 0-20=1,comparison=1"
-    assert call("train_rl.py", *RL, task, "--run_name=stages", f"--model={out / 'a' / 'sft'}", "--steps=4") is None
-    said = [" ".join(json.loads(line)["prompt"] for line in gzip.open(path, "rt")) for path in sorted((out / "stages" / "rl" / "rollouts").iterdir())]
-    assert ["Calculate" in text for text in said[:2]] == [True, True] and not any("greater" in text for text in said[:2])
-    assert any("greater" in text for text in said[2:]) and any("Calculate" in text for text in said[2:])
+    assert (
+        call(
+            "train_rl.py",
+            *RL,
+            task,
+            "--run_name=stages",
+            f"--model={out / 'a' / 'sft'}",
+            "--steps=4",
+        )
+        is None
+    )
+    said = [
+        " ".join(json.loads(line)["prompt"] for line in gzip.open(path, "rt"))
+        for path in sorted((out / "stages" / "rl" / "rollouts").iterdir())
+    ]
+    assert ["Calculate" in text for text in said[:2]] == [True, True] and not any(
+        "greater" in text for text in said[:2]
+    )
+    assert any("greater" in text for text in said[2:]) and any(
+        "Calculate" in text for text in said[2:]
+    )
     later = rows(out / "stages" / "rl")[3:]
-    assert "reward_of/comparison" in later[0].keys() | later[1].keys() and "reward_of/0-20" not in rows(out / "stages" / "rl")[1]
+    assert (
+        "reward_of/comparison" in later[0].keys() | later[1].keys()
+        and "reward_of/0-20" not in rows(out / "stages" / "rl")[1]
+    )
 
 
 def test_changed_constants_do_not_silently_resume(out):
-    assert call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
-    message = call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=2", "--lr=5e-4")
+    assert (
+        call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=1")
+        is None
+    )
+    message = call(
+        "train_rl.py",
+        *RL,
+        "--run_name=changed",
+        f"--model={out / 'a' / 'sft'}",
+        "--steps=2",
+        "--lr=5e-4",
+    )
     assert "lr: 0.001 -> 0.0005" in message and "--run_name=" in message
-    assert call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=2") is None  # more steps is the same run
+    assert (
+        call("train_rl.py", *RL, "--run_name=changed", f"--model={out / 'a' / 'sft'}", "--steps=2")
+        is None
+    )  # more steps is the same run
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signals_save_and_leave(out, number, code):
     run = f"signal{code}"
-    process = subprocess.Popen([sys.executable, "train_rl.py", *RL, f"--run_name={run}", f"--model={out / 'a' / 'sft'}", "--steps=100000", "--save_every=0"],
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "train_rl.py",
+            *RL,
+            f"--run_name={run}",
+            f"--model={out / 'a' / 'sft'}",
+            "--steps=100000",
+            "--save_every=0",
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     metrics = out / run / "rl" / "metrics.jsonl"
     deadline = time.time() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2) and process.poll() is None and time.time() < deadline:
+    while (
+        not (metrics.exists() and len(metrics.read_text().splitlines()) > 2)
+        and process.poll() is None
+        and time.time() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(number)
     error = process.communicate(timeout=60)[1].decode()

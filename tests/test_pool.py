@@ -1,4 +1,5 @@
 """Rewards in worker processes: whatever a reward does, it ends, is counted, and leaves nothing behind."""
+
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from nanorl import rollout
 from nanorl.tasks import Problem, Reward, get_task
 from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool
 
-TASK = '''
+TASK = """
 import os, subprocess, sys, time
 from nanorl.tasks import Problem, Reward
 
@@ -50,7 +51,7 @@ class Nasty:
             return lambda: 0
         print("a worker may print")
         return Reward(self.scale * len(text), {"length": float(len(text)), "pid": float(os.getpid())})
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +72,27 @@ def test_each_gets_its_own_answer_and_none_is_lost(task, pool):
     problem = task.problem(3)
     texts = ["a", "hang", "bb", "raise", "die", "ccc", "exit", "hang in C", "odd", "dddd"]
     answers = pool.judge([(problem, text) for text in texts])
-    expected = {"hang": TIMEOUT, "hang in C": TIMEOUT, "raise": RAISED, "die": RAISED, "odd": RAISED, "exit": RAISED}
+    expected = {
+        "hang": TIMEOUT,
+        "hang in C": TIMEOUT,
+        "raise": RAISED,
+        "die": RAISED,
+        "odd": RAISED,
+        "exit": RAISED,
+    }
     for text, answer in zip(texts, answers):
         if text in expected:
             assert isinstance(answer, Failure) and answer.kind == expected[text], text
         else:
-            assert isinstance(answer, Reward) and answer.total == 2 * len(text)  # in order, with the task's settings
-    assert all(answer.parts["pid"] != os.getpid() for answer in answers if isinstance(answer, Reward))
-    assert [a.total for a in pool.judge([(problem, "xy")] * 3)] == [4.0] * 3  # and the pool works on
+            assert isinstance(answer, Reward) and answer.total == 2 * len(
+                text
+            )  # in order, with the task's settings
+    assert all(
+        answer.parts["pid"] != os.getpid() for answer in answers if isinstance(answer, Reward)
+    )
+    assert [a.total for a in pool.judge([(problem, "xy")] * 3)] == [
+        4.0
+    ] * 3  # and the pool works on
     assert pool.judge([]) == []
 
 
@@ -106,12 +120,21 @@ def test_a_child_of_the_reward_dies_with_its_worker(task, pool):
 
 def test_workers_end_with_the_trainer(task):
     """Killed, the trainer cannot close its pool: an idle worker sees that the pipe is shut, one that hangs has an alarm."""
-    code = (f"import sys, time; sys.path[:0] = {sys.path!r}; from nanorl.tasks import get_task; from nanorl.tasks.pool import RewardPool; t = get_task({task._recipe[0]!r});"
-            "p = RewardPool(t._recipe, 0.7, 1); p.judge([(t.problem(0), 'x')]); print(p.workers[0].process.pid, flush=True);"
-            "p.timeout = 0.1; {}; time.sleep(60)")
+    code = (
+        f"import sys, time; sys.path[:0] = {sys.path!r}; from nanorl.tasks import get_task; from nanorl.tasks.pool import RewardPool; t = get_task({task._recipe[0]!r});"
+        "p = RewardPool(t._recipe, 0.7, 1); p.judge([(t.problem(0), 'x')]); print(p.workers[0].process.pid, flush=True);"
+        "p.timeout = 0.1; {}; time.sleep(60)"
+    )
     for busy in ("0", "p.workers[0].send((t.problem(0), 'hang', 0.1))"):
-        trainer = subprocess.Popen([sys.executable, "-c", code.replace("{}", busy)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        lines = [trainer.stdout.readline() for _ in range(2)]  # the worker's own print comes first or second
+        trainer = subprocess.Popen(
+            [sys.executable, "-c", code.replace("{}", busy)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        lines = [
+            trainer.stdout.readline() for _ in range(2)
+        ]  # the worker's own print comes first or second
         worker = int(next(line for line in lines if line.strip().isdigit()))
         time.sleep(0.2)
         trainer.kill()
@@ -124,15 +147,24 @@ def test_workers_end_with_the_trainer(task):
 
 
 def alive(pid):
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    ).stdout.strip()
     return bool(state) and not state.startswith("Z")
 
 
 def test_scores_of_a_task_with_a_deadline(task):
     problem = task.problem(1)
-    rewards, failures = rollout.score(task, problem, ["ab", "hang", "raise", "abc"], [True, True, True, False])
+    rewards, failures = rollout.score(
+        task, problem, ["ab", "hang", "raise", "abc"], [True, True, True, False]
+    )
     assert [r.total for r in rewards] == [4.0, 0.0, 0.0, 0.0]
-    assert failures == [None, Failure(TIMEOUT, "no answer in 2 s"), Failure(RAISED, "RuntimeError: no"), None]
+    assert failures == [
+        None,
+        Failure(TIMEOUT, "no answer in 2 s"),
+        Failure(RAISED, "RuntimeError: no"),
+        None,
+    ]
     task._reward_pool.close()
 
 
@@ -151,6 +183,7 @@ def test_an_interrupted_question_is_not_answered_later(task, pool, monkeypatch):
 
     def interrupt(*args):
         raise KeyboardInterrupt
+
     monkeypatch.setattr("nanorl.tasks.pool.wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.judge([(problem, "long text")] * 2)
@@ -164,11 +197,24 @@ def test_large_texts_and_problems_pass(task, pool):
     assert [r.total for r in pool.judge([(problem, "x" * 1_000_000)] * 3)] == [2e6] * 3
 
 
-@pytest.mark.parametrize("how, words", [("raise RuntimeError('no file')", "worker process died"), ("import time; time.sleep(60)", "no answer")])
-def test_a_task_that_workers_cannot_make_is_the_users_mistake(task, tmp_path, monkeypatch, how, words):
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("raise RuntimeError('no file')", "worker process died"),
+        ("import time; time.sleep(60)", "no answer"),
+    ],
+)
+def test_a_task_that_workers_cannot_make_is_the_users_mistake(
+    task, tmp_path, monkeypatch, how, words
+):
     """It works here, and not there."""
     monkeypatch.setattr("nanorl.tasks.pool.START", 3.0)
-    (tmp_path / "here.py").write_text(TASK.replace("self.scale = float(scale)", f"self.scale = 1.0\n        if 'pool' in __import__('sys').argv[0]: {how}"))
+    (tmp_path / "here.py").write_text(
+        TASK.replace(
+            "self.scale = float(scale)",
+            f"self.scale = 1.0\n        if 'pool' in __import__('sys').argv[0]: {how}",
+        )
+    )
     pool = RewardPool((f"{tmp_path / 'here.py'}:Nasty", "train", {}), 0.7, workers=1)
     with pytest.raises(ValueError, match=words):
         pool.judge([(task.problem(0), "x")])
@@ -176,11 +222,15 @@ def test_a_task_that_workers_cannot_make_is_the_users_mistake(task, tmp_path, mo
 
 
 def test_a_mixture_takes_the_longest_deadline_of_its_tasks(task):
-    assert get_task(f"{task._recipe[0]}=1,counting=1").timeout == task.timeout and get_task("counting=1,binary=1").timeout == 0
+    assert (
+        get_task(f"{task._recipe[0]}=1,counting=1").timeout == task.timeout
+        and get_task("counting=1,binary=1").timeout == 0
+    )
 
 
 def test_a_task_without_a_deadline_is_asked_here():
     class Here:
         def reward(self, problem, text):
             return Reward(float(os.getpid()))
+
     assert rollout.judge(Here(), [(Problem([], ""), "")])[0].total == os.getpid()

@@ -1,16 +1,25 @@
 """The naive implementation itself: against the model, for every head layout, and by hand."""
+
 import ast
 
 import pytest
 import torch
-
 from conftest import toy_model
+
 from nanorl import grpo
 from nanorl.gpt import token_logprobs
 from nanorl.tools import selfcheck
 
 
-@pytest.mark.parametrize("heads", [dict(), dict(n_kv_head=4, tie_embeddings=True), dict(n_kv_head=1, qk_norm=False, qkv_bias=True), dict(rope_scaling=(8.0, 1.0, 4.0, 16), rope_theta=100.0)])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        dict(),
+        dict(n_kv_head=4, tie_embeddings=True),
+        dict(n_kv_head=1, qk_norm=False, qkv_bias=True),
+        dict(rope_scaling=(8.0, 1.0, 4.0, 16), rope_theta=100.0),
+    ],
+)
 def test_the_naive_forward_is_the_model(heads):
     model = toy_model(n_tokens=60, **heads)
     ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
@@ -22,7 +31,9 @@ def test_the_naive_forward_is_the_model(heads):
 @pytest.mark.parametrize("kind", ["mean", "loo", "zscore"])
 def test_the_naive_advantages(kind):
     for r in ([1.0, 0.0, 0.5, 0.0], [0.1] * 4):
-        assert selfcheck.group_advantages(r, kind) == pytest.approx(grpo.advantages(torch.tensor([r], dtype=torch.float64), kind)[0].tolist(), abs=1e-15)
+        assert selfcheck.group_advantages(r, kind) == pytest.approx(
+            grpo.advantages(torch.tensor([r], dtype=torch.float64), kind)[0].tolist(), abs=1e-15
+        )
 
 
 def test_it_does_not_share_code_with_what_it_checks():

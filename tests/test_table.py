@@ -1,20 +1,32 @@
 """Runs of several seeds as a table."""
+
 import json
 import subprocess
 import sys
 
 import pytest
+from scripts import ROOT
 
 from nanorl.tools import table
-from scripts import ROOT
 
 
 def run(folder, name, rewards, before, after):
     (folder / name / "rl").mkdir(parents=True)
     rows = [{"step": 0, "val/accuracy": before, "val/length": 5.0}]
-    rows += [{"step": i + 1, "reward": 9.0, "reward/correct": r, "frac_reward_zero_std": 0.5, "time/step": 2.0} for i, r in enumerate(rewards)]
+    rows += [
+        {
+            "step": i + 1,
+            "reward": 9.0,
+            "reward/correct": r,
+            "frac_reward_zero_std": 0.5,
+            "time/step": 2.0,
+        }
+        for i, r in enumerate(rewards)
+    ]
     rows[-1].update({"val/accuracy": after, "val/length": 7.0})
-    (folder / name / "rl" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / name / "rl" / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
 
 
 def test_means_over_seeds_with_each_seed_beside_them(tmp_path):
@@ -24,7 +36,9 @@ def test_means_over_seeds_with_each_seed_beside_them(tmp_path):
     lines = table.table(table.read([str(tmp_path / "base"), str(tmp_path / "kl")]))
     assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") for line in lines)
     assert lines[2].startswith("| defaults | 1 | 0.0% (0.0) | 100.0% (100.0) | 100.0%")
-    assert lines[3].startswith("| beta=0.1 | 8 | 25.0% (25.0, 25.0) | 62.5% (75.0, 50.0) | 40.6% (81.2, 0.0) | 50.0% (100.0, 0.0) | 50.0% (50.0, 50.0) | 7 | 16 |")
+    assert lines[3].startswith(
+        "| beta=0.1 | 8 | 25.0% (25.0, 25.0) | 62.5% (75.0, 50.0) | 40.6% (81.2, 0.0) | 50.0% (100.0, 0.0) | 50.0% (50.0, 50.0) | 7 | 16 |"
+    )
 
 
 def test_differences_are_paired_by_seed_with_an_interval(tmp_path):
@@ -33,7 +47,7 @@ def test_differences_are_paired_by_seed_with_an_interval(tmp_path):
         run(tmp_path / "x", f"none-{seed}", [a], 0.0, a)
         run(tmp_path / "x", f"some-{seed}", [b], 0.0, b)
     run(tmp_path / "x", "some-7", [0.0], 0.0, 0.0)  # a seed that the other has not
-    line, = table.differences(table.read([str(tmp_path / "x")]))
+    (line,) = table.differences(table.read([str(tmp_path / "x")]))
     low, high = stats.t.interval(0.95, 2, 10.0, stats.sem([10.0, 5.0, 15.0]))
     assert f"greedy after +10.0 [{low:+.1f}, {high:+.1f}]" in line and line.endswith("3 seeds")
 
@@ -41,12 +55,23 @@ def test_differences_are_paired_by_seed_with_an_interval(tmp_path):
 def test_runs_that_have_not_made_a_step_are_left_out_and_names_must_differ(tmp_path):
     run(tmp_path / "a", "n=1-0", [1.0], 0.0, 1.0)
     (tmp_path / "a" / "n=2-0" / "rl").mkdir(parents=True)
-    (tmp_path / "a" / "n=2-0" / "rl" / "metrics.jsonl").write_text(json.dumps({"step": 0, "val/accuracy": 0.5}) + "\n")
+    (tmp_path / "a" / "n=2-0" / "rl" / "metrics.jsonl").write_text(
+        json.dumps({"step": 0, "val/accuracy": 0.5}) + "\n"
+    )
     assert len(table.table(table.read([str(tmp_path / "a")]))) == 3
     with pytest.raises(SystemExit, match="n=1-0 is in two"):
         table.read([str(tmp_path / "a")] * 2)
 
 
 def test_a_folder_that_is_not_there_gets_one_line(tmp_path):
-    ended = subprocess.run([sys.executable, "-m", "nanorl.tools.table", str(tmp_path / "no")], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.startswith("usage:") and "Traceback" not in ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-m", "nanorl.tools.table", str(tmp_path / "no")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        ended.returncode == 1
+        and ended.stderr.startswith("usage:")
+        and "Traceback" not in ended.stderr
+    )

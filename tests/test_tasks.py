@@ -1,5 +1,6 @@
 """Tasks: problems, splits, demonstrations, documents, data files, mixtures, curricula, and a user's own task.
 What earns a reward is in test_verifiers.py."""
+
 import json
 import os
 import random
@@ -12,14 +13,27 @@ from functools import lru_cache, partial
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
-from nanorl.tasks import TASKS, arithmetic, comparison, countdown, counting, get_stages, get_task, parse_settings
+
+from nanorl.tasks import (
+    TASKS,
+    arithmetic,
+    comparison,
+    countdown,
+    counting,
+    get_stages,
+    get_task,
+    parse_settings,
+)
 from nanorl.tasks.files import load_rows
 from nanorl.tasks.spelling import BUILT_IN
 
 SIZES = {"sum3": 810_000, "0-20": 1_323, "2-digit": 16_200, "chain4": 30_000, "3x2": 81_000}
-FEWER = [(counting, "PROBLEMS", 20_000), (comparison, "PROBLEMS", 40_000), (countdown, "DRAWS", 10_000)]  # of hundreds of thousands
+FEWER = [
+    (counting, "PROBLEMS", 20_000),
+    (comparison, "PROBLEMS", 40_000),
+    (countdown, "DRAWS", 10_000),
+]  # of hundreds of thousands
 STYLES = ("direct", "worked", "mixed")
 SPLITS = ("train", "val", "test")
 
@@ -29,10 +43,17 @@ def fewer_problems():
     """Whole tables take seconds to draw; smaller ones are made by the same functions."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("NANORL_DATA", raising=False)
-        patch.setitem(arithmetic.PRESETS, "chain4", (partial(arithmetic._chains, SIZES["chain4"]), "fewer"))
+        patch.setitem(
+            arithmetic.PRESETS, "chain4", (partial(arithmetic._chains, SIZES["chain4"]), "fewer")
+        )
         for module, name, n in FEWER:
             patch.setattr(module, name, n)
-        for module, name in [(arithmetic, "_table"), (counting, "_table"), (comparison, "_table"), (countdown, "_problems")]:
+        for module, name in [
+            (arithmetic, "_table"),
+            (counting, "_table"),
+            (comparison, "_table"),
+            (countdown, "_problems"),
+        ]:
             patch.setattr(module, name, lru_cache(getattr(module, name).__wrapped__))
         yield
 
@@ -51,7 +72,12 @@ def compute(text):
     value, *rest = re.findall(r"^\s*-?\d+|[-+*×]|\d+", text)
     value = int(value)
     for sign, number in zip(rest[::2], rest[1::2], strict=True):
-        value = {"+": value + int(number), "-": value - int(number), "*": value * int(number), "×": value * int(number)}[sign]
+        value = {
+            "+": value + int(number),
+            "-": value - int(number),
+            "*": value * int(number),
+            "×": value * int(number),
+        }[sign]
     return value
 
 
@@ -69,6 +95,7 @@ def check_steps(worked):
 
 
 # ---- arithmetic: what is written and how it is judged --------------------------------------------------------
+
 
 def test_answers_are_right(preset):
     task = get_task(preset)
@@ -113,18 +140,24 @@ def test_either_summand_may_be_worked_first(style):
 
 def test_instruction_and_precision():
     plain, told = get_task("0-20"), get_task("0-20", instruction="Answer only.")
-    assert told.problem(3).prompt[0]["content"] == "Answer only. " + plain.problem(3).prompt[0]["content"]
+    assert (
+        told.problem(3).prompt[0]["content"]
+        == "Answer only. " + plain.problem(3).prompt[0]["content"]
+    )
     task = get_task("0-20", precision="1")  # right within half a unit of the first decimal place
     problem = next(p for p in map(task.problem, range(100)) if int(p.answer) > 0)
     near, far = f"#{problem.answer}.05", f"#{problem.answer}.051"
     assert (task.reward(problem, near).total, task.reward(problem, far).total) == (1, 0)
     assert plain.reward(problem, near).total == 0
     for bad in ("x", "-1", "1.5"):
-        with pytest.raises(ValueError, match="precision is '.*': it must be a number of decimal places"):
+        with pytest.raises(
+            ValueError, match="precision is '.*': it must be a number of decimal places"
+        ):
             get_task("0-20", precision=bad)
 
 
 # ---- arithmetic: splits ---------------------------------------------------------------------------------------
+
 
 def codes(rows, sort_operands):
     """Rows of integers -> one integer each; with sort_operands a + b and b + a (and products) get the same."""
@@ -138,7 +171,12 @@ def codes(rows, sort_operands):
 def test_splits_are_disjoint_by_content_and_cover_everything(preset):
     split = {name: get_task(preset, split=name) for name in ("train", "val", "test")}
     everything = np.concatenate([codes(task.rows, False) for task in split.values()])
-    assert sum(map(len, split.values())) == len(everything) == len(np.unique(everything)) == SIZES[preset]
+    assert (
+        sum(map(len, split.values()))
+        == len(everything)
+        == len(np.unique(everything))
+        == SIZES[preset]
+    )
     content = {name: np.unique(codes(task.rows, True)) for name, task in split.items()}
     for a, b in [("train", "val"), ("train", "test"), ("val", "test")]:
         assert len(np.intersect1d(content[a], content[b])) == 0
@@ -174,15 +212,29 @@ def test_documents_show_only_problems_of_the_train_split(preset):
 
 # ---- the other tasks: a reader of their problems and demonstrations that shares no code with them ---------------
 
-KINDS = {"counting": {}, "comparison": {}, "binary": {}, "spelling": {}, "words.txt": {}, "countdown": {}, "countdown 4": {"numbers": "4"},
-         "countdown 3-4": {"numbers": "3-4"}, "countdown to 9": {"largest": "9"}}
+KINDS = {
+    "counting": {},
+    "comparison": {},
+    "binary": {},
+    "spelling": {},
+    "words.txt": {},
+    "countdown": {},
+    "countdown 4": {"numbers": "4"},
+    "countdown 3-4": {"numbers": "3-4"},
+    "countdown to 9": {"largest": "9"},
+}
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A words.txt as people have them: the most frequent first, and not all of it fit for the task."""
     rng, folder = random.Random(0), tmp_path_factory.mktemp("words")
-    good = list(dict.fromkeys("".join(rng.choices("aabcdeefghiijlmnooprsttuy", k=rng.randint(3, 14))) for _ in range(2000)))
+    good = list(
+        dict.fromkeys(
+            "".join(rng.choices("aabcdeefghiijlmnooprsttuy", k=rng.randint(3, 14)))
+            for _ in range(2000)
+        )
+    )
     odd = ["it", "e-mail", "naïve", "Straße", "don't", "3rd", "x" * 15, good[0], good[1].upper()]
     (folder / "words.txt").write_text("\n".join(good[:1000] + odd + good[1000:]), encoding="utf-8")
     return folder, good
@@ -194,14 +246,20 @@ def kind(request, words, monkeypatch):
     if request.param == "words.txt":
         monkeypatch.setenv("NANORL_DATA", str(words[0]))
     name = request.param.split(" ")[0].replace("words.txt", "spelling")
-    return name, lambda split="train", **settings: get_task(name, split=split, **{**KINDS[request.param], **settings})
+    return name, lambda split="train", **settings: get_task(
+        name, split=split, **{**KINDS[request.param], **settings}
+    )
 
 
 def read(name, problem):
     """The prompt -> (what it asks, what two problems that share it must share a split for)."""
-    pattern = {"counting": r"How many ([a-f]) are in: ([a-f](?: [a-f]){3,15}) \?", "comparison": r"Is (\d+) greater than (\d+)\? yes or no",
-               "binary": r"Write (\d+) in binary: ", "spelling": r"How many ([a-z]) are in ([a-z]+)\?",
-               "countdown": r"Use (\d+(?:, \d+){2,3}), each once, and \+ - \* / to make (\d+)\. Think .* <answer> </answer>\."}[name]
+    pattern = {
+        "counting": r"How many ([a-f]) are in: ([a-f](?: [a-f]){3,15}) \?",
+        "comparison": r"Is (\d+) greater than (\d+)\? yes or no",
+        "binary": r"Write (\d+) in binary: ",
+        "spelling": r"How many ([a-z]) are in ([a-z]+)\?",
+        "countdown": r"Use (\d+(?:, \d+){2,3}), each once, and \+ - \* / to make (\d+)\. Think .* <answer> </answer>\.",
+    }[name]
     assert [m["role"] for m in problem.prompt] == ["user"]
     asked = re.fullmatch(pattern, problem.prompt[0]["content"]).groups()
     if name == "spelling":
@@ -216,37 +274,46 @@ def right_answer(name, asked):
         return str(sum(letter == asked[0] for letter in asked[1].split(" ")))
     if name == "comparison":
         return "yes" if int(asked[0]) - int(asked[1]) > 0 else "no"
-    return {"binary": lambda: np.base_repr(int(asked[0])), "spelling": lambda: str(len(asked[1].split(asked[0])) - 1),
-            "countdown": lambda: asked[1]}[name]()
+    return {
+        "binary": lambda: np.base_repr(int(asked[0])),
+        "spelling": lambda: str(len(asked[1].split(asked[0])) - 1),
+        "countdown": lambda: asked[1],
+    }[name]()
 
 
 def exact(expression):
     """The value of a demonstration's '(3+9)*2/5', read by Python and computed in fractions."""
-    return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression))
+    return eval(re.sub(r"\d+", r"Fraction(\g<0>)", expression), {"Fraction": Fraction})
 
 
 def counted(worked, things, wanted):
     """Whether 'a b1 c b2' names each of the things, and numbers the wanted ones from 1."""
     numbers = iter(range(1, len(things) + 1))
-    return worked.split(" ") == [thing if thing != wanted else wanted + str(next(numbers)) for thing in things]
+    return worked.split(" ") == [
+        thing if thing != wanted else wanted + str(next(numbers)) for thing in things
+    ]
 
 
 def check_working(name, asked, worked):
     """Every step is true and is one of this problem, and they lead to its answer."""
     steps = worked.split(" ")
     if name in ("counting", "spelling"):
-        assert counted(worked, asked[1].split(" ") if name == "counting" else list(asked[1]), asked[0])
+        assert counted(
+            worked, asked[1].split(" ") if name == "counting" else list(asked[1]), asked[0]
+        )
     elif name == "comparison":
         a, b = asked
         relation = lambda x, y: "=><"[(x > y) - (x < y)]
         if len(a) != len(b):
             assert worked == f"{len(a)}{relation(len(a), len(b))}{len(b)} digits"
         else:
-            assert steps == [f"{x}{relation(x, y)}{y}" for x, y in zip(a, b)][:len(steps)]
+            assert steps == [f"{x}{relation(x, y)}{y}" for x, y in zip(a, b)][: len(steps)]
             assert all("=" in step for step in steps[:-1]) and ("=" not in steps[-1] or a == b)
     elif name == "binary":
         pairs = [[int(n) for n in step.split(":")] for step in steps]
-        assert pairs[0][0] == int(asked[0]) and all(n == 2 * half + bit for (n, bit), half in zip(pairs, [n for n, _ in pairs[1:]] + [0]))
+        assert pairs[0][0] == int(asked[0]) and all(
+            n == 2 * half + bit for (n, bit), half in zip(pairs, [n for n, _ in pairs[1:]] + [0])
+        )
         assert "".join(str(bit) for _, bit in reversed(pairs)) == np.base_repr(int(asked[0]))
     else:
         results = []
@@ -285,9 +352,17 @@ def test_other_demonstrations_earn_the_reward_and_their_steps_are_true(kind, sty
         asked, _ = read(name, problem)
         text = task.solution(problem)
         reward = task.reward(problem, text)
-        assert reward.total == 1 and list(reward.parts) == ["format", "answered", "correct"] and set(reward.parts.values()) == {1.0}
+        assert (
+            reward.total == 1
+            and list(reward.parts) == ["format", "answered", "correct"]
+            and set(reward.parts.values()) == {1.0}
+        )
         worked, answer = parts_of(name, text)
-        assert exact(answer) == int(problem.answer) if name == "countdown" else answer == problem.answer
+        assert (
+            exact(answer) == int(problem.answer)
+            if name == "countdown"
+            else answer == problem.answer
+        )
         assert style == "mixed" or bool(worked) == (style == "worked")
         if worked:
             check_working(name, asked, worked)
@@ -298,7 +373,7 @@ def test_half_of_the_other_mixed_demonstrations_are_direct(kind):
     task = make(demonstrations="mixed")
     n = min(len(task), 2000)
     direct = sum(not parts_of(name, task.solution(task.problem(i)))[0] for i in range(n))
-    assert abs(direct / n - 0.5) < 2.5 / n ** 0.5  # five standard deviations
+    assert abs(direct / n - 0.5) < 2.5 / n**0.5  # five standard deviations
 
 
 def test_other_splits_are_disjoint_by_content(kind):
@@ -313,17 +388,27 @@ def test_other_splits_are_disjoint_by_content(kind):
     whole = set.union(*contents.values())
     assert sum(map(len, contents.values())) == len(whole)
     for split, share in [("train", 0.7), ("val", 0.2), ("test", 0.1)]:
-        assert abs(len(contents[split]) / len(whole) - share) < 4 * (share * (1 - share) / len(whole)) ** 0.5
+        assert (
+            abs(len(contents[split]) / len(whole) - share)
+            < 4 * (share * (1 - share) / len(whole)) ** 0.5
+        )
 
 
 def test_every_number_and_every_word_is_in_some_split(words, monkeypatch):
-    everything = lambda name, i: {read(name, p)[0][i] for t in (get_task(name, split=s) for s in SPLITS) for p in map(t.problem, range(len(t)))}
+    everything = lambda name, i: {
+        read(name, p)[0][i]
+        for t in (get_task(name, split=s) for s in SPLITS)
+        for p in map(t.problem, range(len(t)))
+    }
     assert everything("binary", 0) == {str(n) for n in range(4096)}
     assert everything("spelling", 1) == set(BUILT_IN.split())
     monkeypatch.setenv("NANORL_DATA", str(words[0]))
     assert everything("spelling", 1) == set(words[1])
     monkeypatch.setattr("nanorl.tasks.spelling.MOST_WORDS", 100)  # of a long file, the first
-    monkeypatch.setattr("nanorl.tasks.spelling._problems", lru_cache(sys.modules["nanorl.tasks.spelling"]._problems.__wrapped__))
+    monkeypatch.setattr(
+        "nanorl.tasks.spelling._problems",
+        lru_cache(sys.modules["nanorl.tasks.spelling"]._problems.__wrapped__),
+    )
     assert everything("spelling", 1) == set(words[1][:100])
 
 
@@ -346,7 +431,9 @@ def test_no_answer_to_a_spelling_problem_is_right_most_of_the_time():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_split_of_a_word_does_not_tell_which_of_its_letters_is_asked_for(words, monkeypatch, split):
+def test_the_split_of_a_word_does_not_tell_which_of_its_letters_is_asked_for(
+    words, monkeypatch, split
+):
     """Both come from a hash of the word. From the same one, held-out problems would ask for other letters than training does."""
     monkeypatch.setenv("NANORL_DATA", str(words[0]))
     task, places = get_task("spelling", split=split), Counter()
@@ -378,7 +465,10 @@ def test_countdown_numbers_and_targets(count, sizes, largest):
     task = get_task("countdown", numbers=count, largest=largest)
     rows = [(p.meta["numbers"], int(p.answer)) for p in map(task.problem, range(len(task)))]
     assert {len(numbers) for numbers, _ in rows} == sizes
-    assert {min(min(numbers) for numbers, _ in rows), max(max(numbers) for numbers, _ in rows)} == {1, int(largest)}
+    assert {min(min(numbers) for numbers, _ in rows), max(max(numbers) for numbers, _ in rows)} == {
+        1,
+        int(largest),
+    }
     assert min(target for _, target in rows) >= 1 and 90 < max(target for _, target in rows) <= 100
 
 
@@ -403,7 +493,7 @@ def test_other_documents_show_only_problems_of_the_train_split(kind):
     known = {read(name, p)[0] for p in map(task.problem, range(len(task)))}
     known_words = {word for _, word in known} if name == "spelling" else None
     seen = set()
-    for i in [*range(100), 10 ** 6]:
+    for i in [*range(100), 10**6]:
         assert task.document(i) == task.document(i)
         for line in task.document(i).split("\n"):
             seen.add(line)
@@ -427,13 +517,23 @@ def test_no_try_that_countdown_shows_solves_a_problem_of_another_split():
     assert len(tries) > 2 * len(task)  # there is something to see
     for split in ("val", "test"):
         other = get_task("countdown", split=split)
-        assert not set(tries) & {read("countdown", p)[1] for p in map(other.problem, range(len(other)))}
+        assert not set(tries) & {
+            read("countdown", p)[1] for p in map(other.problem, range(len(other)))
+        }
 
 
 def test_the_split_of_a_problem_does_not_depend_on_what_else_there_is(words, tmp_path, monkeypatch):
     """One task with other settings may be another stage of a curriculum, or part of a mixture."""
-    content = lambda name, split, **settings: {read(name, p)[1] for t in [get_task(name, split=split, **settings)] for p in map(t.problem, range(len(t)))}
-    for one, other in [({"numbers": "3"}, {"numbers": "3-4"}), ({"numbers": "4"}, {"numbers": "3-4"}), ({"largest": "9"}, {})]:
+    content = lambda name, split, **settings: {
+        read(name, p)[1]
+        for t in [get_task(name, split=split, **settings)]
+        for p in map(t.problem, range(len(t)))
+    }
+    for one, other in [
+        ({"numbers": "3"}, {"numbers": "3-4"}),
+        ({"numbers": "4"}, {"numbers": "3-4"}),
+        ({"largest": "9"}, {}),
+    ]:
         whole, held_out = content("countdown", "train", **one), content("countdown", "val", **other)
         assert len(whole & content("countdown", "train", **other)) > 50 and not whole & held_out
     built_in = content("spelling", "train")
@@ -443,7 +543,9 @@ def test_the_split_of_a_problem_does_not_depend_on_what_else_there_is(words, tmp
 
 
 def test_presets_that_share_problems_share_their_splits():
-    text = lambda preset, split: {question(p) for t in [get_task(preset, split=split)] for p in map(t.problem, range(len(t)))}
+    text = lambda preset, split: {
+        question(p) for t in [get_task(preset, split=split)] for p in map(t.problem, range(len(t)))
+    }
     small, held_out = text("0-20", "train"), text("2-digit", "val")
     assert len(small & text("2-digit", "train")) > 100 and not small & held_out
 
@@ -459,7 +561,13 @@ FRESH = """if True:
 
 def test_problems_and_demonstrations_are_the_same_in_a_fresh_process():
     other = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": ROOT}
-    there = subprocess.run([sys.executable, "-c", FRESH + "\n    print(json.dumps(said))"], env=other, capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, "-c", FRESH + "\n    print(json.dumps(said))"],
+        env=other,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     here = {}
     exec(FRESH, here)
     assert json.loads(there.stdout) == here["said"]
@@ -467,18 +575,30 @@ def test_problems_and_demonstrations_are_the_same_in_a_fresh_process():
 
 # ---- gsm8k and data files ---------------------------------------------------------------------------------------
 
+
 def write_gsm8k(root, n=600):
     os.makedirs(root / "gsm8k")
     with open(root / "gsm8k" / "train.jsonl", "w", encoding="utf-8") as f:
         for i in range(n):
-            f.write(json.dumps({"question": f"Ann has {i} pens and buys {i * 1000}. How many?",
-                                "answer": f"She has {i}+{i * 1000}=<<{i}+{i * 1000}={i * 1001}>>{i * 1001} pens.\n#### {i * 1001:,}"}) + "\n\n")
+            f.write(
+                json.dumps(
+                    {
+                        "question": f"Ann has {i} pens and buys {i * 1000}. How many?",
+                        "answer": f"She has {i}+{i * 1000}=<<{i}+{i * 1000}={i * 1001}>>{i * 1001} pens.\n#### {i * 1001:,}",
+                    }
+                )
+                + "\n\n"
+            )
 
 
 def check_gsm8k(sizes):
     train, val = get_task("gsm8k"), get_task("gsm8k", split="val")
-    questions = [{task.problem(i).prompt[0]["content"] for i in range(len(task))} for task in (train, val)]
-    assert [len(q) for q in questions] == [len(train), len(val)] == sizes and not questions[0] & questions[1]
+    questions = [
+        {task.problem(i).prompt[0]["content"] for i in range(len(task))} for task in (train, val)
+    ]
+    assert [len(q) for q in questions] == [len(train), len(val)] == sizes and not questions[
+        0
+    ] & questions[1]
     for task in (train, val):
         for problem in map(task.problem, range(len(task))):
             text = task.solution(problem)
@@ -494,11 +614,24 @@ def test_gsm8k_from_a_file(tmp_path, monkeypatch):
     n = int(re.search(r"has (\d+)", problem.prompt[0]["content"])[1])
     assert problem.answer == str(n * 1001)
     assert train.solution(problem) == f"She has {n}+{n * 1000}={n * 1001} pens.\n#### {n * 1001:,}"
-    assert train.document(5).startswith("Ann has") and train.document(5).endswith(train.solution(problem))
-    assert train.reward(problem, f"{n * 1001}").parts == {"format": 0, "answered": 0, "correct": 0}  # no marker
-    assert train.reward(problem, f"#### {n * 1001 + 1}").parts == {"format": 1, "answered": 1, "correct": 0}
+    assert train.document(5).startswith("Ann has") and train.document(5).endswith(
+        train.solution(problem)
+    )
+    assert train.reward(problem, f"{n * 1001}").parts == {
+        "format": 0,
+        "answered": 0,
+        "correct": 0,
+    }  # no marker
+    assert train.reward(problem, f"#### {n * 1001 + 1}").parts == {
+        "format": 1,
+        "answered": 1,
+        "correct": 0,
+    }
     signed = get_task("gsm8k", rewards="signed")
-    assert [signed.reward(problem, text).total for text in (f"#### {n * 1001}", f"#### {n * 1001 + 1}", "")] == [1, -1, -1]
+    assert [
+        signed.reward(problem, text).total
+        for text in (f"#### {n * 1001}", f"#### {n * 1001 + 1}", "")
+    ] == [1, -1, -1]
 
 
 def test_gsm8k_splits_follow_the_content_not_the_order_of_the_file(tmp_path, monkeypatch):
@@ -520,9 +653,13 @@ def test_a_missing_data_set_names_both_ways_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
     with pytest.raises(ValueError) as error:
         get_task("gsm8k", split="test")
-    assert str(tmp_path / "gsm8k" / "test.jsonl") in str(error.value) and "openai/gsm8k" in str(error.value)
+    assert str(tmp_path / "gsm8k" / "test.jsonl") in str(error.value) and "openai/gsm8k" in str(
+        error.value
+    )
     monkeypatch.delenv("NANORL_DATA")
-    with pytest.raises(ValueError, match=r"\$NANORL_DATA.gsm8k.train\.jsonl.*`datasets` can fetch openai/gsm8k"):
+    with pytest.raises(
+        ValueError, match=r"\$NANORL_DATA.gsm8k.train\.jsonl.*`datasets` can fetch openai/gsm8k"
+    ):
         get_task("gsm8k")
 
 
@@ -532,7 +669,9 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, monkeypatch):
     with open(path, "a") as f:
         f.write('{"question": "cut o')
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 7: not JSON"):  # blank lines count
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(path))}, line 7: not JSON"
+    ):  # blank lines count
         get_task("gsm8k")
 
 
@@ -541,8 +680,12 @@ def test_csv_and_parquet_give_the_same_rows(tmp_path, monkeypatch):
     rows = [{"question": 'a, "b"\nc', "answer": "#### 1"}, {"question": "µ", "answer": "#### 2"}]
     for name in ("c", "p"):
         os.makedirs(tmp_path / name)
-    (tmp_path / "c" / "train.csv").write_text('question,answer\n"a, ""b""\nc",#### 1\nµ,#### 2\n', encoding="utf-8")
-    parquet.write_table(table({key: [r[key] for r in rows] for key in rows[0]}), tmp_path / "p" / "train.parquet")
+    (tmp_path / "c" / "train.csv").write_text(
+        'question,answer\n"a, ""b""\nc",#### 1\nµ,#### 2\n', encoding="utf-8"
+    )
+    parquet.write_table(
+        table({key: [r[key] for r in rows] for key in rows[0]}), tmp_path / "p" / "train.parquet"
+    )
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
     assert load_rows("c", "train", "none") == load_rows("p", "train", "none") == rows
 
@@ -580,46 +723,84 @@ def test_a_users_own_task(tmp_path):
     path.write_text(OWN)
     task = get_task(f"{path}:Capitals", split="val", answer="Lyon")
     assert task.split == "val" and len(task) == 1
-    assert task.reward(task.problem(0), "Lyon").total == 1 and task.reward(task.problem(0), "Paris").total == 0
+    assert (
+        task.reward(task.problem(0), "Lyon").total == 1
+        and task.reward(task.problem(0), "Paris").total == 0
+    )
     assert sys.modules["json"] is json
     (tmp_path / "notes.txt").write_text(OWN)
-    for name, message in [(f"{path}:Mute", "has no reward"), (f"{path}:Odd", r"Odd, split train: problem\(0\) gave None, not a"),
-                          (f"{path}:Empty", "Empty, split train: there are no problems in it"), (f"{path}:Capital", "has no class 'Capital'"),
-                          (f"{tmp_path}/none.py:A", "none.py' does not exist"), (f"{tmp_path}:A", "is not a .py file"),
-                          (f"{tmp_path}/notes.txt:Capitals", "is not a .py file")]:
+    for name, message in [
+        (f"{path}:Mute", "has no reward"),
+        (f"{path}:Odd", r"Odd, split train: problem\(0\) gave None, not a"),
+        (f"{path}:Empty", "Empty, split train: there are no problems in it"),
+        (f"{path}:Capital", "has no class 'Capital'"),
+        (f"{tmp_path}/none.py:A", "none.py' does not exist"),
+        (f"{tmp_path}:A", "is not a .py file"),
+        (f"{tmp_path}/notes.txt:Capitals", "is not a .py file"),
+    ]:
         with pytest.raises(ValueError, match=message):
             get_task(name)
     with pytest.raises(ValueError, match="Capitals.*'colour'"):
         get_task(f"{path}:Capitals", colour="red")
 
 
-@pytest.mark.parametrize("name, settings, message", [
-    ("sums", {}, f"no task 'sums': did you mean sum3. there are {', '.join(TASKS)}, and path.py:Class"),
-    ("zzz", {}, "no task 'zzz': there are "),
-    ("sum3", {"colour": "red"}, "task sum3.*'colour'"),
-    ("sum3", {"split": "valid"}, "split is 'valid': it must be one of train, val, test"),
-    ("gsm8k", {"split": "valid"}, "split is 'valid': it must be one of train, val, test"),
-    ("arithmetic", {"preset": "sum4"}, "preset is 'sum4': it must be one of sum3, 0-20"),
-    ("sum3", {"demonstrations": "none"}, "demonstrations is 'none': it must be one of direct, worked, mixed"),
-])
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        (
+            "sums",
+            {},
+            f"no task 'sums': did you mean sum3. there are {', '.join(TASKS)}, and path.py:Class",
+        ),
+        ("zzz", {}, "no task 'zzz': there are "),
+        ("sum3", {"colour": "red"}, "task sum3.*'colour'"),
+        ("sum3", {"split": "valid"}, "split is 'valid': it must be one of train, val, test"),
+        ("gsm8k", {"split": "valid"}, "split is 'valid': it must be one of train, val, test"),
+        ("arithmetic", {"preset": "sum4"}, "preset is 'sum4': it must be one of sum3, 0-20"),
+        (
+            "sum3",
+            {"demonstrations": "none"},
+            "demonstrations is 'none': it must be one of direct, worked, mixed",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         get_task(name, **settings)
 
 
-@pytest.mark.parametrize("name, settings, message", [
-    ("counting", {"rewards": "graded"}, "rewards is 'graded': it must be one of binary, signed"),
-    ("sum3", {"rewards": "some"}, "rewards is 'some': it must be one of binary, signed, graded"),
-    ("countdown", {"numbers": "5"}, "numbers is '5': it must be one of 3, 4, 3-4"),
-    ("countdown", {"largest": "2"}, "largest is '2': it must be a number from 3 to 99"),
-    ("countdown", {"largest": "many"}, "largest is 'many'"),
-    ("countdown", {"format_weight": "1"}, "format_weight is '1': it must be a share below 1"),
-    ("countdown", {"format_weight": "nan"}, "format_weight is 'nan'"),
-    *[(name, {"demonstrations": "none"}, "demonstrations is 'none': it must be one of direct, worked, mixed")
-      for name in ("counting", "comparison", "binary", "spelling", "countdown")],
-    *[(name, {"split": "valid"}, "split is 'valid': it must be one of train, val, test")
-      for name in ("counting", "comparison", "binary", "spelling", "countdown")],
-])
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        (
+            "counting",
+            {"rewards": "graded"},
+            "rewards is 'graded': it must be one of binary, signed",
+        ),
+        (
+            "sum3",
+            {"rewards": "some"},
+            "rewards is 'some': it must be one of binary, signed, graded",
+        ),
+        ("countdown", {"numbers": "5"}, "numbers is '5': it must be one of 3, 4, 3-4"),
+        ("countdown", {"largest": "2"}, "largest is '2': it must be a number from 3 to 99"),
+        ("countdown", {"largest": "many"}, "largest is 'many'"),
+        ("countdown", {"format_weight": "1"}, "format_weight is '1': it must be a share below 1"),
+        ("countdown", {"format_weight": "nan"}, "format_weight is 'nan'"),
+        *[
+            (
+                name,
+                {"demonstrations": "none"},
+                "demonstrations is 'none': it must be one of direct, worked, mixed",
+            )
+            for name in ("counting", "comparison", "binary", "spelling", "countdown")
+        ],
+        *[
+            (name, {"split": "valid"}, "split is 'valid': it must be one of train, val, test")
+            for name in ("counting", "comparison", "binary", "spelling", "countdown")
+        ],
+    ],
+)
 def test_what_does_not_fit_the_other_tasks_is_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         get_task(name, **settings)
@@ -632,7 +813,9 @@ def test_a_preset_is_a_task_name():
 def test_parse_settings():
     assert parse_settings("") == parse_settings(" ; ") == {}
     assert parse_settings(" demonstrations=worked; instruction = Be brief: a=b ;") == {
-        "demonstrations": "worked", "instruction": "Be brief: a=b"}
+        "demonstrations": "worked",
+        "instruction": "Be brief: a=b",
+    }
     with pytest.raises(ValueError, match="split.*is not one"):
         parse_settings("split=val")
     with pytest.raises(ValueError, match="'sum3 until 40', goes on to the end"):
@@ -651,11 +834,15 @@ def test_a_mixture_holds_its_weights_in_every_cycle_and_spreads_them():
     weights = {"binary": 2, "0-20": 5, "countdown": 1}
     names = [mixture.problem(i).task for i in range(80)]
     for start in range(0, 73):
-        assert Counter(names[start:start + 8]) == weights  # in every eight that follow each other, too
+        assert (
+            Counter(names[start : start + 8]) == weights
+        )  # in every eight that follow each other, too
     for n in range(80):
         for name, weight in weights.items():
             assert abs(names[:n].count(name) - n * weight / 8) <= 0.5  # never far ahead or behind
-    assert [get_task("binary=50,0-20=125,countdown=25").problem(i).prompt for i in range(20)] == [mixture.problem(i).prompt for i in range(20)]
+    assert [get_task("binary=50,0-20=125,countdown=25").problem(i).prompt for i in range(20)] == [
+        mixture.problem(i).prompt for i in range(20)
+    ]
 
 
 def test_a_mixture_takes_each_tasks_problems_in_their_order():
@@ -666,20 +853,38 @@ def test_a_mixture_takes_each_tasks_problems_in_their_order():
         assert mine == [task.problem(i % len(task)).prompt for i in range(len(mine))]
 
 
-@pytest.mark.parametrize("weights", [{"binary": 2, "0-20": 5, "countdown": 1}, {"binary": 3, "0-20": 1}, {"binary": 1, "0-20": 4}])
+@pytest.mark.parametrize(
+    "weights",
+    [{"binary": 2, "0-20": 5, "countdown": 1}, {"binary": 3, "0-20": 1}, {"binary": 1, "0-20": 4}],
+)
 def test_training_on_a_mixture_visits_every_problem_and_no_held_out_problem_comes_twice(weights):
     text = ",".join(f"{name}={weight}" for name, weight in weights.items())
-    visits = {split: Counter((p.task, p.prompt[0]["content"]) for t in [get_task(text, split=split)] for p in map(t.problem, range(len(t))))
-              for split in SPLITS}
+    visits = {
+        split: Counter(
+            (p.task, p.prompt[0]["content"])
+            for t in [get_task(text, split=split)]
+            for p in map(t.problem, range(len(t)))
+        )
+        for split in SPLITS
+    }
     for name in weights:
         counts = [n for (task, _), n in visits["train"].items() if task == name]
-        assert len(counts) == len(get_task(name)) and max(counts) - min(counts) <= 1  # each once, then each twice
+        assert (
+            len(counts) == len(get_task(name)) and max(counts) - min(counts) <= 1
+        )  # each once, then each twice
     for split in ("val", "test"):
         assert set(visits[split].values()) == {1}
-        left = {name: len(get_task(name, split=split)) - sum(task == name for task, _ in visits[split]) for name in weights}
-        assert min(left[name] - weights[name] for name in weights) < 0  # another cycle would repeat one
+        left = {
+            name: len(get_task(name, split=split)) - sum(task == name for task, _ in visits[split])
+            for name in weights
+        }
+        assert (
+            min(left[name] - weights[name] for name in weights) < 0
+        )  # another cycle would repeat one
     rounds = {name: len(get_task(name)) / weight for name, weight in weights.items()}
-    assert visits["train"].total() == sum(weights.values()) * -int(-max(rounds.values()) // 1)  # and not longer than it takes
+    assert visits["train"].total() == sum(weights.values()) * -int(
+        -max(rounds.values()) // 1
+    )  # and not longer than it takes
 
 
 def test_a_mixture_gives_each_problem_to_the_task_it_comes_from():
@@ -687,21 +892,41 @@ def test_a_mixture_gives_each_problem_to_the_task_it_comes_from():
     for i in range(40):
         problem = mixture.problem(i)
         text = mixture.solution(problem)
-        assert ("<answer>" in text) == (problem.task == "countdown") and mixture.reward(problem, text).total == 1
-        assert mixture.reward(problem, "#maybe").parts == {"format": problem.task != "countdown", "answered": 0, "correct": 0}
+        assert ("<answer>" in text) == (problem.task == "countdown") and mixture.reward(
+            problem, text
+        ).total == 1
+        assert mixture.reward(problem, "#maybe").parts == {
+            "format": problem.task != "countdown",
+            "answered": 0,
+            "correct": 0,
+        }
         read(problem.task, problem) if problem.task != "sum3" else compute(question(problem))
-        kinds = {"counting": r"[a-f]: ", "comparison": r"\d+ and ", "countdown": r".* make ", "sum3": r"Count|\d+ \+ "}
+        kinds = {
+            "counting": r"[a-f]: ",
+            "comparison": r"\d+ and ",
+            "countdown": r".* make ",
+            "sum3": r"Count|\d+ \+ ",
+        }
         assert re.match(kinds[problem.task], mixture.document(i))
 
 
 def test_settings_go_to_all_tasks_of_a_mixture_or_to_one():
-    wrong = lambda mixture: {p.task: mixture.reward(p, "").total for p in map(mixture.problem, range(2))}
-    assert wrong(get_task("counting=1,comparison=1", rewards="signed")) == {"counting": -1, "comparison": -1}
-    one = get_task("counting=1,comparison=1", **{"rewards": "binary", "comparison.rewards": "signed"})
+    wrong = lambda mixture: {
+        p.task: mixture.reward(p, "").total for p in map(mixture.problem, range(2))
+    }
+    assert wrong(get_task("counting=1,comparison=1", rewards="signed")) == {
+        "counting": -1,
+        "comparison": -1,
+    }
+    one = get_task(
+        "counting=1,comparison=1", **{"rewards": "binary", "comparison.rewards": "signed"}
+    )
     assert wrong(one) == {"counting": 0, "comparison": -1}
     settings = parse_settings("counting.demonstrations=worked; sum3.demonstrations=direct")
     mixture = get_task("counting=1,sum3=1", **settings)
-    assert {(p.task, mixture.solution(p).startswith("#")) for p in map(mixture.problem, range(40))} == {("counting", False), ("sum3", True)}
+    assert {
+        (p.task, mixture.solution(p).startswith("#")) for p in map(mixture.problem, range(40))
+    } == {("counting", False), ("sum3", True)}
 
 
 def test_a_users_own_task_in_a_mixture(tmp_path):
@@ -711,39 +936,56 @@ def test_a_users_own_task_in_a_mixture(tmp_path):
     problem = next(p for p in map(mixture.problem, range(4)) if p.task == own)
     assert mixture.reward(problem, "Lyon").total == 1 and mixture.reward(problem, "#3").total == 0
     assert [mixture.problem(i).task for i in range(4)].count(own) == 1
-    assert len(get_task(f"{own}=1,counting=1", split="val")) == 2  # one problem of its own, so one of each
+    assert (
+        len(get_task(f"{own}=1,counting=1", split="val")) == 2
+    )  # one problem of its own, so one of each
     with pytest.raises(ValueError, match="Capitals has 1 problems, fewer than its weight 2"):
         get_task(f"{own}=2,counting=1", split="val")
 
 
 def test_a_mixture_of_one_is_that_task():
     mixture, task = get_task("0-20=7"), get_task("0-20")
-    assert len(mixture) == len(task) and [mixture.problem(i).prompt for i in range(9)] == [task.problem(i).prompt for i in range(9)]
+    assert len(mixture) == len(task) and [mixture.problem(i).prompt for i in range(9)] == [
+        task.problem(i).prompt for i in range(9)
+    ]
 
 
-@pytest.mark.parametrize("name, settings, message", [
-    ("sum3=50,countng=50", {}, "no task 'countng': did you mean counting"),
-    ("sum3=50,counting", {}, "mixture .*: 'counting' must be a task and its weight, each task once"),
-    ("sum3,counting", {}, "'sum3' must be a task and its weight"),
-    ("sum3=50,counting=0", {}, "'counting=0' must be"),
-    ("sum3=50,counting=-1", {}, "'counting=-1' must be"),
-    ("sum3=50,counting=1.5", {}, "'counting=1.5' must be"),
-    ("sum3=50,counting=a", {}, "'counting=a' must be"),
-    ("sum3=50,sum3=50", {}, "'sum3=50' must be"),
-    ("sum3=50,", {}, "'' must be"),
-    ("=50,sum3=50", {}, "'=50' must be"),
-    ("sum3=0", {}, "'sum3=0' must be"),
-    ("sum3=1,counting=1", {"binary.rewards": "signed"}, "task setting 'binary.rewards': the mixture 'sum3=1,counting=1' has no task 'binary'"),
-    ("sum3=1,counting=1", {"counting.rewards": "graded"}, "rewards is 'graded'"),
-    ("sum3=1,counting=1", {"precision": "2"}, "task counting: .*'precision'"),
-])
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("sum3=50,countng=50", {}, "no task 'countng': did you mean counting"),
+        (
+            "sum3=50,counting",
+            {},
+            "mixture .*: 'counting' must be a task and its weight, each task once",
+        ),
+        ("sum3,counting", {}, "'sum3' must be a task and its weight"),
+        ("sum3=50,counting=0", {}, "'counting=0' must be"),
+        ("sum3=50,counting=-1", {}, "'counting=-1' must be"),
+        ("sum3=50,counting=1.5", {}, "'counting=1.5' must be"),
+        ("sum3=50,counting=a", {}, "'counting=a' must be"),
+        ("sum3=50,sum3=50", {}, "'sum3=50' must be"),
+        ("sum3=50,", {}, "'' must be"),
+        ("=50,sum3=50", {}, "'=50' must be"),
+        ("sum3=0", {}, "'sum3=0' must be"),
+        (
+            "sum3=1,counting=1",
+            {"binary.rewards": "signed"},
+            "task setting 'binary.rewards': the mixture 'sum3=1,counting=1' has no task 'binary'",
+        ),
+        ("sum3=1,counting=1", {"counting.rewards": "graded"}, "rewards is 'graded'"),
+        ("sum3=1,counting=1", {"precision": "2"}, "task counting: .*'precision'"),
+    ],
+)
 def test_a_mixture_that_does_not_fit_is_refused(name, settings, message):
     with pytest.raises(ValueError, match=message):
         get_task(name, **settings)
 
 
 def test_a_curriculum_gives_its_tasks_with_their_first_steps():
-    stages = get_stages(" 0-20 until 20;binary=1,0-20=1   until 50 ; 2-digit ", "val", demonstrations="direct")
+    stages = get_stages(
+        " 0-20 until 20;binary=1,0-20=1   until 50 ; 2-digit ", "val", demonstrations="direct"
+    )
     assert [first for first, _ in stages] == [0, 20, 50]
     for (_, task), name in zip(stages, ["0-20", "binary=1,0-20=1", "2-digit"]):
         same = get_task(name, split="val")
@@ -752,20 +994,26 @@ def test_a_curriculum_gives_its_tasks_with_their_first_steps():
     assert [first for first, _ in get_stages("0-20")] == [0]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("0-20 until 20; 2-digit until 20; sum3", "curriculum .*: '2-digit until 20' must be a task and the step it ends at, later than the one before"),
-    ("0-20 until 30; 2-digit until 20; sum3", "'2-digit until 20' must be"),
-    ("0-20 until 0; sum3", "'0-20 until 0' must be"),
-    ("0-20; sum3", "'0-20' must be"),
-    ("0-20 until 20 steps; sum3", "'0-20 until 20 steps' must be"),
-    ("until 20; sum3", "'until 20' must be"),
-    ("; sum3", "'' must be"),
-    ("0-20 until 20;", "no task ''"),
-    ("0-20 until 20; sums", "no task 'sums': did you mean sum3"),
-    ("0-20 until 20; 2-digit until 40", "'2-digit until 40', goes on to the end"),
-    ("0-2 until 20; sum3", "no task '0-2': did you mean 0-20"),
-    ("sum3 until 20; 0-20=0", "'0-20=0' must be"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "0-20 until 20; 2-digit until 20; sum3",
+            "curriculum .*: '2-digit until 20' must be a task and the step it ends at, later than the one before",
+        ),
+        ("0-20 until 30; 2-digit until 20; sum3", "'2-digit until 20' must be"),
+        ("0-20 until 0; sum3", "'0-20 until 0' must be"),
+        ("0-20; sum3", "'0-20' must be"),
+        ("0-20 until 20 steps; sum3", "'0-20 until 20 steps' must be"),
+        ("until 20; sum3", "'until 20' must be"),
+        ("; sum3", "'' must be"),
+        ("0-20 until 20;", "no task ''"),
+        ("0-20 until 20; sums", "no task 'sums': did you mean sum3"),
+        ("0-20 until 20; 2-digit until 40", "'2-digit until 40', goes on to the end"),
+        ("0-2 until 20; sum3", "no task '0-2': did you mean 0-20"),
+        ("sum3 until 20; 0-20=0", "'0-20=0' must be"),
+    ],
+)
 def test_a_curriculum_that_does_not_fit_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         get_stages(text)
@@ -775,6 +1023,8 @@ def test_countdown_does_not_begin_with_the_easy_problems():
     """What many draws hit is found first; evaluation takes the first n, so the order must not follow how often a problem is hit."""
     task = get_task("countdown")
     problems = [task.problem(i) for i in range(len(task))]
-    easy = [int(p.answer) == sum(p.meta["numbers"]) for p in problems]  # a sum is what random joining hits most often
+    easy = [
+        int(p.answer) == sum(p.meta["numbers"]) for p in problems
+    ]  # a sum is what random joining hits most often
     half = len(easy) // 2
     assert abs(sum(easy[:half]) - sum(easy[half:])) < 40

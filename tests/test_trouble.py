@@ -1,4 +1,5 @@
 """What goes wrong on real machines: ranks that die, disks that fill, gradients that explode, uneven work, several nodes."""
+
 import gzip
 import json
 import os
@@ -10,8 +11,6 @@ import time
 
 import pytest
 import torch
-
-from nanorl.runtime import checkpoint
 from scripts import (
     RL,
     ROOT,
@@ -28,17 +27,31 @@ from scripts import (
     wait_for,
 )
 
+from nanorl.runtime import checkpoint
+
+
 def completions(run):
     """(prompt, completion) pairs of the last step, sorted: with dynamic sampling their order differs over ranks."""
     path = sorted((run / "rollouts").iterdir())[-1]
     return sorted((r["prompt"], r["completion"]) for r in records(path))
 
 
-EVERYTHING = ["--kl_coef=0.05", "--updates_per_rollout=2", "--resample=2", "--overlong=mask", "--advantage=loo", "--loss_norm=constant", "--lr_schedule=cosine",
-              "--warmup=2", "--reward_weights=correct=1"]
+EVERYTHING = [
+    "--kl_coef=0.05",
+    "--updates_per_rollout=2",
+    "--resample=2",
+    "--overlong=mask",
+    "--advantage=loo",
+    "--loss_norm=constant",
+    "--lr_schedule=cosine",
+    "--warmup=2",
+    "--reward_weights=correct=1",
+]
 
 
-@pytest.mark.parametrize("n, options", [pytest.param(4, [], marks=pytest.mark.slow), (2, EVERYTHING)])
+@pytest.mark.parametrize(
+    "n, options", [pytest.param(4, [], marks=pytest.mark.slow), (2, EVERYTHING)]
+)
 def test_ranks_give_the_rows_of_one(out, n, options):
     """The gradient, and with it every number of the run, does not depend on the number of ranks: in fp64, with everything on too."""
     model = f"--model={out / 'a' / 'sft'}"
@@ -48,15 +61,45 @@ def test_ranks_give_the_rows_of_one(out, n, options):
     finish(process)
     assert_rows_agree(rows(out / f"{name}one" / "rl"), rows(out / name / "rl"))
     assert completions(out / f"{name}one" / "rl") == completions(out / name / "rl")
-    said = finish(torchrun(*RL, *options, f"--run_name={name}", model, "--steps=4", "--selfcheck", n=n))
-    assert "within the bounds" in said and "(bound 1e-10)" in said  # the summed gradient itself, against one row at a time
+    said = finish(
+        torchrun(*RL, *options, f"--run_name={name}", model, "--steps=4", "--selfcheck", n=n)
+    )
+    assert (
+        "within the bounds" in said and "(bound 1e-10)" in said
+    )  # the summed gradient itself, against one row at a time
 
 
 def test_two_nodes_on_loopback_give_the_one_process_result(out):
     model, port = f"--model={out / 'a' / 'sft'}", free_port()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    nodes = [subprocess.Popen([*command, f"--node_rank={rank}", "--", "train_rl.py", *RL, "--run_name=nodes", model, "--steps=3"], cwd=ROOT, env=environment(),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(2)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+    ]
+    nodes = [
+        subprocess.Popen(
+            [
+                *command,
+                f"--node_rank={rank}",
+                "--",
+                "train_rl.py",
+                *RL,
+                "--run_name=nodes",
+                model,
+                "--steps=3",
+            ],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     assert call("train_rl.py", *RL, "--run_name=onenode", model, "--steps=3") is None
     for node in nodes:
         finish(node)
@@ -65,7 +108,13 @@ def test_two_nodes_on_loopback_give_the_one_process_result(out):
 
 def test_uneven_ranks_do_not_wait_for_each_other(out):
     """One problem a step and one to evaluate on two ranks: the other has no rows, no gradient and nothing to say, and takes part in everything."""
-    options = ["--prompts_per_step=1", "--eval_problems=1", "--probe_prompts=1", "--steps=3", f"--model={out / 'a' / 'sft'}"]
+    options = [
+        "--prompts_per_step=1",
+        "--eval_problems=1",
+        "--probe_prompts=1",
+        "--steps=3",
+        f"--model={out / 'a' / 'sft'}",
+    ]
     process = torchrun(*RL, *options, "--run_name=uneven")
     assert call("train_rl.py", *RL, *options, "--run_name=unevenone") is None
     finish(process)
@@ -95,13 +144,21 @@ def test_a_rank_that_dies_ends_the_run_and_max_restarts_resumes_it(out):
 
 def workers(agent):
     """Process numbers of torchrun's children, by rank."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True
+    ).stdout.split()
     return sorted(map(int, found))
 
 
 def test_without_an_agent_too_a_dead_rank_ends_the_others_with_one_line(out):
     """As under a scheduler that starts each rank itself."""
-    command = ["train_rl.py", *RL, "--run_name=alone", f"--model={out / 'a' / 'sft'}", "--steps=100000"]
+    command = [
+        "train_rl.py",
+        *RL,
+        "--run_name=alone",
+        f"--model={out / 'a' / 'sft'}",
+        "--steps=100000",
+    ]
     with ranks(command) as processes:
         wait_for(lambda: checkpoint.latest(out / "alone" / "rl"), processes[0])
         processes[1].kill()
@@ -131,24 +188,53 @@ class Always(Explodes):
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_an_update_that_is_not_finite_is_skipped_by_all_and_after_some_the_run_stops(out, tmp_path, n, monkeypatch):
+def test_an_update_that_is_not_finite_is_skipped_by_all_and_after_some_the_run_stops(
+    out, tmp_path, n, monkeypatch
+):
     (tmp_path / "explodes.py").write_text(EXPLODES)
     monkeypatch.setenv("PYTHONPATH", os.path.join(ROOT, "tests"))
-    run = lambda name, *more: [*RL, f"--run_name={name}{n}", f"--model={out / 'a' / 'sft'}", "--save_every=0", *more]
-    start = lambda *arguments: (torchrun(*arguments, n=n, PYTHONPATH=os.path.join(ROOT, "tests")))
+    run = lambda name, *more: [
+        *RL,
+        f"--run_name={name}{n}",
+        f"--model={out / 'a' / 'sft'}",
+        "--save_every=0",
+        *more,
+    ]
+    start = lambda *arguments: torchrun(*arguments, n=n, PYTHONPATH=os.path.join(ROOT, "tests"))
     finish(start(*run("once", f"--task={tmp_path / 'explodes.py'}:Once", "--steps=13")))
     seen = rows(out / f"once{n}" / "rl")[1:]
     bad = [r["step"] for r in seen if r["grad_norm"] is None]
-    assert 0 < len(bad) < 13 and [r["updated"] for r in seen] == [float(r["step"] not in bad) for r in seen]
+    assert 0 < len(bad) < 13 and [r["updated"] for r in seen] == [
+        float(r["step"] not in bad) for r in seen
+    ]
     assert all((r["bad_steps"] > 0) == (r["step"] in bad) for r in seen)
 
-    said = finish(start(*run("always", f"--task={tmp_path / 'explodes.py'}:Always", "--steps=50", "--max_bad_steps=3")), code=1)
-    assert "in 3 steps in a row updates were skipped" in said and len(rows(out / f"always{n}" / "rl")) == 4
+    said = finish(
+        start(
+            *run(
+                "always",
+                f"--task={tmp_path / 'explodes.py'}:Always",
+                "--steps=50",
+                "--max_bad_steps=3",
+            )
+        ),
+        code=1,
+    )
+    assert (
+        "in 3 steps in a row updates were skipped" in said
+        and len(rows(out / f"always{n}" / "rl")) == 4
+    )
     weights = checkpoint.latest(out / f"always{n}" / "rl")
     assert weights.endswith("step_000003") and checkpoint.load_state(weights)["bad"] == 3
     from safetensors.torch import load_file
-    before, after = (load_file(os.path.join(path, "model.safetensors")) for path in (checkpoint.latest(out / "a" / "sft"), weights))
-    assert all(torch.equal(before[name].double(), after[name]) for name in before)  # nothing had moved
+
+    before, after = (
+        load_file(os.path.join(path, "model.safetensors"))
+        for path in (checkpoint.latest(out / "a" / "sft"), weights)
+    )
+    assert all(
+        torch.equal(before[name].double(), after[name]) for name in before
+    )  # nothing had moved
 
 
 def test_bad_steps_are_counted_on_after_a_resume(out, tmp_path, monkeypatch):
@@ -165,15 +251,33 @@ def test_bad_steps_are_counted_on_after_a_resume(out, tmp_path, monkeypatch):
 
 # ---- files ----------------------------------------------------------------------------------------------------
 
-def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays(out, monkeypatch, capfd):
+
+def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays(
+    out, monkeypatch, capfd
+):
     """No file may grow beyond 600 bytes, which the rollouts of a step do; before that a checkpoint was saved."""
     run = [*RL, "--run_name=fullrollouts", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
     limited = "import resource, runpy, sys; sys.argv = sys.argv[1:]; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); runpy.run_path(sys.argv[0], run_name='__main__')"
-    ended = subprocess.run([sys.executable, "-c", limited, "train_rl.py", *run], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment())
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr and "goes on from its last checkpoint" in ended.stderr, ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "-c", limited, "train_rl.py", *run],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+    )
+    assert (
+        ended.returncode == 1
+        and "Traceback" not in ended.stderr
+        and "goes on from its last checkpoint" in ended.stderr
+    ), ended.stderr
     assert checkpoint.latest(out / "fullrollouts" / "rl").endswith("step_000002")
-    assert not [name for name in os.listdir(out / "fullrollouts" / "rl" / "rollouts") if name.startswith("step_000003.jsonl.gz") and not name.endswith(".tmp")]
+    assert not [
+        name
+        for name in os.listdir(out / "fullrollouts" / "rl" / "rollouts")
+        if name.startswith("step_000003.jsonl.gz") and not name.endswith(".tmp")
+    ]
     assert call("train_rl.py", *run, "--resume=must") is None
     assert call("train_rl.py", *RL, "--run_name=notfull", f"--model={out / 'a' / 'sft'}") is None
     assert_same_run(out / "fullrollouts" / "rl", out / "notfull" / "rl", "step_000006")
@@ -188,7 +292,9 @@ def test_a_run_with_everything_on_resumes_to_the_same_end(out):
     assert call("train_rl.py", *run, "--run_name=broken", "--resume=must") is None
     assert_same_run(out / "unbroken" / "rl", out / "broken" / "rl", "step_000006")
     seen = rows(out / "unbroken" / "rl")[1:]
-    assert seen[0]["kl"] == pytest.approx(0, abs=1e-12) and seen[-1]["kl"] > 1e-4  # it starts at the reference and leaves it
+    assert (
+        seen[0]["kl"] == pytest.approx(0, abs=1e-12) and seen[-1]["kl"] > 1e-4
+    )  # it starts at the reference and leaves it
     assert all(r["updated"] for r in seen) and seen[-1]["ratio/std"] > 1e-4
 
 
@@ -214,12 +320,24 @@ def test_clipping_does_nothing_to_a_step_of_one_update(out):
     assert [plain[name] for name in names] == [clipped[name] for name in names]
 
 
-def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pulled_too(out, monkeypatch):
+def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pulled_too(
+    out, monkeypatch
+):
     """A base model that solves nothing: no advantage is other than 0, and only the KL term, on a policy that has left its reference, gives a gradient."""
     import nanorl.policy
+
     loaded, load = [], nanorl.policy.load_model
     monkeypatch.setattr(nanorl.policy, "load_model", lambda *a: loaded.append(a[0]) or load(*a))
-    assert call("train_rl.py", *RL, "--run_name=noreference", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    assert (
+        call(
+            "train_rl.py",
+            *RL,
+            "--run_name=noreference",
+            f"--model={out / 'a' / 'sft'}",
+            "--steps=1",
+        )
+        is None
+    )
     assert len(loaded) == 1
     run = ["--run_name=pull", f"--model={out / 'a' / 'sft'}", "--kl_coef=0.1", "--problems=4"]
     assert call("train_rl.py", *RL, *run, "--steps=2") is None
@@ -231,11 +349,28 @@ def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pu
     torch.save(state, path)  # from here on nothing can be solved
     assert call("train_rl.py", *RL, *run, "--steps=3", "--task=chain4") is None
     row = rows(out / "pull" / "rl")[-1]
-    assert row["frac_reward_zero_std"] == 1 and row["advantage/max"] == 0 and row["kl"] > 0 and row["updated"] == 1 and row["grad_norm"] > 0
+    assert (
+        row["frac_reward_zero_std"] == 1
+        and row["advantage/max"] == 0
+        and row["kl"] > 0
+        and row["updated"] == 1
+        and row["grad_norm"] > 0
+    )
 
 
 def test_a_save_because_the_reward_rose_says_so(out, capsys):
-    assert call("train_rl.py", *RL, "--run_name=rose", f"--model={out / 'a' / 'sft'}", "--save_every=0", "--save_reward_above=0.3", "--steps=6") is None
+    assert (
+        call(
+            "train_rl.py",
+            *RL,
+            "--run_name=rose",
+            f"--model={out / 'a' / 'sft'}",
+            "--save_every=0",
+            "--save_reward_above=0.3",
+            "--steps=6",
+        )
+        is None
+    )
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
     rewards = {r["step"]: r["reward"] for r in rows(out / "rose" / "rl")[1:]}
     best, expected = 0.3, []
@@ -243,16 +378,26 @@ def test_a_save_because_the_reward_rose_says_so(out, capsys):
         if reward > best:
             expected.append(step)
         best = max(best, reward)
-    assert expected and [f"{step:06d} (a new best reward, {rewards[step]:.3f})" for step in expected if step < 6] == [line.split("step_")[1] for line in said[:-1]]
+    assert expected and [
+        f"{step:06d} (a new best reward, {rewards[step]:.3f})" for step in expected if step < 6
+    ] == [line.split("step_")[1] for line in said[:-1]]
 
 
 def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):
     """With two samples a group is often dead. What left is on disk too, and counts in the reward; the learner sees as many live groups as there were."""
-    run = [*RL, "--samples_per_prompt=2", "--prompts_per_step=6", "--steps=3", f"--model={out / 'a' / 'sft'}"]
+    run = [
+        *RL,
+        "--samples_per_prompt=2",
+        "--prompts_per_step=6",
+        "--steps=3",
+        f"--model={out / 'a' / 'sft'}",
+    ]
     assert call("train_rl.py", *run, "--run_name=plain") is None
     assert call("train_rl.py", *run, "--run_name=once", "--resample=1") is None
     assert call("train_rl.py", *run, "--run_name=often", "--resample=7") is None
-    count = lambda name, step: len({r["group"] for r in records(out / name / "rl" / "rollouts" / f"step_{step:06d}.jsonl.gz")})
+    count = lambda name, step: len(
+        {r["group"] for r in records(out / name / "rl" / "rollouts" / f"step_{step:06d}.jsonl.gz")}
+    )
     plain, once, often = (rows(out / name / "rl")[1:] for name in ("plain", "once", "often"))
     assert [r["resampled"] for r in plain] == [0, 0, 0]
     # Up to the first step with a dead group the runs are the same.
@@ -269,49 +414,101 @@ def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):
         live = [g for g in groups.values() if len({x["reward"] for x in g}) > 1]
         assert len(live) == 6 and all(x["advantage"] != 0 for g in live for x in g)
         assert r["frac_reward_zero_std"] == pytest.approx(1 - 6 / len(groups))
-    prompts = [r["prompt"] for path in sorted((out / "often" / "rl" / "rollouts").iterdir()) for r in records(path)]
-    assert all(prompts.count(p) <= 2 * (1 + len(prompts) // 100) for p in set(prompts))  # each problem once a pass
+    prompts = [
+        r["prompt"]
+        for path in sorted((out / "often" / "rl" / "rollouts").iterdir())
+        for r in records(path)
+    ]
+    assert all(
+        prompts.count(p) <= 2 * (1 + len(prompts) // 100) for p in set(prompts)
+    )  # each problem once a pass
 
 
 def test_schedule_weights_and_masks_reach_the_loop(out, capsys):
     """The rate that is logged; that it is the one applied: test_loop.py."""
     run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=4"]
-    assert call("train_rl.py", *run, "--run_name=wired", "--lr_schedule=linear", "--warmup=2", "--reward_weights=correct=3", "--overlong=mask") is None
+    assert (
+        call(
+            "train_rl.py",
+            *run,
+            "--run_name=wired",
+            "--lr_schedule=linear",
+            "--warmup=2",
+            "--reward_weights=correct=3",
+            "--overlong=mask",
+        )
+        is None
+    )
     assert call("train_rl.py", *run, "--run_name=unwired") is None
     wired, plain = (rows(out / name / "rl")[1:] for name in ("wired", "unwired"))
-    assert [r["lr"] for r in wired] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]) and [r["lr"] for r in plain] == [1e-3] * 4
-    assert wired[0]["reward"] == pytest.approx(3 * wired[0]["reward/correct"], abs=1e-12) and wired[0]["reward/correct"] == plain[0]["reward/correct"]
+    assert [r["lr"] for r in wired] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]) and [
+        r["lr"] for r in plain
+    ] == [1e-3] * 4
+    assert (
+        wired[0]["reward"] == pytest.approx(3 * wired[0]["reward/correct"], abs=1e-12)
+        and wired[0]["reward/correct"] == plain[0]["reward/correct"]
+    )
     capsys.readouterr()
     assert call("train_rl.py", *run, "--run_name=masked", "--overlong=mask") is None
-    assert plain[0]["completions/clipped_ratio"] > 0 and rows(out / "masked" / "rl")[1]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
+    assert plain[0]["completions/clipped_ratio"] > 0 and rows(out / "masked" / "rl")[1][
+        "grad_norm"
+    ] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
     cut = [r["completions/clipped_ratio"] for r in rows(out / "masked" / "rl")[1:]]
     step = next(step for step, share in enumerate(cut, 1) if share > 0.2)
     said = capsys.readouterr().out
     assert f"WARNING, step {step}: {cut[step - 1]:.0%} of the completions were cut off" in said
     assert said.count("were cut off") == 1
     assert call("train_rl.py", *run, "--run_name=masked", "--overlong=mask", "--steps=6") is None
-    assert "were cut off" not in capsys.readouterr().out  # said once a run, also when it was resumed
+    assert (
+        "were cut off" not in capsys.readouterr().out
+    )  # said once a run, also when it was resumed
 
 
 def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):
-    (tmp_path / "bug.py").write_text("from toy_task import Toy\nclass Bug(Toy):\n    def reward(self, problem, text):\n        return super().reward(problem, text) if len(text) % 3 else 1 / 0\n")
-    run = [*RL, f"--task={tmp_path / 'bug.py'}:Bug", "--run_name=bug", f"--model={out / 'a' / 'sft'}", "--steps=1"]
+    (tmp_path / "bug.py").write_text(
+        "from toy_task import Toy\nclass Bug(Toy):\n    def reward(self, problem, text):\n        return super().reward(problem, text) if len(text) % 3 else 1 / 0\n"
+    )
+    run = [
+        *RL,
+        f"--task={tmp_path / 'bug.py'}:Bug",
+        "--run_name=bug",
+        f"--model={out / 'a' / 'sft'}",
+        "--steps=1",
+    ]
     assert call("train_rl.py", *run) is None
     said = capsys.readouterr().out
-    assert "the task's reward failed on" in said and "ZeroDivisionError: division by zero" in said and "WARNING, step 1: the task's reward failed on" in said
+    assert (
+        "the task's reward failed on" in said
+        and "ZeroDivisionError: division by zero" in said
+        and "WARNING, step 1: the task's reward failed on" in said
+    )
     assert call("eval.py", f"--show={out / 'bug'}") is None
     assert "the reward failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
-    failed = [r for r in records(out / "bug" / "rl" / "rollouts" / "step_000001.jsonl.gz") if "error" in r]
-    assert len(failed) == rows(out / "bug" / "rl")[1]["reward/errors"] > 0 and all(r["reward"] <= 0 for r in failed)
+    failed = [
+        r for r in records(out / "bug" / "rl" / "rollouts" / "step_000001.jsonl.gz") if "error" in r
+    ]
+    assert len(failed) == rows(out / "bug" / "rl")[1]["reward/errors"] > 0 and all(
+        r["reward"] <= 0 for r in failed
+    )
 
 
 # ---- the self-check -------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [
-    [], ["--loss_norm=sequence", "--advantage=zscore", "--temperature=0.7"], ["--loss_norm=constant", "--advantage=loo", "--overlong=mask"],
-    ["--kl_coef=0.5", "--kl_estimator=k2", "--updates_per_rollout=2"], ["--kl_coef=0.5", "--kl_estimator=k1-in-reward"],
-    ["--kl_coef=0.5", "--temperature=0.7"], ["--kl_coef=0.5", "--temperature=0.7", "--kl_estimator=k1-in-reward"],
-    ["--kl_coef=0.5", "--updates_per_rollout=2", "--clip_low=0.1"], ["--lora_rank=3", "--kl_coef=0.5", "--recompute", "--lr=1e-2"]])
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--loss_norm=sequence", "--advantage=zscore", "--temperature=0.7"],
+        ["--loss_norm=constant", "--advantage=loo", "--overlong=mask"],
+        ["--kl_coef=0.5", "--kl_estimator=k2", "--updates_per_rollout=2"],
+        ["--kl_coef=0.5", "--kl_estimator=k1-in-reward"],
+        ["--kl_coef=0.5", "--temperature=0.7"],
+        ["--kl_coef=0.5", "--temperature=0.7", "--kl_estimator=k1-in-reward"],
+        ["--kl_coef=0.5", "--updates_per_rollout=2", "--clip_low=0.1"],
+        ["--lora_rank=3", "--kl_coef=0.5", "--recompute", "--lr=1e-2"],
+    ],
+)
 def test_selfcheck_agrees_in_fp64(out, options, capsys):
     """On a run that has moved away from its reference, so that the KL terms are there to be checked."""
     name = f"check{abs(hash(str(options)))}"
@@ -321,7 +518,9 @@ def test_selfcheck_agrees_in_fp64(out, options, capsys):
     capsys.readouterr()
     assert call("train_rl.py", *run, "--steps=2", "--selfcheck") is None
     said = capsys.readouterr().out
-    assert "within the bounds" in said and "4 problems, 16 completions" in said  # also of a run that has made all its steps
+    assert (
+        "within the bounds" in said and "4 problems, 16 completions" in said
+    )  # also of a run that has made all its steps
     assert float(re.search(r"norm ([\d.]+e[+-]\d+)", said)[1]) > 0
     assert rows(out / name / "rl") == before  # it leaves everything as it was
 
@@ -330,8 +529,11 @@ def test_selfcheck_agrees_in_fp64(out, options, capsys):
 BREAKS = [
     ("nanorl.grpo.token_weights = lambda lengths, *a: -(lengths > 0).double()", {"gradient"}),
     ("nanorl.grpo.denominator = lambda *a: 7", {"gradient"}),
-    ("nanorl.gpt.CausalAttention.__call__ = lambda s, layer, q, k, v: "
-     "v.repeat_interleave(q.size(2) // v.size(2), 2)", {"sampler's log-probs"}),
+    (
+        "nanorl.gpt.CausalAttention.__call__ = lambda s, layer, q, k, v: "
+        "v.repeat_interleave(q.size(2) // v.size(2), 2)",
+        {"sampler's log-probs"},
+    ),
     ("nanorl.grpo.advantages = lambda r, kind: r", {"advantages", "gradient"}),
 ]
 
@@ -339,26 +541,45 @@ BREAKS = [
 @pytest.mark.parametrize("broken, figures", BREAKS)
 def test_selfcheck_sees_what_is_broken(out, broken, figures):
     """And says where: just the figures that the break spoils are out of their bounds."""
-    code = (f"import runpy, sys, nanorl.grpo, nanorl.gpt; {broken}; sys.argv = sys.argv[1:]; "
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    code = (
+        f"import runpy, sys, nanorl.grpo, nanorl.gpt; {broken}; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     run = ["--run_name=brokencheck", f"--model={out / 'a' / 'sft'}", "--selfcheck"]
-    ended = subprocess.run([sys.executable, "-c", code, "train_rl.py", *RL, *run], cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=120)
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "train_rl.py", *RL, *run],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
     assert ended.returncode == 1 and "OUT OF BOUNDS" in ended.stdout, ended.stdout + ended.stderr
     line = r"  (.+?) +(?:largest difference|difference / norm) (\S+) \(bound (\S+)\)"
-    measured = {name: (float(off), float(bound)) for name, off, bound in re.findall(line, ended.stdout)}
+    measured = {
+        name: (float(off), float(bound)) for name, off, bound in re.findall(line, ended.stdout)
+    }
     assert measured.keys() == {"sampler's log-probs", "advantages", "gradient"}
     assert {name for name, (off, bound) in measured.items() if off > bound} == figures
 
 
 # ---- reading --------------------------------------------------------------------------------------------------
 
+
 def test_rollouts_are_shown_readably(out, capsys):
-    assert call("train_rl.py", *RL, "--run_name=read", f"--model={out / 'a' / 'sft'}", "--steps=2") is None
+    assert (
+        call("train_rl.py", *RL, "--run_name=read", f"--model={out / 'a' / 'sft'}", "--steps=2")
+        is None
+    )
     written = records(out / "read" / "rl" / "rollouts" / "step_000002.jsonl.gz")
     capsys.readouterr()
     assert call("eval.py", f"--show={out / 'read'}", "--step=2", "--prompt=1") is None
     said = capsys.readouterr().out
-    assert "step 2, 4 prompts, 16 completions" in said and "prompt 1, answer even" in said and "prompt 0" not in said
+    assert (
+        "step 2, 4 prompts, 16 completions" in said
+        and "prompt 1, answer even" in said
+        and "prompt 0" not in said
+    )
     for record in written:
         if record["group"] == 1:
             assert f"reward {record['reward']:g} (correct {record['parts']['correct']:g})" in said
@@ -371,8 +592,24 @@ def test_rollouts_are_shown_readably(out, capsys):
 
 
 def test_rollouts_on_disk_hold_all_that_was_seen(out):
-    assert call("train_rl.py", *RL, "--run_name=disk", f"--model={out / 'a' / 'sft'}", "--steps=1") is None
+    assert (
+        call("train_rl.py", *RL, "--run_name=disk", f"--model={out / 'a' / 'sft'}", "--steps=1")
+        is None
+    )
     with gzip.open(out / "disk" / "rl" / "rollouts" / "step_000001.jsonl.gz", "rt") as f:
         some = [json.loads(line) for line in f]
-    assert {"step", "time", "group", "sample", "prompt", "answer", "completion", "reward", "parts", "advantage", "tokens", "finish"} == set(some[0])
+    assert {
+        "step",
+        "time",
+        "group",
+        "sample",
+        "prompt",
+        "answer",
+        "completion",
+        "reward",
+        "parts",
+        "advantage",
+        "tokens",
+        "finish",
+    } == set(some[0])
     assert all(r["step"] == 1 and abs(r["time"] - time.time()) < 600 for r in some)

@@ -1,4 +1,5 @@
 """Files that --data names -> conversations for SFT, some of them held out, by their content."""
+
 import json
 
 import numpy as np
@@ -7,7 +8,13 @@ from nanorl.data.corpus import val_bound
 from nanorl.tasks.files import find_files, read_rows
 from nanorl.tasks.problem import content_hash
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}  # the last two: ShareGPT
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "human": "user",
+    "gpt": "assistant",
+}  # the last two: ShareGPT
 
 
 def _text(fields, *names):
@@ -31,7 +38,9 @@ def messages_of(row):
         elif "prompt" in row:
             asked, said = _text(row, "prompt"), _text(row, "completion")
         else:
-            raise ValueError(f"no messages, conversations, instruction or prompt in it, only {', '.join(map(str, row)) or 'nothing'}")
+            raise ValueError(
+                f"no messages, conversations, instruction or prompt in it, only {', '.join(map(str, row)) or 'nothing'}"
+            )
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("its messages are not a list of objects with role and content")
@@ -45,7 +54,9 @@ def messages_of(row):
             raise ValueError(f"message {number}: role {role!r} is none of {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": content})
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"the last message is the {messages[-1]['role']}'s: a conversation ends with the assistant's")
+        raise ValueError(
+            f"the last message is the {messages[-1]['role']}'s: a conversation ends with the assistant's"
+        )
     return messages
 
 
@@ -65,10 +76,22 @@ def read_conversations(patterns, tokenizer, seq_len):
             if len(ids) <= seq_len + 1:
                 examples.append((np.array(ids, np.int32), np.array(mask, bool)))
                 hashes.append(content_hash(json.dumps(messages)))
-    note = "" if total == len(examples) else (f"{total - len(examples):,} of {total:,} conversations are longer than --seq_len={seq_len} tokens and "
-                                              f"are left out; the longest has {longest:,}")
+    note = (
+        ""
+        if total == len(examples)
+        else (
+            f"{total - len(examples):,} of {total:,} conversations are longer than --seq_len={seq_len} tokens and "
+            f"are left out; the longest has {longest:,}"
+        )
+    )
     if len(set(hashes)) < 2:
-        raise ValueError(f"--data={patterns}: {note or f'{len(set(hashes))} different conversations'}: two or more must be left, one of which validates")
+        raise ValueError(
+            f"--data={patterns}: {note or f'{len(set(hashes))} different conversations'}: two or more must be left, one of which validates"
+        )
     bound = val_bound(min(hashes))
     held_out = [h < bound for h in hashes]
-    return [e for e, out in zip(examples, held_out) if not out], [e for e, out in zip(examples, held_out) if out], note
+    return (
+        [e for e, out in zip(examples, held_out) if not out],
+        [e for e, out in zip(examples, held_out) if out],
+        note,
+    )

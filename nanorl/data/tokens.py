@@ -1,6 +1,7 @@
 """Training tokens of base: documents -> token files -> windows.
 
 Order is a pure function of (seed, epoch), so a cursor, one integer, is all the state there is."""
+
 import itertools
 import json
 import os
@@ -46,9 +47,11 @@ def total(index, name, splits=SPLITS):
 def describe(index):
     """The index in words; a line for each note."""
     nbytes, tokens = total(index, "bytes"), total(index, "tokens")
-    return (f"{index['facts']['name']}, {total(index, 'documents'):,} documents ({total(index, 'documents', ['val']):,} to validate), "
-            f"{nbytes / 1e6:,.1f} MB -> {tokens:,} tokens, {nbytes / tokens:.2f} bytes a token"
-            + "".join(f"\n        {note}" for note in index["facts"]["notes"]))
+    return (
+        f"{index['facts']['name']}, {total(index, 'documents'):,} documents ({total(index, 'documents', ['val']):,} to validate), "
+        f"{nbytes / 1e6:,.1f} MB -> {tokens:,} tokens, {nbytes / tokens:.2f} bytes a token"
+        + "".join(f"\n        {note}" for note in index["facts"]["notes"])
+    )
 
 
 def tokenize(source, vocab_size, directory):
@@ -65,16 +68,35 @@ def tokenize(source, vocab_size, directory):
         os.makedirs(directory)
         tokenizer = Tokenizer.train(texts, vocab_size)
         tokenizer.save(directory)
-        index = {"made_from": made_from, "facts": facts, "dtype": "uint16" if tokenizer.n_tokens <= 2 ** 16 else "uint32", "shards": [], "whole": False}
+        index = {
+            "made_from": made_from,
+            "facts": facts,
+            "dtype": "uint16" if tokenizer.n_tokens <= 2**16 else "uint32",
+            "shards": [],
+            "whole": False,
+        }
         _write_index(directory, index)
     if not index["whole"]:
         tokenizer = Tokenizer.from_pretrained(directory)
-        documents = itertools.islice(source.documents(index["facts"]), total(index, "documents"), None)
-        with tqdm(desc="tokenizing", initial=total(index, "bytes"), total=index["facts"].get("bytes"), unit="B", unit_scale=True, disable=None) as bar:
+        documents = itertools.islice(
+            source.documents(index["facts"]), total(index, "documents"), None
+        )
+        with tqdm(
+            desc="tokenizing",
+            initial=total(index, "bytes"),
+            total=index["facts"].get("bytes"),
+            unit="B",
+            unit_scale=True,
+            disable=None,
+        ) as bar:
             while not index["whole"]:
-                shard = _write_shard(documents, tokenizer, directory, len(index["shards"]), index["dtype"], bar)
+                shard = _write_shard(
+                    documents, tokenizer, directory, len(index["shards"]), index["dtype"], bar
+                )
                 index["shards"].append(shard)
-                index["whole"] = shard["train"]["bytes"] + shard["val"]["bytes"] < SHARD_BYTES  # the documents have run out
+                index["whole"] = (
+                    shard["train"]["bytes"] + shard["val"]["bytes"] < SHARD_BYTES
+                )  # the documents have run out
                 _write_index(directory, index)
     return index
 
@@ -82,10 +104,17 @@ def tokenize(source, vocab_size, directory):
 def _write_shard(documents, tokenizer, directory, number, dtype, bar):
     """Write one shard of the next (split, text) `documents`, until they hold SHARD_BYTES or run out. Returns its counts."""
     counts = {split: dict(documents=0, bytes=0, tokens=0) for split in SPLITS}
-    with open(shard_path(directory, "train", number), "wb") as train, open(shard_path(directory, "val", number), "wb") as val:
+    with (
+        open(shard_path(directory, "train", number), "wb") as train,
+        open(shard_path(directory, "val", number), "wb") as val,
+    ):
         files = {"train": train, "val": val}
-        while sum(c["bytes"] for c in counts.values()) < SHARD_BYTES and (batch := _take(documents, BATCH_BYTES)):
-            for (split, nbytes, _), ids in zip(batch, tokenizer.encode_many([text for _, _, text in batch])):
+        while sum(c["bytes"] for c in counts.values()) < SHARD_BYTES and (
+            batch := _take(documents, BATCH_BYTES)
+        ):
+            for (split, nbytes, _), ids in zip(
+                batch, tokenizer.encode_many([text for _, _, text in batch])
+            ):
                 ids.append(tokenizer.document_end)
                 files[split].write(np.array(ids, dtype).tobytes())
                 for name, n in zip(counts[split], (1, nbytes, len(ids))):
@@ -115,17 +144,30 @@ class Windows:
     def __init__(self, directory, split, seq_len, rows, seed=0, rank=0, world_size=1):
         index = read_index(directory)
         if not index.get("whole"):
-            raise ValueError(f"the token files in {directory} are not whole: train_base.py makes them")
+            raise ValueError(
+                f"the token files in {directory} are not whole: train_base.py makes them"
+            )
         self.n_tokens = total(index, "tokens", [split])
         self.bytes_per_token = total(index, "bytes", [split]) / max(1, self.n_tokens)
         windows = [max(0, shard[split]["tokens"] - 1) // seq_len for shard in index["shards"]]
         self.ends = np.cumsum(windows)  # of the shards' windows, when all are numbered through
         self.n = int(self.ends[-1])
         if self.n < rows:
-            raise ValueError(f"the {split} split has {self.n} windows of {seq_len} tokens, fewer than the {rows} of one "
-                             f"batch: lower --batch_tokens or --seq_len, or give more text")
-        self.shards = [np.memmap(shard_path(directory, split, i), index["dtype"], "r") if n else None for i, n in enumerate(windows)]
-        self.T, self.rows, self.seed, self.rank, self.world_size = seq_len, rows, seed, rank, world_size
+            raise ValueError(
+                f"the {split} split has {self.n} windows of {seq_len} tokens, fewer than the {rows} of one "
+                f"batch: lower --batch_tokens or --seq_len, or give more text"
+            )
+        self.shards = [
+            np.memmap(shard_path(directory, split, i), index["dtype"], "r") if n else None
+            for i, n in enumerate(windows)
+        ]
+        self.T, self.rows, self.seed, self.rank, self.world_size = (
+            seq_len,
+            rows,
+            seed,
+            rank,
+            world_size,
+        )
         self.cursor = 0  # windows handed out so far
         self.epoch = None
 
@@ -139,11 +181,14 @@ class Windows:
     def _window(self, position):
         epoch, i = divmod(position, self.n)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            self.epoch, self.order = (
+                epoch,
+                np.random.default_rng([self.seed, epoch]).permutation(self.n),
+            )
         window = self.order[i]
         shard = np.searchsorted(self.ends, window, side="right")
         start = (window - self.ends[shard - 1] if shard else window) * self.T
-        return self.shards[shard][start:start + self.T + 1].astype(np.int64)
+        return self.shards[shard][start : start + self.T + 1].astype(np.int64)
 
     def next(self):
         rows = [self._window(self.cursor + i) for i in range(self.rank, self.rows, self.world_size)]
@@ -155,4 +200,6 @@ class Windows:
 def check_same_data(state, n):
     """A cursor means something only in the data it comes from."""
     if state["n"] != n:
-        raise ValueError(f"the data has changed: {n:,} windows or examples, {state['n']:,} when the run was saved; put it back, or start another --run_name")
+        raise ValueError(
+            f"the data has changed: {n:,} windows or examples, {state['n']:,} when the run was saved; put it back, or start another --run_name"
+        )

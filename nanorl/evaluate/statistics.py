@@ -1,4 +1,5 @@
 """Outcomes -> accuracy, pass@k, intervals; two models' outcomes -> their difference."""
+
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ RATES = ("format", "answered_given_format", "correct_given_answered")
 
 
 # ---- one model ---------------------------------------------------------------------------------------------
+
 
 def wilson(correct, n, z=Z):
     """95% interval of a share (Wilson 1927): correct of n -> (low, high). Stays in [0, 1], also at 0 of n."""
@@ -53,7 +55,9 @@ def dead_groups(results, G):
     if G > n:
         raise ValueError(f"groups of {G} need at least {G} samples a problem, there are {n}")
     right = [sum(o["solved"]) for o in results]
-    return sum((math.comb(c, G) + math.comb(n - c, G)) / math.comb(n, G) for c in right) / len(right)
+    return sum((math.comb(c, G) + math.comb(n - c, G)) / math.comb(n, G) for c in right) / len(
+        right
+    )
 
 
 def rates(results):
@@ -62,10 +66,21 @@ def rates(results):
     left out, a share of no samples is None."""
     parts = [p for o in results for p in o["parts"]]
     solved = [s for o in results for s in o["solved"]]
-    form, answered = ([bool(p.get(name)) for p in parts] if any(name in p for p in parts) else None for name in ("format", "answered"))
-    share = lambda those, of: None if not any(of) else sum(a and b for a, b in zip(those, of)) / sum(of)
-    found = [("format", form, [True] * len(parts)), ("answered_given_format", answered, form), ("correct_given_answered", solved, answered)]
-    return {name: share(those, of) for name, those, of in found if those is not None and of is not None}
+    form, answered = (
+        [bool(p.get(name)) for p in parts] if any(name in p for p in parts) else None
+        for name in ("format", "answered")
+    )
+    share = lambda those, of: (
+        None if not any(of) else sum(a and b for a, b in zip(those, of)) / sum(of)
+    )
+    found = [
+        ("format", form, [True] * len(parts)),
+        ("answered_given_format", answered, form),
+        ("correct_given_answered", solved, answered),
+    ]
+    return {
+        name: share(those, of) for name, those, of in found if those is not None and of is not None
+    }
 
 
 def summary(results, ks=(1,)):
@@ -76,17 +91,34 @@ def summary(results, ks=(1,)):
     shares = [sum(s) / samples for s in solved]
     low, high = wilson(sum(map(sum, solved)), n) if samples == 1 else clustered_interval(shares)
     tokens = [length for o in results for length in o["lengths"]]
-    cut_off = sum(not finished for o in results if not o.get("too_long") for finished in o["finished"])
+    cut_off = sum(
+        not finished for o in results if not o.get("too_long") for finished in o["finished"]
+    )
     accuracy, chance = sum(shares) / n, sum(o.get("chance", 0.0) for o in results) / n
     guessed = dict(chance=chance, centred=(accuracy - chance) / (1 - chance)) if chance else {}
     long = sum(o.get("too_long", False) for o in results)
-    return dict(accuracy=accuracy, **guessed, **({"too_long": long} if long else {}), low=low, high=high, n=n, samples=samples,
-                reward=sum(r for o in results for r in o["rewards"]) / len(tokens),
-                length=sum(tokens) / len(tokens), clipped=cut_off / len(tokens),
-                **{f"pass@{k}": sum(pass_at_k(samples, sum(s), k) for s in solved) / n for k in ks if k <= samples}, **rates(results))
+    return dict(
+        accuracy=accuracy,
+        **guessed,
+        **({"too_long": long} if long else {}),
+        low=low,
+        high=high,
+        n=n,
+        samples=samples,
+        reward=sum(r for o in results for r in o["rewards"]) / len(tokens),
+        length=sum(tokens) / len(tokens),
+        clipped=cut_off / len(tokens),
+        **{
+            f"pass@{k}": sum(pass_at_k(samples, sum(s), k) for s in solved) / n
+            for k in ks
+            if k <= samples
+        },
+        **rates(results),
+    )
 
 
 # ---- two models on the same problems -----------------------------------------------------------------------
+
 
 def mcnemar(only_a, only_b):
     """Two-sided p-value of "neither is better" from the problems that only A and only B solved (McNemar 1947, in its exact
@@ -95,7 +127,7 @@ def mcnemar(only_a, only_b):
     for i in range(min(only_a, only_b) + 1):
         tail += term  # C(n, 0) + ... + C(n, i), in exact integers
         term = term * (n - i) // (i + 1)
-    return min(1.0, 2 * tail / 2 ** n)
+    return min(1.0, 2 * tail / 2**n)
 
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
@@ -110,19 +142,23 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
     Only how often each distinct difference is drawn matters, so a draw is one multinomial (or, of signs, one binomial) count
     of each: few numbers, since G samples give at most 2G + 1 differences. Raises ValueError for unequal lengths."""
     if len(a) != len(b) or len(a) == 0:
-        raise ValueError(f"{len(a)} shares for A and {len(b)} for B: a paired comparison needs the same problems, at least one")
+        raise ValueError(
+            f"{len(a)} shares for A and {len(b)} for B: a paired comparison needs the same problems, at least one"
+        )
     rng, n = np.random.default_rng(seed), len(a)
     differences = np.round(np.subtract(b, a), 12)  # 0.3 - 0.2 and 0.2 - 0.1 are one difference
     mean = float(differences.mean())
     values, counts = np.unique(differences, return_counts=True)  # (U,), (U,)
     sizes, size_counts = np.unique(np.abs(differences), return_counts=True)
     means, flipped = np.empty(draws), np.empty(draws)
-    chunk = max(1, 2 ** 20 // len(values))  # draws at once: 8 MB of counts
+    chunk = max(1, 2**20 // len(values))  # draws at once: 8 MB of counts
     for start in range(0, draws, chunk):
         some = slice(start, min(draws, start + chunk))
         m = some.stop - start
         means[some] = rng.multinomial(n, counts / n, size=m) @ values / n
-        flipped[some] = (2 * rng.binomial(size_counts, 0.5, size=(m, len(sizes))) - size_counts) @ sizes / n
+        flipped[some] = (
+            (2 * rng.binomial(size_counts, 0.5, size=(m, len(sizes))) - size_counts) @ sizes / n
+        )
     low, high = np.quantile(means, [0.025, 0.975])
     p = (1 + np.sum(np.abs(flipped) >= abs(mean) - 1e-9)) / (draws + 1)
     return mean, float(low), float(high), float(p)
@@ -147,14 +183,26 @@ def compare(results_a, results_b):
     Greedy outcomes (one sample): also the counts both, only_a, only_b, neither, and p is McNemar's. Raises ValueError when
     the two are not of the same problems, with as many samples."""
     for outcome_a, outcome_b in zip(results_a, results_b):
-        if any(outcome_a[key] != outcome_b[key] for key in ("prompt", "answer")) or len(outcome_a["solved"]) != len(outcome_b["solved"]):
-            raise ValueError(f"problem {outcome_a['index']} of A is not problem {outcome_b['index']} of B, or has another number of samples: "
-                             "evaluate both with the same task, split and samples")
+        if any(outcome_a[key] != outcome_b[key] for key in ("prompt", "answer")) or len(
+            outcome_a["solved"]
+        ) != len(outcome_b["solved"]):
+            raise ValueError(
+                f"problem {outcome_a['index']} of A is not problem {outcome_b['index']} of B, or has another number of samples: "
+                "evaluate both with the same task, split and samples"
+            )
     shares = lambda results: np.array([np.mean(o["solved"]) for o in results])  # (n,)
     a, b = shares(results_a), shares(results_b)
     difference, low, high, p = paired_bootstrap(a, b)
     n, samples = len(a), len(results_a[0]["solved"])
-    found = dict(n=n, samples=samples, accuracy_a=float(a.mean()), accuracy_b=float(b.mean()), difference=difference, low=low, high=high)
+    found = dict(
+        n=n,
+        samples=samples,
+        accuracy_a=float(a.mean()),
+        accuracy_b=float(b.mean()),
+        difference=difference,
+        low=low,
+        high=high,
+    )
     if samples == 1:
         count = lambda in_a, in_b: int(np.sum((a == in_a) & (b == in_b)))
         found.update(both=count(1, 1), only_a=count(1, 0), only_b=count(0, 1), neither=count(0, 0))

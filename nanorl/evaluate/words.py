@@ -1,4 +1,5 @@
 """Evaluations in words: lines and tables."""
+
 from nanorl.evaluate.statistics import RATES, half_width, smallest_effect
 
 
@@ -18,31 +19,66 @@ def describe(s, how=""):
     """A summary, and how it was sampled -> lines: accuracy with its interval, lengths; the rates there are; pass@k, of samples."""
     many = f" x {s['samples']}{how}" if s["samples"] > 1 else how
     found = [f"{name.replace('_', ' ')} {percent(s[name])}" for name in RATES if name in s]
-    at_k = [f"{name} {share:.1%}" for name, share in s.items() if name.startswith("pass@") and s["samples"] > 1]
-    first = (f"{s['accuracy']:6.1%}  95% [{s['low']:.1%}, {s['high']:.1%}]  {s['n']} problems{many}, "
-             f"{s['length']:.1f} tokens, {s['clipped']:.1%} cut off")
-    guessed = f"guessing gets {s['chance']:.1%}; {s['centred']:.1%} of the way from there to 100%" if "chance" in s else ""
-    long = f"{s['too_long']} prompts do not fit the model's context and count as not solved" if "too_long" in s else ""
+    at_k = [
+        f"{name} {share:.1%}"
+        for name, share in s.items()
+        if name.startswith("pass@") and s["samples"] > 1
+    ]
+    first = (
+        f"{s['accuracy']:6.1%}  95% [{s['low']:.1%}, {s['high']:.1%}]  {s['n']} problems{many}, "
+        f"{s['length']:.1f} tokens, {s['clipped']:.1%} cut off"
+    )
+    guessed = (
+        f"guessing gets {s['chance']:.1%}; {s['centred']:.1%} of the way from there to 100%"
+        if "chance" in s
+        else ""
+    )
+    long = (
+        f"{s['too_long']} prompts do not fit the model's context and count as not solved"
+        if "too_long" in s
+        else ""
+    )
     return [line for line in (first, guessed, long, ", ".join(found), "  ".join(at_k)) if line]
 
 
 def benchmark_table(rows):
     """[(task, how, summary with seconds and tok_per_s)] -> lines of at most 100 columns."""
     line = "{:13}  {:10}  {:>5}  {:>8}  {:16}  {:>6}  {:>7}  {:>7}  {:>9}"
-    lines = [line.format("benchmark", "how", "n", "accuracy", "95%", "chance", "centred", "seconds", "tokens/s")]
+    lines = [
+        line.format(
+            "benchmark", "how", "n", "accuracy", "95%", "chance", "centred", "seconds", "tokens/s"
+        )
+    ]
     for task, how, s in rows:
-        lines.append(line.format(task, how, s["n"], percent(s["accuracy"]), f"[{s['low']:.1%}, {s['high']:.1%}]", percent(s.get("chance")), percent(s.get("centred")),
-                                 f"{s['seconds']:.1f}", f"{s['tok_per_s']:,.0f}"))
-    return lines + ["centred: share of the way from guessing to 100%. tokens/s: of prompts (likelihood) or sampled."]
+        lines.append(
+            line.format(
+                task,
+                how,
+                s["n"],
+                percent(s["accuracy"]),
+                f"[{s['low']:.1%}, {s['high']:.1%}]",
+                percent(s.get("chance")),
+                percent(s.get("centred")),
+                f"{s['seconds']:.1f}",
+                f"{s['tok_per_s']:,.0f}",
+            )
+        )
+    return lines + [
+        "centred: share of the way from guessing to 100%. tokens/s: of prompts (likelihood) or sampled."
+    ]
 
 
 def describe_difference(c):
     """A comparison -> lines: the difference with its interval and p; of greedy answers the four counts; the verdict."""
     signed = {name: f"{100 * c[name]:+.1f}" for name in ("difference", "low", "high")}
-    lines = [f"A {c['accuracy_a']:.1%}, B {c['accuracy_b']:.1%}: B - A is {signed['difference']} points, "
-             f"95% [{signed['low']}, {signed['high']}], p = {c['p']:.2g}"]
+    lines = [
+        f"A {c['accuracy_a']:.1%}, B {c['accuracy_b']:.1%}: B - A is {signed['difference']} points, "
+        f"95% [{signed['low']}, {signed['high']}], p = {c['p']:.2g}"
+    ]
     if c["samples"] == 1:
-        lines.append(f"of {c['n']} problems both solve {c['both']}, only A {c['only_a']}, only B {c['only_b']}, neither {c['neither']}")
+        lines.append(
+            f"of {c['n']} problems both solve {c['both']}, only A {c['only_a']}, only B {c['only_b']}, neither {c['neither']}"
+        )
     return lines + [c["verdict"]]
 
 
@@ -62,14 +98,34 @@ def verdict(row):
 def survey_table(rows, G):
     """{task: summary with pass@G, dead and verdict} -> lines of at most 110 columns, in the order given."""
     line = f"{{:{max(map(len, ('task', *rows)))}}}  {{:>9}}  {{:>8}}  {{:>6}}  {{:>6}}  {{:>8}}  {{:>10}}  {{:>7}}  {{}}"
-    lines = [line.format("", "", "", "", "", "answered", "correct", "", "").rstrip(),
-             line.format("task", "pass rate", f"pass@{G}", "dead", "format", "| format", "| answered", "cut off", "verdict")]
+    lines = [
+        line.format("", "", "", "", "", "answered", "correct", "", "").rstrip(),
+        line.format(
+            "task",
+            "pass rate",
+            f"pass@{G}",
+            "dead",
+            "format",
+            "| format",
+            "| answered",
+            "cut off",
+            "verdict",
+        ),
+    ]
     for name, row in rows.items():
-        columns = (row["accuracy"], row[f"pass@{G}"], row["dead"], *(row.get(rate) for rate in RATES), row["clipped"])
+        columns = (
+            row["accuracy"],
+            row[f"pass@{G}"],
+            row["dead"],
+            *(row.get(rate) for rate in RATES),
+            row["clipped"],
+        )
         lines.append(line.format(name, *map(percent, columns), row["verdict"]))
-    return lines + [f"dead: groups of {G} samples all right or all wrong, which teach nothing. | format: of those in the format.",
-                    f"RL can learn where the pass rate is below {NEARLY_ALL:.0%} and at least {LIVE:.0%} of the groups are live. Elsewhere little is",
-                    f"left from a pass rate of 50%; below it is too hard, or over {CUT_OFF:.0%} are cut off: raise --max_new_tokens."]
+    return lines + [
+        f"dead: groups of {G} samples all right or all wrong, which teach nothing. | format: of those in the format.",
+        f"RL can learn where the pass rate is below {NEARLY_ALL:.0%} and at least {LIVE:.0%} of the groups are live. Elsewhere little is",
+        f"left from a pass rate of 50%; below it is too hard, or over {CUT_OFF:.0%} are cut off: raise --max_new_tokens.",
+    ]
 
 
 def summary_block(way, summary, temperature):

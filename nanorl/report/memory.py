@@ -1,5 +1,6 @@
 """What a training run will hold in memory at its peak, said before its first step. Weights, gradients and AdamW's moments follow from the number of
 parameters, caches from their shapes; what backward needs of the activations is counted on one small forward pass, tensor by tensor."""
+
 import math
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,12 @@ from nanorl.runtime import dist
 
 # On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their shapes differ. Peak over what is needed, as measured
 # (docs/log.md); on a GPU torch's own allocator keeps less, which is not measured.
-HOLES = {"rows of one length": 1.2, "packed rows": 1.6, "packed rows, LoRA": 1.8, "recomputation": 2.6}
+HOLES = {
+    "rows of one length": 1.2,
+    "packed rows": 1.6,
+    "packed rows, LoRA": 1.8,
+    "recomputation": 2.6,
+}
 
 
 def saved_bytes(model, forward):
@@ -24,6 +30,7 @@ def saved_bytes(model, forward):
         storage = t.untyped_storage()
         seen.setdefault(storage.data_ptr(), storage.nbytes())
         return t
+
     recompute, model.recompute = model.recompute, False
     try:
         with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t):
@@ -41,10 +48,22 @@ def activation_bytes(model, small, large, tokens, packed=False):
     (a, n_a), (b, n_b) = ((saved_bytes(model, forward), n) for forward, n in (small, large))
     per_token = (b - a) / (n_b - n_a)
     once, block = max(0, a - per_token * n_a), per_token / c.n_layer
-    kept = c.n_layer * c.n_embd * model.compute_dtype.itemsize + block if model.recompute else per_token
+    kept = (
+        c.n_layer * c.n_embd * model.compute_dtype.itemsize + block
+        if model.recompute
+        else per_token
+    )
     once = once / c.n_layer if model.recompute else once
     lora = not any(p.requires_grad for p in model.parameters())
-    kind = "recomputation" if model.recompute else "rows of one length" if not packed else "packed rows, LoRA" if lora else "packed rows"
+    kind = (
+        "recomputation"
+        if model.recompute
+        else "rows of one length"
+        if not packed
+        else "packed rows, LoRA"
+        if lora
+        else "packed rows"
+    )
     holes = HOLES[kind] if model.cos.device.type == "cpu" else 1.0
     return holes * (once + tokens * (kept + block))
 
@@ -55,9 +74,12 @@ def passes(model, rollouts):
     group = replace(group, completions=group.completions[:4])
 
     def times(n):
-        ones = torch.ones(n, len(group.completions), dtype=torch.float64)  # as advantages and weights
-        batch, = pack([group] * n, ones, ones, math.inf, model.cos.device)
+        ones = torch.ones(
+            n, len(group.completions), dtype=torch.float64
+        )  # as advantages and weights
+        (batch,) = pack([group] * n, ones, ones, math.inf, model.cos.device)
         return partial(learner.forward, model, batch), batch.ids.numel()
+
     return times(1), times(2)
 
 
@@ -72,7 +94,14 @@ def estimate(model, copies, trained, used, activations, cache=0):
     size = lambda params: sum({p.data_ptr(): p.numel() * p.element_size() for p in params}.values())
     weights, sampler = size(model.parameters()), sum(size(other.parameters()) for other in copies)
     n = sum(p.numel() * p.element_size() for p in trained)
-    parts = dict(weights=weights, copies=sampler, gradients=n, optimizer=2 * n, activations=activations, cache=0)
+    parts = dict(
+        weights=weights,
+        copies=sampler,
+        gradients=n,
+        optimizer=2 * n,
+        activations=activations,
+        cache=0,
+    )
     if cache > activations:
         parts.update(activations=0, cache=cache)
     return {**parts, "program": max(0, used - weights - sampler)}
@@ -82,9 +111,14 @@ def describe(parts, free):
     """-> lines: the estimate in words, and a warning where it does not fit in `free` bytes more than now."""
     gb = lambda n: f"{n / 1e9:.2f}"
     to_come = sum(parts[name] for name in ("gradients", "optimizer", "activations", "cache"))
-    lines = [f"memory: about {gb(sum(parts.values()))} GB at most: " + ", ".join(f"{name} {gb(n)}" for name, n in parts.items() if n > 5e6)]
+    lines = [
+        f"memory: about {gb(sum(parts.values()))} GB at most: "
+        + ", ".join(f"{name} {gb(n)}" for name, n in parts.items() if n > 5e6)
+    ]
     if to_come > free:
-        lines.append(f"WARNING: {gb(to_come)} GB of that are still to be taken and {gb(free)} are free: lower --device_tokens, or --recompute, or --lora_rank=16")
+        lines.append(
+            f"WARNING: {gb(to_come)} GB of that are still to be taken and {gb(free)} are free: lower --device_tokens, or --recompute, or --lora_rank=16"
+        )
     return lines
 
 

@@ -1,4 +1,5 @@
 """--after_save: a command of the user's that runs in the background after every save, such as a copy to another machine. Whatever becomes of it, training goes on."""
+
 import os
 import shlex
 import subprocess
@@ -13,8 +14,14 @@ class AfterSave:
 
     def __init__(self, command, directory, active=True):
         name = os.path.relpath(directory, os.environ.get("NANORL_OUT", "out"))
-        name = os.path.basename(os.path.abspath(directory)) if name.startswith("..") else name  # a model that is no run of ours
-        self.command = command.replace("{dir}", shlex.quote(directory)).replace("{run}", shlex.quote(name)) if active else ""
+        name = (
+            os.path.basename(os.path.abspath(directory)) if name.startswith("..") else name
+        )  # a model that is no run of ours
+        self.command = (
+            command.replace("{dir}", shlex.quote(directory)).replace("{run}", shlex.quote(name))
+            if active
+            else ""
+        )
         self.lock, self.thread, self.due = threading.Lock(), None, False
 
     def __call__(self):
@@ -32,13 +39,30 @@ class AfterSave:
                     return
                 self.due = False
             try:  # in a session of its own, so that Ctrl-C, which stops the training, lets it finish
-                done = subprocess.run(self.command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-                why = (done.stdout.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"])[-1] if done.returncode else ""
+                done = subprocess.run(
+                    self.command,
+                    shell=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+                why = (
+                    (
+                        done.stdout.decode("utf-8", "replace").strip().splitlines()
+                        or ["it said nothing"]
+                    )[-1]
+                    if done.returncode
+                    else ""
+                )
                 failed = f"exit status {done.returncode}: {why[:200]}" if done.returncode else ""
             except Exception as error:
                 failed = str(error)
             if failed:
-                print(f"WARNING: --after_save failed ({failed}); the next save tries again: {self.command}", flush=True)
+                print(
+                    f"WARNING: --after_save failed ({failed}); the next save tries again: {self.command}",
+                    flush=True,
+                )
 
     def finish(self):
         """At the end of a stage: wait until it is done, at most PATIENCE."""
@@ -46,4 +70,7 @@ class AfterSave:
         if thread is not None:
             thread.join(PATIENCE)
             if thread.is_alive():
-                print(f"WARNING: --after_save still runs after {PATIENCE:.0f} s and is left to itself: {self.command}", flush=True)
+                print(
+                    f"WARNING: --after_save still runs after {PATIENCE:.0f} s and is left to itself: {self.command}",
+                    flush=True,
+                )

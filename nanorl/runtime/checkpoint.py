@@ -1,6 +1,7 @@
 """Checkpoints: a directory step_000120/ is whole (it holds DONE, written last) or it is not there.
 
 Each is a Hugging Face model directory with trainer.pt beside the weights. When to save is the script's decision."""
+
 import hashlib
 import os
 import re
@@ -15,7 +16,9 @@ def _steps(directory):
     if not os.path.isdir(directory):
         return []
     found = [re.fullmatch(r"step_(\d+)", name) for name in os.listdir(directory)]
-    return sorted(int(m[1]) for m in found if m and os.path.exists(os.path.join(directory, m[0], "DONE")))
+    return sorted(
+        int(m[1]) for m in found if m and os.path.exists(os.path.join(directory, m[0], "DONE"))
+    )
 
 
 def path_of(directory, step):
@@ -78,13 +81,21 @@ def save(directory, step, write_model, state, best_step=None):
             f.flush()
             os.fsync(f.fileno())
         _sync(temporary)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, as Python, torch and safetensors say it
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # a full disk, as Python, torch and safetensors say it
         shutil.rmtree(temporary, ignore_errors=True)
-        if type(error) is RuntimeError and not re.search("PytorchStreamWriter|inline_container|write", str(error)):
+        if type(error) is RuntimeError and not re.search(
+            "PytorchStreamWriter|inline_container|write", str(error)
+        ):
             raise
         kept = latest(directory)
-        raise ValueError(f"step {step} could not be saved in {directory} ({str(error).splitlines()[0]}): free some space and start again; "
-                         + (f"the run goes on from {kept}" if kept else "nothing was saved before it")) from error
+        raise ValueError(
+            f"step {step} could not be saved in {directory} ({str(error).splitlines()[0]}): free some space and start again; "
+            + (f"the run goes on from {kept}" if kept else "nothing was saved before it")
+        ) from error
     _remove(final)
     os.rename(temporary, final)
     _sync(directory)
@@ -96,7 +107,11 @@ def prune(directory, best_step=None):
     """Keep the first, the best and the last two checkpoints, and those that another run started from. Returns the paths removed."""
     steps = _steps(directory)
     keep = {*steps[:1], *steps[-2:], best_step}
-    removed = [path for path in (path_of(directory, s) for s in steps if s not in keep) if not os.path.exists(os.path.join(path, USED))]
+    removed = [
+        path
+        for path in (path_of(directory, s) for s in steps if s not in keep)
+        if not os.path.exists(os.path.join(path, USED))
+    ]
     for path in removed:
         _remove(path)
     return removed
@@ -108,7 +123,9 @@ USED = "used_by.txt"  # in a checkpoint: the runs that started from it
 def mark_used(path, directory):
     """A run in `directory` starts from the checkpoint at `path`, which is from now on not removed. Of a model that is no checkpoint of
     ours nothing is written."""
-    if os.path.exists(os.path.join(path, "DONE")) and os.access(path, os.W_OK):  # what cannot be written cannot be removed either
+    if os.path.exists(os.path.join(path, "DONE")) and os.access(
+        path, os.W_OK
+    ):  # what cannot be written cannot be removed either
         with open(os.path.join(path, USED), "a+", encoding="utf-8") as f:
             f.seek(0)
             if directory not in f.read().splitlines():
@@ -118,14 +135,22 @@ def mark_used(path, directory):
 def origin_of(path):
     """What a run must know of the model it starts from: its path, its hash, and whether it is, or descends from, a published model, for which
     other learning rates are right than for one that was trained from scratch here."""
-    state = load_state(path, mmap=True) if os.path.exists(os.path.join(path, "trainer.pt")) else None
-    return {"path": path, "hash": fingerprint(path), "published": state is None or state.get("start", {}).get("published", False)}
+    state = (
+        load_state(path, mmap=True) if os.path.exists(os.path.join(path, "trainer.pt")) else None
+    )
+    return {
+        "path": path,
+        "hash": fingerprint(path),
+        "published": state is None or state.get("start", {}).get("published", False),
+    }
 
 
 def must_be(origin):
     """Raises ValueError unless the model at origin["path"] still has the weights whose hash is origin["hash"]."""
     if not is_model(origin["path"]) or fingerprint(origin["path"]) != origin["hash"]:
-        raise ValueError(f"{origin['path']} is gone or has changed since this run started from it, and it is needed again (by LoRA, a KL term, --match_flops): put it back, or start another run")
+        raise ValueError(
+            f"{origin['path']} is gone or has changed since this run started from it, and it is needed again (by LoRA, a KL term, --match_flops): put it back, or start another run"
+        )
 
 
 def free_disk(path):
@@ -140,14 +165,16 @@ def fingerprint(path):
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(name for name in os.listdir(path) if name.endswith(".safetensors")):
         with open(os.path.join(path, name), "rb") as f:
-            while block := f.read(2 ** 24):
+            while block := f.read(2**24):
                 digest.update(block)
     return digest.hexdigest()
 
 
 def _remove(path):
     if os.path.exists(os.path.join(path, "DONE")):
-        os.remove(os.path.join(path, "DONE"))  # from here on it is not a checkpoint, even if we die half-way
+        os.remove(
+            os.path.join(path, "DONE")
+        )  # from here on it is not a checkpoint, even if we die half-way
     if os.path.exists(path):
         shutil.rmtree(path)
 
@@ -160,12 +187,16 @@ def load_state(path, mmap=False):
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch has many kinds for a file that is damaged
-        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): it is damaged or cut short; remove {path}, and the run goes on "
-                         "from the checkpoint before it") from error
+        raise ValueError(
+            f"{file} cannot be read ({str(error).splitlines()[0]}): it is damaged or cut short; remove {path}, and the run goes on "
+            "from the checkpoint before it"
+        ) from error
 
 
 # Settings that a run may change when it is resumed: they do not alter the training that has been done.
-FREE_TO_CHANGE = re.compile(r"steps$|save_|after_save$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|device_rows$|recompute$|max_bad_steps$|sample_tokens$")
+FREE_TO_CHANGE = re.compile(
+    r"steps$|save_|after_save$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|device_rows$|recompute$|max_bad_steps$|sample_tokens$"
+)
 
 
 # Constants that older runs did not have yet, with what those runs did.
@@ -183,11 +214,19 @@ def resume_point(directory, resume, settings):
             raise ValueError(f"--resume=must, but there is no checkpoint in {directory}")
         return None
     if resume == "never":
-        raise ValueError(f"--resume=never, but {directory} holds a run: choose another --run_name, or remove that folder")
+        raise ValueError(
+            f"--resume=never, but {directory} holds a run: choose another --run_name, or remove that folder"
+        )
     saved = load_state(path)["settings"]
     saved = {**ADDED, **saved}
-    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in settings.items() if saved.get(k) != v and not FREE_TO_CHANGE.match(k)]
+    changed = [
+        f"{k}: {saved.get(k)!r} -> {v!r}"
+        for k, v in settings.items()
+        if saved.get(k) != v and not FREE_TO_CHANGE.match(k)
+    ]
     if changed:
-        raise ValueError(f"{directory} holds a run with other constants ({'; '.join(changed)}): "
-                         f"set them back to resume it, or start another with --run_name=<name>")
+        raise ValueError(
+            f"{directory} holds a run with other constants ({'; '.join(changed)}): "
+            f"set them back to resume it, or start another with --run_name=<name>"
+        )
     return path

@@ -6,6 +6,7 @@ A script writes its settings as plain constants, each with a comment, and calls 
 
 `--steps=50` then sets it, `--help` shows it with its comment, `--stpes=50` is refused with the near misses named.
 A value has the type of its default; a bare --flag means true. Nothing is executed."""
+
 import ast
 import difflib
 import io
@@ -20,26 +21,38 @@ def read_constants(source):
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             text = token.string.lstrip("# ").rstrip("- ")
-            (headings if token.start[1] == 0 and token.string.startswith("# --") else comments)[token.start[0]] = text.lstrip("- ")
+            (headings if token.start[1] == 0 and token.string.startswith("# --") else comments)[
+                token.start[0]
+            ] = text.lstrip("- ")
     constants = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             break
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and not node.targets[0].id.isupper():
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and not node.targets[0].id.isupper()
+        ):
             try:
                 value = ast.literal_eval(node.value)
             except ValueError:
                 continue
             if isinstance(value, (bool, int, float, str)):
                 above = [line for line in headings if line < node.lineno]
-                constants[node.targets[0].id] = (value, comments.get(node.lineno, ""), headings[max(above)] if above else "")
+                constants[node.targets[0].id] = (
+                    value,
+                    comments.get(node.lineno, ""),
+                    headings[max(above)] if above else "",
+                )
     return constants
 
 
 def _parse(name, text, default):
     try:
         if isinstance(default, bool):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                text.lower()
+            ]
         if isinstance(default, int):
             return int(text.replace("_", ""))
         if isinstance(default, float):
@@ -70,7 +83,13 @@ def configure(namespace, argv=None, refused={}):
         name = name.replace("-", "_")
         if name not in constants:
             near = difflib.get_close_matches(name, constants, n=3, cutoff=0.5)
-            hint = refused.get(name) or RENAMED.get(name) or (f"did you mean --{', --'.join(near)}?" if near else "--help lists the constants")
+            hint = (
+                refused.get(name)
+                or RENAMED.get(name)
+                or (
+                    f"did you mean --{', --'.join(near)}?" if near else "--help lists the constants"
+                )
+            )
             raise SystemExit(f"--{name}: no such constant: {hint}")
         if not equals and not isinstance(constants[name][0], bool):
             raise SystemExit(f"--{name} needs a value: --{name}={constants[name][0] or '...'}")
@@ -80,7 +99,10 @@ def configure(namespace, argv=None, refused={}):
 
 def given(argv=None):
     """Names of the constants that the command line sets."""
-    return {argument.removeprefix("--").partition("=")[0].replace("-", "_") for argument in (sys.argv[1:] if argv is None else argv)}
+    return {
+        argument.removeprefix("--").partition("=")[0].replace("-", "_")
+        for argument in (sys.argv[1:] if argv is None else argv)
+    }
 
 
 def at_least(namespace, low, names):

@@ -1,4 +1,5 @@
 """Ranks, device and precision. Every collective is a no-op on one rank, so no caller branches on the world size."""
+
 import contextlib
 import errno
 import os
@@ -21,7 +22,9 @@ def setup(device="auto", exact=False):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device={device}: it must be auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device={device}: this machine has no CUDA GPU that torch can use; --device=cpu runs anywhere")
+        raise ValueError(
+            f"--device={device}: this machine has no CUDA GPU that torch can use; --device=cpu runs anywhere"
+        )
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -34,8 +37,16 @@ def setup(device="auto", exact=False):
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             # torchrun keeps its store over --max-restarts, and ranks that start again would find the addresses of the dead in it. (The agents
             # of several nodes count their restarts apart, so there the count is no common name.)
-            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=world, timeout=timeout)
+            store = dist.PrefixStore(
+                f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+            )
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=number,
+            world_size=world,
+            timeout=timeout,
+        )
     return device
 
 
@@ -50,7 +61,11 @@ def _on_signal(number, frame):
     if _stop:  # the second time: now
         sys.exit(128 + number)
     _stop = number
-    print("stopping after this step, with the state saved; again to stop now", file=sys.stderr, flush=True)
+    print(
+        "stopping after this step, with the state saved; again to stop now",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def run(main):
@@ -91,11 +106,23 @@ def _one_line(error):
     """What to tell the user, or None: then it is a defect, and its traceback is wanted."""
     if isinstance(error, ValueError):
         return str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):  # the last: torch on a CPU
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+        error
+    ):  # the last: torch on a CPU
         return "out of memory: lower --device_tokens (training) or --device_rows (sampling)"
-    if isinstance(error, RuntimeError) and world_size() > 1 and re.search("(?i)gloo|nccl|connection (closed|reset)|timed? ?out", str(error)):
+    if (
+        isinstance(error, RuntimeError)
+        and world_size() > 1
+        and re.search("(?i)gloo|nccl|connection (closed|reset)|timed? ?out", str(error))
+    ):
         return f"rank {rank()} has lost another rank ({str(error).splitlines()[0][:120]}): its own message says why; started again, the run goes on from its last checkpoint"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+    ):
         return f"{error}: what has been saved stays as it is, and a run goes on from its last checkpoint"
     return None
 
@@ -134,8 +161,12 @@ def totals(values, op="sum"):
     if world_size() == 1:
         return {name: float(value) for name, value in values.items()}
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    t = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
-    dist.all_reduce(t, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op])
+    t = torch.tensor(
+        [float(value) for value in values.values()], dtype=torch.float64, device=device
+    )
+    dist.all_reduce(
+        t, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
+    )
     return dict(zip(values, t.tolist()))
 
 
@@ -191,7 +222,11 @@ def dtypes(name, device):
         can = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
         fast = device.type == "cuda" or can("amx_tile") or can("avx512_bf16")
         name = "bf16" if fast else "fp32"
-    table = {"fp32": (torch.float32, torch.float32), "bf16": (torch.float32, torch.bfloat16), "fp64": (torch.float64, torch.float64)}
+    table = {
+        "fp32": (torch.float32, torch.float32),
+        "bf16": (torch.float32, torch.bfloat16),
+        "fp64": (torch.float64, torch.float64),
+    }
     if name not in table:
         raise ValueError(f"--dtype={name}: it must be auto, fp32, bf16 or fp64")
     return table[name]
@@ -203,7 +238,9 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024
+            return (
+                next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024
+            )
     except (OSError, StopIteration):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 

@@ -1,4 +1,5 @@
 """What a run leaves to read: run.json, metrics.jsonl, rollouts/, and one line a step on the console."""
+
 import gzip
 import io
 import json
@@ -24,8 +25,19 @@ class RunLog:
         """run.json: the resolved constants and what was derived from them, with commit and versions."""
         if self.active:
             import torch
-            commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
-            values.update(commit=commit.stdout.strip() or None, torch=torch.__version__, python=platform.python_version(), machine=platform.machine())
+
+            commit = subprocess.run(
+                ["git", "rev-parse", "HEAD"],
+                capture_output=True,
+                text=True,
+                cwd=os.path.dirname(os.path.abspath(__file__)),
+            )
+            values.update(
+                commit=commit.stdout.strip() or None,
+                torch=torch.__version__,
+                python=platform.python_version(),
+                machine=platform.machine(),
+            )
             _replace(self._path("run.json"), (json.dumps(values, indent=2) + "\n").encode())
 
     def cut(self, step):
@@ -33,11 +45,21 @@ class RunLog:
         if self.active and os.path.exists(self._path("metrics.jsonl")):
             with open(self._path("metrics.jsonl"), encoding="utf-8") as f:
                 lines = f.readlines()
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]
             _replace(self._path("metrics.jsonl"), "".join(kept).encode())
             if len(kept) < len(lines):
-                print(f"{self._path('metrics.jsonl')}: {len(lines) - len(kept)} rows " + (f"after step {step}" if step >= 0 else "of a run that had saved "
-                      "no checkpoint") + " are removed and made again", flush=True)
+                print(
+                    f"{self._path('metrics.jsonl')}: {len(lines) - len(kept)} rows "
+                    + (
+                        f"after step {step}"
+                        if step >= 0
+                        else "of a run that had saved no checkpoint"
+                    )
+                    + " are removed and made again",
+                    flush=True,
+                )
         if self.active and os.path.isdir(self._path("rollouts")):
             for name in os.listdir(self._path("rollouts")):
                 if name > f"step_{step:06d}.jsonl.gz":
@@ -46,7 +68,10 @@ class RunLog:
     def row(self, step, **values):
         """One line of metrics.jsonl."""
         if self.active:
-            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}  # JSON has no NaN
+            values = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in values.items()
+            }  # JSON has no NaN
             with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as f:
                 f.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
 

@@ -1,18 +1,19 @@
 """Tasks: problem -> prompt, (problem, completion text) -> reward. A task is a small class:
 
-    class Capitals:
-        def __init__(self, split="train", **settings): ...
-        def __len__(self): ...                                # problems in this split
-        def problem(self, index): ...                         # -> Problem(prompt, answer, meta), always the same
-        def solution(self, problem): ...                      # -> str, a worked answer for SFT (optional)
-        def reward(self, problem, completion): ...            # -> Reward(total, parts)
-        def document(self, index): ...                        # -> str, a text for pretraining (optional)
-        timeout = 5.0                                         # rewards in worker processes, so many seconds each (optional)
-        marker = "#"                                          # what stands before an answer, for other templates (optional;
-        answer_words = "yes|no"                               # and for answers that are no numbers)
+class Capitals:
+    def __init__(self, split="train", **settings): ...
+    def __len__(self): ...                                # problems in this split
+    def problem(self, index): ...                         # -> Problem(prompt, answer, meta), always the same
+    def solution(self, problem): ...                      # -> str, a worked answer for SFT (optional)
+    def reward(self, problem, completion): ...            # -> Reward(total, parts)
+    def document(self, index): ...                        # -> str, a text for pretraining (optional)
+    timeout = 5.0                                         # rewards in worker processes, so many seconds each (optional)
+    marker = "#"                                          # what stands before an answer, for other templates (optional;
+    answer_words = "yes|no"                               # and for answers that are no numbers)
 
-    python train_rl.py --task=capitals.py:Capitals
+python train_rl.py --task=capitals.py:Capitals
 """
+
 import difflib
 import importlib.util
 import math
@@ -36,14 +37,28 @@ from nanorl.tasks.problem import Problem, Reward, is_correct
 from nanorl.tasks.spelling import Spelling
 from nanorl.tasks.templates import Templated
 
-TASKS = {"arithmetic": Arithmetic, **{name: partial(Arithmetic, preset=name) for name in PRESETS}, "counting": Counting,
-         "comparison": Comparison, "binary": Binary, "spelling": Spelling, "countdown": Countdown, "gsm8k": GSM8K, "humaneval": HumanEval, **{name: partial(MultipleChoice, name) for name in SOURCES}}
+TASKS = {
+    "arithmetic": Arithmetic,
+    **{name: partial(Arithmetic, preset=name) for name in PRESETS},
+    "counting": Counting,
+    "comparison": Comparison,
+    "binary": Binary,
+    "spelling": Spelling,
+    "countdown": Countdown,
+    "gsm8k": GSM8K,
+    "humaneval": HumanEval,
+    **{name: partial(MultipleChoice, name) for name in SOURCES},
+}
 
 
 def get_task(name, split="train", **settings):
     """A task by name, a user's own by path.py:Class, or a mixture, 'sum3=50,counting=50'. In a mixture a setting goes to
     every task, or to one when it is written name.setting. Raises ValueError for what is not there or does not fit."""
-    task = _mixture(name, split, settings) if "," in name or re.search(r"=\d+$", name) else _single(name, split, settings)
+    task = (
+        _mixture(name, split, settings)
+        if "," in name or re.search(r"=\d+$", name)
+        else _single(name, split, settings)
+    )
     task._recipe = (name, split, settings)  # from which a worker process makes the same task
     return task
 
@@ -55,22 +70,40 @@ def _single(name, split, settings):
         make = TASKS[name]
     else:
         near = difflib.get_close_matches(name, TASKS, n=1)
-        raise ValueError(f"no task {name!r}: {f'did you mean {near[0]}? ' if near else ''}there are {', '.join(TASKS)}, and path.py:Class for your own")
+        raise ValueError(
+            f"no task {name!r}: {f'did you mean {near[0]}? ' if near else ''}there are {', '.join(TASKS)}, and path.py:Class for your own"
+        )
     try:
-        template = {key: settings[key] for key in ("template", "format_weight") if key in settings} if "template" in settings else {}
-        task = make(split=split, **{key: value for key, value in settings.items() if key not in template})
+        template = (
+            {key: settings[key] for key in ("template", "format_weight") if key in settings}
+            if "template" in settings
+            else {}
+        )
+        task = make(
+            split=split, **{key: value for key, value in settings.items() if key not in template}
+        )
         if template:
             if not hasattr(task, "marker"):
-                raise ValueError(f"task {name} has no `marker` before its answers, so template={template['template']} does not know where they are")
+                raise ValueError(
+                    f"task {name} has no `marker` before its answers, so template={template['template']} does not know where they are"
+                )
             task = Templated(task, **template)
     except TypeError as error:
         raise ValueError(f"task {name}: {error}") from None
     missing = [method for method in ("__len__", "problem", "reward") if not hasattr(task, method)]
     if missing:
-        raise ValueError(f"task {name} has no {', '.join(missing)}: nanorl/tasks/__init__.py shows what a task needs")
+        raise ValueError(
+            f"task {name} has no {', '.join(missing)}: nanorl/tasks/__init__.py shows what a task needs"
+        )
     if len(task) < 1 or not isinstance(task.problem(0), Problem):
-        raise ValueError(f"task {name}, split {split}: " + ("there are no problems in it" if len(task) < 1 else
-                         f"problem(0) gave {task.problem(0)!r}, not a nanorl.tasks.Problem"))
+        raise ValueError(
+            f"task {name}, split {split}: "
+            + (
+                "there are no problems in it"
+                if len(task) < 1
+                else f"problem(0) gave {task.problem(0)!r}, not a nanorl.tasks.Problem"
+            )
+        )
     return task
 
 
@@ -79,7 +112,9 @@ def _mixture(text, split, settings):
     for item in text.split(","):
         name, _, weight = (part.strip() for part in item.rpartition("="))
         if not name or not weight.isdecimal() or int(weight) < 1 or name in weights:
-            raise ValueError(f"mixture {text!r}: {item.strip()!r} must be a task and its weight, each task once, as in sum3=50,counting=50")
+            raise ValueError(
+                f"mixture {text!r}: {item.strip()!r} must be a task and its weight, each task once, as in sum3=50,counting=50"
+            )
         weights[name] = int(weight)
     own = {name: {} for name in weights}
     for key, value in settings.items():
@@ -110,12 +145,25 @@ class FewShot:
         problem = self.task.problem(index)
         subject = problem.meta.get("subject", "")
         if subject not in self.shown:
-            alike = (p for p in map(self.source.problem, range(len(self.source))) if p.meta.get("subject", "") == subject)
-            self.shown[subject] = [(p.prompt, [*p.prompt, {"role": "assistant", "content": self.source.solution(p)}]) for p in islice(alike, self.shots + 1)]
-        others = [turns for prompt, turns in self.shown[subject] if prompt != problem.prompt][:self.shots]
+            alike = (
+                p
+                for p in map(self.source.problem, range(len(self.source)))
+                if p.meta.get("subject", "") == subject
+            )
+            self.shown[subject] = [
+                (p.prompt, [*p.prompt, {"role": "assistant", "content": self.source.solution(p)}])
+                for p in islice(alike, self.shots + 1)
+            ]
+        others = [turns for prompt, turns in self.shown[subject] if prompt != problem.prompt][
+            : self.shots
+        ]
         if len(others) < self.shots:
-            raise ValueError(f"--shots={self.shots}: there are only {len(others)} solved problems to show{f' of {subject}' if subject else ''}")
-        return replace(problem, prompt=[turn for turns in others for turn in turns] + problem.prompt)
+            raise ValueError(
+                f"--shots={self.shots}: there are only {len(others)} solved problems to show{f' of {subject}' if subject else ''}"
+            )
+        return replace(
+            problem, prompt=[turn for turns in others for turn in turns] + problem.prompt
+        )
 
 
 def get_stages(text, split="train", **settings):
@@ -123,12 +171,16 @@ def get_stages(text, split="train", **settings):
     stages, first = [], 0
     *early, last = text.split(";")
     if re.search(r"\suntil\s+\d+\s*$", last):
-        raise ValueError(f"curriculum {text!r}: the last stage, {last.strip()!r}, goes on to the end of the run: write it without a step")
+        raise ValueError(
+            f"curriculum {text!r}: the last stage, {last.strip()!r}, goes on to the end of the run: write it without a step"
+        )
     for item in early:
         match = re.fullmatch(r"\s*(.+?)\s+until\s+(\d+)\s*", item)
         if match is None or int(match[2]) <= first:
-            raise ValueError(f"curriculum {text!r}: {item.strip()!r} must be a task and the step it ends at, later than the one before, "
-                             "as in '0-20 until 20; sum3'")
+            raise ValueError(
+                f"curriculum {text!r}: {item.strip()!r} must be a task and the step it ends at, later than the one before, "
+                "as in '0-20 until 20; sum3'"
+            )
         stages.append((first, get_task(match[1], split, **settings)))
         first = int(match[2])
     return stages + [(first, get_task(last.strip(), split, **settings))]
@@ -140,9 +192,13 @@ def parse_settings(text):
     for item in filter(None, (part.strip() for part in text.split(";"))):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"task setting {item!r} has no '=': write --task_args='name=value; name=value'")
+            raise ValueError(
+                f"task setting {item!r} has no '=': write --task_args='name=value; name=value'"
+            )
         if key.strip() == "split":
-            raise ValueError(f"task setting {item!r}: the split is not one (training takes train, validation val; eval.py has --split)")
+            raise ValueError(
+                f"task setting {item!r}: the split is not one (training takes train, validation val; eval.py has --split)"
+            )
         settings[key.strip()] = value.strip()
     return settings
 
@@ -163,9 +219,15 @@ def parse_weights(text):
 def _load_class(name):
     path, _, class_name = name.rpartition(":")
     if not os.path.isfile(path) or not path.endswith(".py"):
-        raise ValueError(f"task file {path!r} does not exist" if path.endswith(".py") else f"task file {path!r} is not a .py file")
+        raise ValueError(
+            f"task file {path!r} does not exist"
+            if path.endswith(".py")
+            else f"task file {path!r} is not a .py file"
+        )
     spec = importlib.util.spec_from_file_location("task_" + os.path.basename(path)[:-3], path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # known by name, as dataclasses need
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(
+        spec
+    )  # known by name, as dataclasses need
     spec.loader.exec_module(module)
     if not hasattr(module, class_name):
         raise ValueError(f"{path} has no class {class_name!r}")

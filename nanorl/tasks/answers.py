@@ -1,12 +1,17 @@
 """The one parser of answers. Text is never evaluated; malformed or huge input is just no answer."""
+
 import re
 from fractions import Fraction
 
 # 1,234.5 or 12 or .5, with an optional sign, dollar, and denominator (3/4).
-_NUMBER = re.compile(r"(?P<sign>[-+])?\s?\$?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"
-                     r"(?P<point>\.\d+)?(?:/(?P<under>\d+(?:\.\d+)?))?")
+_NUMBER = re.compile(
+    r"(?P<sign>[-+])?\s?\$?\s?(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))"
+    r"(?P<point>\.\d+)?(?:/(?P<under>\d+(?:\.\d+)?))?"
+)
 _LONGEST = 100  # characters of a number; a longer one is read whole, so that its tail is not taken for it, and is none
-_MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"})  # other spellings of a minus
+_MINUS = str.maketrans(
+    {"\u2212": "-", "\u2013": "-", "\ufe63": "-", "\uff0d": "-"}
+)  # other spellings of a minus
 
 
 def _value(match):
@@ -24,7 +29,9 @@ def _value(match):
 def number_after(text, marker):
     """The number that directly follows the last `marker` (white space and $ may stand between), else None."""
     _, found, tail = text.rpartition(marker)
-    tail = tail.lstrip().removeprefix("$").lstrip()[:2 * _LONGEST]  # enough to see that a number is too long
+    tail = (
+        tail.lstrip().removeprefix("$").lstrip()[: 2 * _LONGEST]
+    )  # enough to see that a number is too long
     match = _NUMBER.match(tail.translate(_MINUS)) if found else None
     return _value(match) if match else None
 
@@ -45,7 +52,7 @@ def last_number(text):
     if last is None:
         return None
     value = _value(last)
-    subtracted = last["sign"] == "-" and re.search(r"[\d)]\s*$", text[:last.start()])
+    subtracted = last["sign"] == "-" and re.search(r"[\d)]\s*$", text[: last.start()])
     return -value if subtracted and value is not None else value
 
 
@@ -64,7 +71,9 @@ def only_answer(text, words=None):
     if words:
         return text.lower() if re.fullmatch(words, text.lower()) else None
     match = _NUMBER.match(text)
-    value = _value(match) if match and re.fullmatch(r"\s*[a-zA-Z%°€£]*", text[match.end():]) else None
+    value = (
+        _value(match) if match and re.fullmatch(r"\s*[a-zA-Z%°€£]*", text[match.end() :]) else None
+    )
     return None if value is None else str(value)
 
 
@@ -82,7 +91,15 @@ def chosen_label(text, labels):
     verb = r"(?:is|was|because|since|as|would|seems|looks|must)\b"
     if whole := re.fullmatch(rf"\W*(?i:{some})\W*", text):
         return whole[1].upper()
-    after = re.findall(rf"(?i:\banswer|\boption|\bchoice)(?i: is| would be| should be| must be)?[\s:*(\"']*{some}{either}", text)
+    after = re.findall(
+        rf"(?i:\banswer|\boption|\bchoice)(?i: is| would be| should be| must be)?[\s:*(\"']*{some}{either}",
+        text,
+    )
     start = re.match(rf"\W*{some}{either}(?:[).:,*]|\s*\n|\s+{verb})", text)
-    cued = set(re.findall(rf"(?i:\b(?:is|be|choose|pick|select|say|think))[\s:*(\"']*{some}{either}(?!\s+(?!{verb}|in\b|for\b)[a-z])", text))
+    cued = set(
+        re.findall(
+            rf"(?i:\b(?:is|be|choose|pick|select|say|think))[\s:*(\"']*{some}{either}(?!\s+(?!{verb}|in\b|for\b)[a-z])",
+            text,
+        )
+    )
     return after[-1] if after else start[1] if start else cued.pop() if len(cued) == 1 else None

@@ -1,11 +1,21 @@
 """Generated arithmetic: `Calculate: 457 + 655 = ` -> `#1112`, at once or worked out before it."""
+
 import random
 from functools import lru_cache
 
 import numpy as np
 
 from nanorl.tasks.answers import is_close, number_after
-from nanorl.tasks.problem import REWARDS, STYLES, Problem, coin, judged, one_of, shows_working, split_rows
+from nanorl.tasks.problem import (
+    REWARDS,
+    STYLES,
+    Problem,
+    coin,
+    judged,
+    one_of,
+    shows_working,
+    split_rows,
+)
 
 MARKER = "#"
 SIGNS = "+-*"
@@ -27,9 +37,18 @@ def _chains(n=1_000_000):
 
 # name -> (every problem as a row of integers, what it is)
 PRESETS = {
-    "sum3": (lambda: _pairs((100, 1000), (100, 1000), "+"), "sums of two three-digit numbers, 810,000"),
-    "0-20": (lambda: _pairs((0, 21), (0, 21), "+-*"), "a + b, a - b, a × b with numbers 0 to 20, 1,323"),
-    "2-digit": (lambda: _pairs((10, 100), (10, 100), "+-"), "a + b, a - b with two-digit numbers, 16,200"),
+    "sum3": (
+        lambda: _pairs((100, 1000), (100, 1000), "+"),
+        "sums of two three-digit numbers, 810,000",
+    ),
+    "0-20": (
+        lambda: _pairs((0, 21), (0, 21), "+-*"),
+        "a + b, a - b, a × b with numbers 0 to 20, 1,323",
+    ),
+    "2-digit": (
+        lambda: _pairs((10, 100), (10, 100), "+-"),
+        "a + b, a - b with two-digit numbers, 16,200",
+    ),
     "chain4": (_chains, "four additions or subtractions in a row, numbers 1 to 99, a million"),
     "3x2": (lambda: _pairs((100, 1000), (10, 100), "*"), "three-digit × two-digit, 81,000"),
 }
@@ -47,6 +66,7 @@ def _table(preset, split):
 
 
 # ---- working it out, the way it is written on paper, least significant column first -------------------------
+
 
 def add_by_columns(a, b):
     """457, 655 -> ['7+5=12', '5+5+1=11', '4+6+1=11']"""
@@ -70,7 +90,9 @@ def subtract_by_columns(a, b):
 
 def _columns(a, b):
     width = max(len(str(a)), len(str(b)))
-    return [int(d) for d in reversed(str(a).zfill(width))], [int(d) for d in reversed(str(b).zfill(width))]
+    return [int(d) for d in reversed(str(a).zfill(width))], [
+        int(d) for d in reversed(str(b).zfill(width))
+    ]
 
 
 def work_out(sign, a, b):
@@ -79,9 +101,13 @@ def work_out(sign, a, b):
         return add_by_columns(a, b)
     if sign == "-":
         return subtract_by_columns(a, b) if a >= b else [f"{a}<{b}"] + subtract_by_columns(b, a)
-    places = [int(d) * 10 ** i for i, d in enumerate(reversed(str(b)))]
+    places = [int(d) * 10**i for i, d in enumerate(reversed(str(b)))]
     products = [f"{a}*{p}={a * p}" for p in places]
-    return products + ["+".join(str(a * p) for p in places) + f"={a * b}"] if len(places) > 1 else products
+    return (
+        products + ["+".join(str(a * p) for p in places) + f"={a * b}"]
+        if len(places) > 1
+        else products
+    )
 
 
 def calculate(sign, a, b):
@@ -93,15 +119,31 @@ class Arithmetic:
     steps before it, `mixed` half of the problems each. instruction: a sentence put before the problem.
     precision: an answer counts when it is within half a unit of this decimal place (default: exact). rewards: `binary`
     1 or 0, `signed` 1 or -1, `graded` (see reward)."""
+
     marker = MARKER  # what templates.py needs
 
-    def __init__(self, split="train", preset="sum3", demonstrations="mixed", instruction="", precision=None, rewards="binary"):
+    def __init__(
+        self,
+        split="train",
+        preset="sum3",
+        demonstrations="mixed",
+        instruction="",
+        precision=None,
+        rewards="binary",
+    ):
         one_of("preset", preset, PRESETS)
         one_of("demonstrations", demonstrations, STYLES)
         one_of("rewards", rewards, (*REWARDS, "graded"))
         if precision is not None and not str(precision).isdecimal():
-            raise ValueError(f"precision is {precision!r}: it must be a number of decimal places, such as 2")
-        self.rows, self.demonstrations, self.instruction, self.rewards = _table(preset, split), demonstrations, instruction, rewards
+            raise ValueError(
+                f"precision is {precision!r}: it must be a number of decimal places, such as 2"
+            )
+        self.rows, self.demonstrations, self.instruction, self.rewards = (
+            _table(preset, split),
+            demonstrations,
+            instruction,
+            rewards,
+        )
         self.by_size = preset == "3x2"  # large answers: graded by how many per cent they are off
         self.tolerance = 0 if precision is None else f"5e-{int(precision) + 1}"
 
@@ -117,7 +159,9 @@ class Arithmetic:
         answer = numbers[0]
         for sign, n in zip(signs, numbers[1:]):
             answer = calculate(sign, answer, n)
-        text = " ".join([str(numbers[0])] + [f"{WRITTEN[s]} {n}" for s, n in zip(signs, numbers[1:])])
+        text = " ".join(
+            [str(numbers[0])] + [f"{WRITTEN[s]} {n}" for s, n in zip(signs, numbers[1:])]
+        )
         before = self.instruction + " " if self.instruction else ""
         prompt = [{"role": "user", "content": f"{before}Calculate: {text} = "}]
         return Problem(prompt, str(answer), {"numbers": numbers, "signs": signs})
@@ -136,7 +180,11 @@ class Arithmetic:
         return " ".join(steps)
 
     def solution(self, problem):
-        return (self._worked(problem) if shows_working(self.demonstrations, problem) else "") + MARKER + problem.answer
+        return (
+            (self._worked(problem) if shows_working(self.demonstrations, problem) else "")
+            + MARKER
+            + problem.answer
+        )
 
     def document(self, index):
         """A short text for pretraining that shows how numbers behave: a stretch of counting, or a few problems with
@@ -149,7 +197,11 @@ class Arithmetic:
         for k in range(4):
             problem = self.problem((4 * index + k) % len(self))
             question = problem.prompt[-1]["content"].split("Calculate: ")[-1].rstrip(" =")
-            lines.append(f"{question} = {problem.answer}" if rng.random() < 0.2 else f"{question}: {self._worked(problem)}")
+            lines.append(
+                f"{question} = {problem.answer}"
+                if rng.random() < 0.2
+                else f"{question}: {self._worked(problem)}"
+            )
         return "\n".join(lines)
 
     def reward(self, problem, completion):
@@ -158,7 +210,12 @@ class Arithmetic:
         value = number_after(completion, MARKER)
         correct = is_close(value, problem.answer, self.tolerance)
         graded = self.rewards == "graded"
-        reward = judged(correct, "binary" if graded else self.rewards, format=MARKER in completion, answered=value is not None)
+        reward = judged(
+            correct,
+            "binary" if graded else self.rewards,
+            format=MARKER in completion,
+            answered=value is not None,
+        )
         if graded and not correct:
             reward.total = self._grade(problem, value)
         return reward
@@ -168,7 +225,9 @@ class Arithmetic:
         if value is None:
             return -1.0
         numbers, signs = problem.meta["numbers"], problem.meta["signs"]
-        if len(signs) == 1 and value in [calculate(sign, *numbers) for sign in SIGNS if sign != signs[0]]:
+        if len(signs) == 1 and value in [
+            calculate(sign, *numbers) for sign in SIGNS if sign != signs[0]
+        ]:
             return -0.5
         off, (near, far) = abs(value - int(problem.answer)), (1, 5)
         if self.by_size:

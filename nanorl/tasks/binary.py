@@ -1,4 +1,5 @@
 """Binary: `Write 37 in binary: ` -> `#100101`, at once or by halving."""
+
 import re
 from functools import lru_cache
 
@@ -28,6 +29,7 @@ def halve(n):
 
 class Binary:
     """The numbers 0 to 4,095. demonstrations: direct, worked or mixed. rewards: binary or signed."""
+
     marker, answer_words = MARKER, "[01]+"  # what templates.py needs
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
@@ -40,10 +42,14 @@ class Binary:
 
     def problem(self, index):
         n = int(self.rows[index, 0])
-        return Problem([{"role": "user", "content": f"Write {n} in binary: "}], f"{n:b}", {"number": n})
+        return Problem(
+            [{"role": "user", "content": f"Write {n} in binary: "}], f"{n:b}", {"number": n}
+        )
 
     def solution(self, problem):
-        worked = halve(problem.meta["number"]) if shows_working(self.demonstrations, problem) else ""
+        worked = (
+            halve(problem.meta["number"]) if shows_working(self.demonstrations, problem) else ""
+        )
         return worked + MARKER + problem.answer
 
     def document(self, index):

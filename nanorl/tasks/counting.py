@@ -1,4 +1,5 @@
 """Counting: `How many b are in: a b c b d ?` -> `#2`, at once or counted along the way."""
+
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +25,10 @@ def count_along(things, wanted):
 def _table(split):
     """(wanted letter, length, letters padded with -1): 4 to 16 letters, drawn from endlessly many such lists."""
     rng = np.random.default_rng(20260102)
-    wanted, lengths = rng.integers(0, len(LETTERS), PROBLEMS), rng.integers(4, LONGEST + 1, PROBLEMS)
+    wanted, lengths = (
+        rng.integers(0, len(LETTERS), PROBLEMS),
+        rng.integers(4, LONGEST + 1, PROBLEMS),
+    )
     letters = rng.integers(0, len(LETTERS), (PROBLEMS, LONGEST))
     letters[np.arange(LONGEST) >= lengths[:, None]] = -1
     table = np.unique(np.column_stack([wanted, lengths, letters]), axis=0)
@@ -33,6 +37,7 @@ def _table(split):
 
 class Counting:
     """demonstrations: direct, worked or mixed. rewards: binary or signed."""
+
     marker = MARKER  # what templates.py needs
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
@@ -46,14 +51,24 @@ class Counting:
     def problem(self, index):
         wanted, length, *letters = self.rows[index].tolist()
         letters = [LETTERS[i] for i in letters[:length]]
-        prompt = [{"role": "user", "content": f"How many {LETTERS[wanted]} are in: {' '.join(letters)} ?"}]
-        return Problem(prompt, str(letters.count(LETTERS[wanted])), {"letters": letters, "wanted": LETTERS[wanted]})
+        prompt = [
+            {"role": "user", "content": f"How many {LETTERS[wanted]} are in: {' '.join(letters)} ?"}
+        ]
+        return Problem(
+            prompt,
+            str(letters.count(LETTERS[wanted])),
+            {"letters": letters, "wanted": LETTERS[wanted]},
+        )
 
     def _worked(self, problem):
         return count_along(problem.meta["letters"], problem.meta["wanted"])
 
     def solution(self, problem):
-        return (self._worked(problem) if shows_working(self.demonstrations, problem) else "") + MARKER + problem.answer
+        return (
+            (self._worked(problem) if shows_working(self.demonstrations, problem) else "")
+            + MARKER
+            + problem.answer
+        )
 
     def document(self, index):
         """Two lists counted along the way."""
@@ -62,4 +77,9 @@ class Counting:
 
     def reward(self, problem, completion):
         value = number_after(completion, MARKER)
-        return judged(is_close(value, problem.answer), self.rewards, format=MARKER in completion, answered=value is not None)
+        return judged(
+            is_close(value, problem.answer),
+            self.rewards,
+            format=MARKER in completion,
+            answered=value is not None,
+        )

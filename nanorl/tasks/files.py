@@ -1,4 +1,5 @@
 """Files of data: rows of .jsonl, .parquet and .csv; by name for a task, by pattern for --data."""
+
 import codecs
 import csv
 import glob
@@ -19,11 +20,14 @@ def load_rows(name, split, hub_id, hub_config=None):
             return [row for _, row in read_rows(path)]
     try:
         import datasets
+
         return list(datasets.load_dataset(hub_id, hub_config, split=split))
     except Exception as error:
         where = os.path.join(root or "$NANORL_DATA", name, split + ".jsonl")
-        raise ValueError(f"data set {name!r}, split {split!r}, is not at hand: put it at {where}, or connect to the hub "
-                         f"once so that `datasets` can fetch {hub_id} ({type(error).__name__})") from None
+        raise ValueError(
+            f"data set {name!r}, split {split!r}, is not at hand: put it at {where}, or connect to the hub "
+            f"once so that `datasets` can fetch {hub_id} ({type(error).__name__})"
+        ) from None
 
 
 def find_files(patterns):
@@ -32,9 +36,17 @@ def find_files(patterns):
     files = []
     for pattern in filter(None, map(str.strip, patterns.split(","))):
         named = os.path.expanduser(pattern)
-        found = [named] if os.path.isfile(named) else sorted(filter(os.path.isfile, glob.glob(named, recursive=True)))
+        found = (
+            [named]
+            if os.path.isfile(named)
+            else sorted(filter(os.path.isfile, glob.glob(named, recursive=True)))
+        )
         if not found:
-            remedy = f"name its files, such as {os.path.join(pattern, '*.txt')}" if os.path.isdir(named) else "check the path (a * in it needs quotes)"
+            remedy = (
+                f"name its files, such as {os.path.join(pattern, '*.txt')}"
+                if os.path.isdir(named)
+                else "check the path (a * in it needs quotes)"
+            )
             raise ValueError(f"--data: {pattern!r} is no file and finds none: {remedy}")
         files += found
     if not files:
@@ -92,12 +104,14 @@ def _read_jsonl(f, path, only, bad):
             except json.JSONDecodeError as error:
                 raise ValueError(f"{place}: not JSON ({error.msg})") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{place}: not an object: a row is written {{\"field\": value, ...}}")
+                raise ValueError(
+                    f'{place}: not an object: a row is written {{"field": value, ...}}'
+                )
             yield place, row
 
 
 def _read_csv(f, path, only, bad):
-    csv.field_size_limit(2 ** 31 - 1)  # the default refuses cells beyond 128 KB
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells beyond 128 KB
     reader = csv.DictReader(_lines(f, path, bad))
     try:
         for row in reader:
@@ -109,6 +123,7 @@ def _read_csv(f, path, only, bad):
 def _read_parquet(f, path, only, bad):
     import pyarrow
     import pyarrow.parquet
+
     as_bytes = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}
     number = 0
     try:
@@ -117,7 +132,10 @@ def _read_parquet(f, path, only, bad):
         for batch in file.iter_batches(256, columns=columns):
             if columns:
                 column = batch.column(0)
-                values = ({only: value} for value in column.cast(as_bytes.get(column.type, column.type)).to_pylist())
+                values = (
+                    {only: value}
+                    for value in column.cast(as_bytes.get(column.type, column.type)).to_pylist()
+                )
             else:
                 values = batch.to_pylist()
             for number, row in enumerate(values, number + 1):

@@ -1,4 +1,5 @@
 """GSM8K: grade-school word problems whose answer follows '#### ' (Cobbe et al. 2021)."""
+
 import re
 
 from nanorl.tasks.answers import is_close, number_after
@@ -12,6 +13,7 @@ VAL_ROWS = 473  # taken out of the 7,473 training rows, for tuning; `test` is on
 class GSM8K:
     """Splits: `val` is a fixed 473 rows of the published train file, `train` the other 7,000, `test` the
     published test file. Reward 1 for the right number after the last '####', else 0 (rewards=signed: -1)."""
+
     marker = MARKER  # what templates.py needs
 
     def __init__(self, split="train", rewards="binary"):
@@ -31,7 +33,9 @@ class GSM8K:
     def problem(self, index):
         row = self.rows[index]
         answer = number_after(row["answer"], MARKER)
-        return Problem([{"role": "user", "content": row["question"]}], str(answer), {"solution": row["answer"]})
+        return Problem(
+            [{"role": "user", "content": row["question"]}], str(answer), {"solution": row["answer"]}
+        )
 
     def solution(self, problem):
         """The data set's own solution, without its calculator notes (<<48/2=24>>)."""
@@ -43,4 +47,9 @@ class GSM8K:
 
     def reward(self, problem, completion):
         value = number_after(completion, MARKER)
-        return judged(is_close(value, problem.answer), self.rewards, format=MARKER in completion, answered=value is not None)
+        return judged(
+            is_close(value, problem.answer),
+            self.rewards,
+            format=MARKER in completion,
+            answered=value is not None,
+        )

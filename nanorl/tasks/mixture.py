@@ -1,4 +1,5 @@
 """Several tasks at once: 'sum3=50,counting=25,comparison=25' takes of every hundred problems so many of each."""
+
 import math
 
 
@@ -9,17 +10,24 @@ class Mixture:
 
     def __init__(self, tasks, weights, split="train"):
         divisor = math.gcd(*weights.values())
-        self.tasks, self.weights = tasks, {name: weight // divisor for name, weight in weights.items()}
+        self.tasks, self.weights = (
+            tasks,
+            {name: weight // divisor for name, weight in weights.items()},
+        )
         # The task whose next turn is due first goes next: turn k of a weight w is due at (k + 1/2) / w.
-        turns = sorted(((k + 0.5) / w, name, k) for name, w in self.weights.items() for k in range(w))
+        turns = sorted(
+            ((k + 0.5) / w, name, k) for name, w in self.weights.items() for k in range(w)
+        )
         self.pattern = [(name, k) for _, name, k in turns]
         if split == "train":
             rounds = max(math.ceil(len(tasks[name]) / w) for name, w in self.weights.items())
         else:
             rounds, name = min((len(tasks[name]) // w, name) for name, w in self.weights.items())
             if not rounds:
-                raise ValueError(f"mixture: the {split} split of {name} has {len(tasks[name])} problems, fewer than its weight {self.weights[name]}: "
-                                 "give smaller weights")
+                raise ValueError(
+                    f"mixture: the {split} split of {name} has {len(tasks[name])} problems, fewer than its weight {self.weights[name]}: "
+                    "give smaller weights"
+                )
         self.n = rounds * len(self.pattern)
         self.timeout = max(getattr(task, "timeout", 0) for task in tasks.values())
 

@@ -6,6 +6,7 @@
 A worker is a fresh Python, in a process group of its own: nothing is forked from a process that holds a GPU. It makes the task
 again from its name and settings, and answers one (problem, text) at a time. One that does not answer in time is killed
 with its whole group, and another takes its place."""
+
 import os
 import pickle
 import signal
@@ -17,7 +18,9 @@ from collections import namedtuple
 from multiprocessing.connection import Connection, Pipe, wait
 
 RAISED, TIMEOUT = "raised", "timeout"
-Failure = namedtuple("Failure", "kind text")  # in place of a Reward: RAISED or TIMEOUT, and what the exception said
+Failure = namedtuple(
+    "Failure", "kind text"
+)  # in place of a Reward: RAISED or TIMEOUT, and what the exception said
 READY, DIED = "ready", Failure(RAISED, "the worker process died")
 START = 60.0  # seconds that a worker may take to make its task
 
@@ -27,7 +30,9 @@ class RewardPool:
 
     def __init__(self, recipe, timeout, workers=None):
         self.recipe, self.timeout = recipe, timeout
-        self.n = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.n = workers or max(
+            1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        )
         self.workers, self.false_starts = [], 0
 
     def judge(self, pairs):
@@ -43,13 +48,16 @@ class RewardPool:
         while None in results:
             while len(self.workers) < min(self.n, results.count(None)):
                 self.workers.append(_Worker(self.recipe))
-            for worker in [w for w in self.workers if w.ready and w.index is None][:len(waiting)]:
+            for worker in [w for w in self.workers if w.ready and w.index is None][: len(waiting)]:
                 if worker.send((*pairs[waiting[-1]], self.timeout)):
                     worker.index, worker.deadline = waiting.pop(), time.monotonic() + self.timeout
                 else:  # it died while it was idle
                     self._drop(worker)
             active = [w for w in self.workers if not w.ready or w.index is not None]
-            heard = wait([w.connection for w in active], max(0.0, min((w.deadline for w in active), default=0.0) - time.monotonic()))
+            heard = wait(
+                [w.connection for w in active],
+                max(0.0, min((w.deadline for w in active), default=0.0) - time.monotonic()),
+            )
             for worker in active:
                 if worker.connection in heard:
                     answer = worker.receive()
@@ -65,7 +73,9 @@ class RewardPool:
                     self.false_starts += 1
                     if self.false_starts < 3:
                         continue
-                    raise ValueError(f"task {self.recipe[0]}: a reward worker could not make the task ({answer.text}); its own message is above")
+                    raise ValueError(
+                        f"task {self.recipe[0]}: a reward worker could not make the task ({answer.text}); its own message is above"
+                    )
                 results[worker.index], worker.index = answer, None
                 if answer == DIED or isinstance(answer, Failure) and answer.kind == TIMEOUT:
                     self._drop(worker)
@@ -87,8 +97,13 @@ class _Worker:
 
     def __init__(self, recipe):
         self.connection, theirs = Pipe()
-        self.process = subprocess.Popen([sys.executable, "-m", "nanorl.tasks.pool", str(theirs.fileno())], pass_fds=[theirs.fileno()],
-                                        stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nanorl.tasks.pool", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
         theirs.close()
         self.ready, self.index, self.deadline = False, None, time.monotonic() + START
         self.send(recipe)
@@ -123,6 +138,7 @@ def describe(error):
 
 def _serve(connection):
     from nanorl.tasks import get_task
+
     name, split, settings = connection.recv()
     task = get_task(name, split, **settings)
     connection.send(READY)
@@ -131,7 +147,9 @@ def _serve(connection):
             problem, text, timeout = connection.recv()
         except EOFError:  # the trainer has gone
             return
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)  # ends this process, should nobody be left to kill it
+        signal.setitimer(
+            signal.ITIMER_REAL, 2 * timeout + 1
+        )  # ends this process, should nobody be left to kill it
         try:
             reward = task.reward(problem, text)
             pickle.dumps(reward)
@@ -143,5 +161,6 @@ def _serve(connection):
 
 if __name__ == "__main__":
     from nanorl.tasks.pool import Failure  # noqa: F811  the one that the trainer can unpickle, not __main__'s
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     _serve(Connection(int(sys.argv[1])))

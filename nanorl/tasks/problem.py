@@ -1,4 +1,5 @@
 """What a task gives and takes, which split a problem belongs to, and what several tasks share."""
+
 import hashlib
 import re
 from dataclasses import dataclass, field
@@ -17,7 +18,9 @@ class Problem:
 @dataclass
 class Reward:
     total: float
-    parts: dict = field(default_factory=dict)  # named parts, each logged: {"correct": 1.0, "answered": 1.0}
+    parts: dict = field(
+        default_factory=dict
+    )  # named parts, each logged: {"correct": 1.0, "answered": 1.0}
 
 
 def content_hash(text):
@@ -70,7 +73,9 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 def think_and_answer(text):
     """'<think>...</think><answer>18</answer>' -> (whether that is the text's form, each tag once and nothing around them; what stands between the last
     <answer> and its </answer>, or None)."""
-    well_formed = all(text.count(tag) == 1 for tag in _TAGS) and bool(re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL))
+    well_formed = all(text.count(tag) == 1 for tag in _TAGS) and bool(
+        re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL)
+    )
     _, opened, rest = text.rpartition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
     return well_formed, answer if opened and closed else None
@@ -78,7 +83,11 @@ def think_and_answer(text):
 
 # ---- demonstrations and rewards ------------------------------------------------------------------------------
 
-STYLES = ("direct", "worked", "mixed")  # of demonstrations: the answer at once, worked out before it, half of the problems each
+STYLES = (
+    "direct",
+    "worked",
+    "mixed",
+)  # of demonstrations: the answer at once, worked out before it, half of the problems each
 REWARDS = ("binary", "signed")  # right is 1; wrong is 0, or -1
 
 
@@ -94,7 +103,9 @@ def shows_working(style, problem):
 def judged(correct, rewards="binary", **parts):
     """Whether it is right -> Reward, with `correct` after the parts that lead to it (format, answered)."""
     total = float(correct) if rewards == "binary" else 2.0 * correct - 1.0
-    return Reward(total, {**{name: float(value) for name, value in parts.items()}, "correct": float(correct)})
+    return Reward(
+        total, {**{name: float(value) for name, value in parts.items()}, "correct": float(correct)}
+    )
 
 
 def is_correct(reward):

@@ -20,6 +20,7 @@ A guard, not a jail. It does not stop:
 - where root may not change its user id, and has neither that list nor namespaces (a container on such a machine): a program that forks on and on
 - memory in all: each run's program and tester may each take the limit, so many at once take many times it
 Only the standard library can be imported, and tasks that run a model's code ask for `--allow_code`."""
+
 import builtins
 import ctypes
 import json
@@ -48,12 +49,33 @@ def run(program, entry_point, test, helpers="", seconds=10.0, memory=512 << 20, 
     import secrets
     import subprocess
     import tempfile
+
     secret = secrets.token_hex(16)
     job = json.dumps([secret, program, entry_point, test, helpers]).encode()
     with tempfile.TemporaryDirectory(prefix="nanorl-", ignore_cleanup_errors=True) as home:
-        env = {"HOME": home, "PATH": os.defpath, "LANG": "C.UTF-8", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}  # Python itself may need the last
-        process = subprocess.Popen([sys.executable, "-I", "-S", __file__, repr(float(seconds)), str(int(memory)), ",".join(layers)], cwd=home, env=env,
-                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        env = {
+            "HOME": home,
+            "PATH": os.defpath,
+            "LANG": "C.UTF-8",
+            "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        }  # Python itself may need the last
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                __file__,
+                repr(float(seconds)),
+                str(int(memory)),
+                ",".join(layers),
+            ],
+            cwd=home,
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             said = process.communicate(job, timeout=seconds + MARGIN)[0].decode(errors="replace")
         except subprocess.TimeoutExpired:
@@ -68,7 +90,11 @@ def run(program, entry_point, test, helpers="", seconds=10.0, memory=512 << 20, 
         return Result(True, "passed")
     if process.returncode == TIMEOUT:
         said = "timeout"
-    return Result(False, said + f" (signal {process.returncode})" * (said == "died" and process.returncode > 0) or "no verdict")
+    return Result(
+        False,
+        said + f" (signal {process.returncode})" * (said == "died" and process.returncode > 0)
+        or "no verdict",
+    )
 
 
 def _kill(how, pid):
@@ -97,7 +123,13 @@ def pack(value):
     if kind is complex:
         return {"complex": [value.real, value.imag]}
     import numbers
-    for base, plain in [*zip(PLAIN, PLAIN), (numbers.Integral, int), (numbers.Real, float), (numbers.Complex, complex)]:
+
+    for base, plain in [
+        *zip(PLAIN, PLAIN),
+        (numbers.Integral, int),
+        (numbers.Real, float),
+        (numbers.Complex, complex),
+    ]:
         if isinstance(value, base):
             return pack(plain(value))
     raise TypeError(f"a {kind.__name__} is not plain data")
@@ -107,16 +139,24 @@ def unpack(data):
     if type(data) is list:
         return [unpack(item) for item in data]
     if type(data) is dict:
-        (kind, items), = data.items()
+        ((kind, items),) = data.items()
         items = [unpack(item) for item in items]
-        return complex(*items) if kind == "complex" else {"bytes": bytes, "tuple": tuple, "dict": dict, "set": set, "frozenset": frozenset}[kind](items)
+        return (
+            complex(*items)
+            if kind == "complex"
+            else {"bytes": bytes, "tuple": tuple, "dict": dict, "set": set, "frozenset": frozenset}[
+                kind
+            ](items)
+        )
     return data
 
 
 # ---- the tester ------------------------------------------------------------------------------------------------
 
+
 def tester(commands, answers, out):
     """Reads the job, runs the tests and writes the secret, or why it does not."""
+
     def say(text, status=0):  # and the test cannot go on, whatever it catches
         os.write(out, text.encode("utf-8", "replace")[:300])
         os._exit(status)
@@ -135,7 +175,9 @@ def tester(commands, answers, out):
         try:
             kind, *value = json.loads(line)
             return (kind, *map(unpack, value)) if kind == "value" else (kind, *map(str, value))
-        except Exception:  # not from the function: no test may take it for the exception that it expects
+        except (
+            Exception
+        ):  # not from the function: no test may take it for the exception that it expects
             say("garbled answer")
 
     def candidate(*args, **kwargs):
@@ -145,7 +187,11 @@ def tester(commands, answers, out):
         name, text = value
         error = getattr(builtins, name, None)
         try:
-            plain = isinstance(error, type) and issubclass(error, Exception) and not issubclass(error, (StopIteration, StopAsyncIteration))  # those end a test's loop
+            plain = (
+                isinstance(error, type)
+                and issubclass(error, Exception)
+                and not issubclass(error, (StopIteration, StopAsyncIteration))
+            )  # those end a test's loop
             error = error(text) if plain else None
         except TypeError:  # it takes more than a text
             error = None
@@ -155,7 +201,11 @@ def tester(commands, answers, out):
         secret, program, entry_point, test, helpers = json.load(sys.stdin)
         kind, *value = ask([program, entry_point])
         if kind != "value":
-            say("syntax error" if value[0] in ("SyntaxError", "IndentationError", "TabError") else f"the program: {': '.join(value)}")
+            say(
+                "syntax error"
+                if value[0] in ("SyntaxError", "IndentationError", "TabError")
+                else f"the program: {': '.join(value)}"
+            )
         names = {"__name__": "test"}
         exec(helpers, names)
         names[entry_point] = candidate  # a test may call it by its name
@@ -168,8 +218,10 @@ def tester(commands, answers, out):
 
 # ---- the program -----------------------------------------------------------------------------------------------
 
+
 def serve(commands, answers):
     """Runs the program, then answers calls of its function."""
+
     def answer(function, *args, **kwargs):
         try:
             reply = json.dumps(["value", pack(function(*args, **kwargs))])
@@ -182,6 +234,7 @@ def serve(commands, answers):
         exec(program, vars(module))
         if not callable(getattr(module, entry_point, None)):
             raise NameError(f"no function {entry_point}")
+
     module = sys.modules["program"] = types.ModuleType("program")
     program, entry_point = json.loads(commands.readline())
     answer(load, program, entry_point)
@@ -200,36 +253,180 @@ NEWUSER, NEWNET, NEWPID, NEWIPC = 0x10000000, 0x40000000, 0x20000000, 0x08000000
 # and calls allowed without certain bits in an argument: open and openat to read only, fcntl up to F_GETFL (F_SETOWN sends signals).
 READ_ONLY, UP_TO_3 = ~(os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) & 0xFFFFFFFF, 3
 CALLS = {
-    "x86_64": (0xC000003E, [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 21, 23, 24, 25, 28, 32, 35, 39, 60, 63, 79, 89, 96, 98, 100, 102, 104,
-                            107, 108, 110, 131, 186, 201, 202, 204, 217, 219, 228, 229, 230, 231, 262, 267, 269, 270, 271, 318, 332, 334, 436, 439],
-               [(2, 1, READ_ONLY), (257, 2, READ_ONLY), (72, 1, UP_TO_3)]),
-    "aarch64": (0xC00000B7, [17, 23, 48, 57, 61, 62, 63, 64, 65, 67, 72, 73, 78, 79, 80, 93, 94, 98, 101, 113, 114, 115, 123, 124, 128, 132, 134, 135, 139, 153,
-                             160, 165, 169, 172, 173, 174, 175, 176, 177, 178, 214, 215, 216, 222, 226, 233, 278, 291, 293, 436, 439],
-                [(56, 2, READ_ONLY), (25, 1, UP_TO_3)])}
+    "x86_64": (
+        0xC000003E,
+        [
+            0,
+            1,
+            3,
+            4,
+            5,
+            6,
+            7,
+            8,
+            9,
+            10,
+            11,
+            12,
+            13,
+            14,
+            15,
+            17,
+            19,
+            21,
+            23,
+            24,
+            25,
+            28,
+            32,
+            35,
+            39,
+            60,
+            63,
+            79,
+            89,
+            96,
+            98,
+            100,
+            102,
+            104,
+            107,
+            108,
+            110,
+            131,
+            186,
+            201,
+            202,
+            204,
+            217,
+            219,
+            228,
+            229,
+            230,
+            231,
+            262,
+            267,
+            269,
+            270,
+            271,
+            318,
+            332,
+            334,
+            436,
+            439,
+        ],
+        [(2, 1, READ_ONLY), (257, 2, READ_ONLY), (72, 1, UP_TO_3)],
+    ),
+    "aarch64": (
+        0xC00000B7,
+        [
+            17,
+            23,
+            48,
+            57,
+            61,
+            62,
+            63,
+            64,
+            65,
+            67,
+            72,
+            73,
+            78,
+            79,
+            80,
+            93,
+            94,
+            98,
+            101,
+            113,
+            114,
+            115,
+            123,
+            124,
+            128,
+            132,
+            134,
+            135,
+            139,
+            153,
+            160,
+            165,
+            169,
+            172,
+            173,
+            174,
+            175,
+            176,
+            177,
+            178,
+            214,
+            215,
+            216,
+            222,
+            226,
+            233,
+            278,
+            291,
+            293,
+            436,
+            439,
+        ],
+        [(56, 2, READ_ONLY), (25, 1, UP_TO_3)],
+    ),
+}
 
 
 def filter_calls():
     """seccomp: a program in the kernel's packet-filter language, which sees the number of each call and its arguments."""
-    if os.uname().machine not in CALLS or sys.maxsize < 2 ** 32:
+    if os.uname().machine not in CALLS or sys.maxsize < 2**32:
         return
     arch, allowed, guarded = CALLS[os.uname().machine]
-    load, equal, has_bits, give = 0x20, 0x15, 0x45, 0x06  # load a word, jump if equal, jump if any bit is set, return
-    allow, refuse = 0x7FFF0000, 0x00050000 | 38  # refused with ENOSYS: a C library then tries an older call
+    load, equal, has_bits, give = (
+        0x20,
+        0x15,
+        0x45,
+        0x06,
+    )  # load a word, jump if equal, jump if any bit is set, return
+    allow, refuse = (
+        0x7FFF0000,
+        0x00050000 | 38,
+    )  # refused with ENOSYS: a C library then tries an older call
     code = [(load, 0, 0, 4), (equal, 1, 0, arch), (give, 0, 0, refuse), (load, 0, 0, 0)]
     for number in allowed:
         code += [(equal, 0, 1, number), (give, 0, 0, allow)]
     for number, argument, bits in guarded:
-        code += [(equal, 0, 4, number), (load, 0, 0, 16 + 8 * argument), (has_bits, 0, 1, ~bits & 0xFFFFFFFF), (give, 0, 0, refuse), (give, 0, 0, allow)]
+        code += [
+            (equal, 0, 4, number),
+            (load, 0, 0, 16 + 8 * argument),
+            (has_bits, 0, 1, ~bits & 0xFFFFFFFF),
+            (give, 0, 0, refuse),
+            (give, 0, 0, allow),
+        ]
     code += [(give, 0, 0, refuse)]
-    code_bytes = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in code))
-    libc.prctl(SECCOMP, 2, ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(code_bytes))), 0, 0)
+    code_bytes = ctypes.create_string_buffer(
+        b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+    )
+    libc.prctl(
+        SECCOMP,
+        2,
+        ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(code_bytes))),
+        0,
+        0,
+    )
 
 
 def drop_user():
     """Root becomes a user nobody is, so that files, processes and the limit on processes hold for it as for others. Raises OSError where it may not.
     The standard library, which may lie where only root can look, stays at hand through open directories."""
-    moved = {path: f"/proc/self/fd/{os.open(path, os.O_PATH)}" for path in sys.path if os.path.isdir(path)}
-    uid = 61184 + int.from_bytes(os.urandom(4), "big") % 4336  # the numbers that systemd, too, keeps for users of the moment
+    moved = {
+        path: f"/proc/self/fd/{os.open(path, os.O_PATH)}"
+        for path in sys.path
+        if os.path.isdir(path)
+    }
+    uid = (
+        61184 + int.from_bytes(os.urandom(4), "big") % 4336
+    )  # the numbers that systemd, too, keeps for users of the moment
     os.chown(".", uid, uid)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -237,7 +434,13 @@ def drop_user():
     sys.path[:] = moved.values()
     for module in list(sys.modules.values()):
         if hasattr(module, "__path__"):
-            module.__path__ = [next((new + path[len(old):] for old, new in moved.items() if path.startswith(old)), path) for path in module.__path__]
+            module.__path__ = [
+                next(
+                    (new + path[len(old) :] for old, new in moved.items() if path.startswith(old)),
+                    path,
+                )
+                for path in module.__path__
+            ]
 
 
 def confine(seconds, memory, layers):
@@ -248,9 +451,17 @@ def confine(seconds, memory, layers):
             drop_user()
         except OSError:
             pass
-    limit(seconds, memory, (resource.RLIMIT_NPROC, 1), (resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_FSIZE, 1 << 20))
+    limit(
+        seconds,
+        memory,
+        (resource.RLIMIT_NPROC, 1),
+        (resource.RLIMIT_NOFILE, 32),
+        (resource.RLIMIT_FSIZE, 1 << 20),
+    )
     if LINUX:
-        libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # in a user namespace of one's own one has all capabilities
+        libc.capset(
+            struct.pack("Ii", 0x20080522, 0), bytes(24)
+        )  # in a user namespace of one's own one has all capabilities
         libc.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user id would have cleared it
         libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
         if "calls" in layers:
@@ -258,7 +469,12 @@ def confine(seconds, memory, layers):
 
 
 def limit(seconds, memory, *more):
-    for name, value in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, math.ceil(seconds) + 1), (resource.RLIMIT_AS, memory), *more):
+    for name, value in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, math.ceil(seconds) + 1),
+        (resource.RLIMIT_AS, memory),
+        *more,
+    ):
         try:
             resource.setrlimit(name, (value, value))
         except (ValueError, OSError):  # a stricter one is in force, or the system has none
@@ -266,6 +482,7 @@ def limit(seconds, memory, *more):
 
 
 # ---- the supervisor --------------------------------------------------------------------------------------------
+
 
 def child(function):
     """fork -> pid of a process that does this and nothing else."""
@@ -281,8 +498,12 @@ def child(function):
 def supervise(seconds, memory, layers):
     deadline, caller = time.monotonic() + seconds, os.getppid()
     if LINUX:
-        libc.prctl(DUMPABLE, 0, 0, 0, 0)  # nobody of the same user may read its memory or the tester's, nor open its pipes
-        libc.prctl(SUBREAPER, 1, 0, 0, 0)  # processes that the program leaves behind become its children
+        libc.prctl(
+            DUMPABLE, 0, 0, 0, 0
+        )  # nobody of the same user may read its memory or the tester's, nor open its pipes
+        libc.prctl(
+            SUBREAPER, 1, 0, 0, 0
+        )  # processes that the program leaves behind become its children
     null = os.open(os.devnull, os.O_RDWR)
     (to_program, from_tester), (to_tester, from_program) = os.pipe(), os.pipe()
 
@@ -306,7 +527,11 @@ def supervise(seconds, memory, layers):
     for fd in (0, 1):  # the job and the verdict: the tester's alone
         os.dup2(null, fd)
     if LINUX and "namespaces" in layers:
-        for kind in (NEWUSER,) * (os.getuid() != 0) + (NEWNET, NEWPID, NEWIPC):  # a new user namespace is what permits others to make the rest
+        for kind in (NEWUSER,) * (os.getuid() != 0) + (
+            NEWNET,
+            NEWPID,
+            NEWIPC,
+        ):  # a new user namespace is what permits others to make the rest
             libc.unshare(kind)
     program = child(untrusted)
     for fd in (to_program, from_tester, to_tester, from_program):
@@ -351,7 +576,9 @@ def descendants():
     for name in filter(str.isdigit, os.listdir("/proc") if LINUX else ()):
         try:
             with open(f"/proc/{name}/stat", errors="replace") as f:
-                parents.setdefault(int(f.read().rpartition(")")[2].split()[1]), []).append(int(name))
+                parents.setdefault(int(f.read().rpartition(")")[2].split()[1]), []).append(
+                    int(name)
+                )
         except OSError:  # it has just ended
             pass
     found = [os.getpid()]

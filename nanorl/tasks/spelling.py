@@ -1,6 +1,7 @@
 """Spelling: `How many r are in strawberry?` -> `#3`, at once or spelled out, counting along the way.
 
 A model sees a word as one or a few tokens; to count its letters it must know how each is spelled."""
+
 import os
 from functools import lru_cache
 
@@ -8,10 +9,21 @@ import numpy as np
 
 from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.counting import count_along
-from nanorl.tasks.problem import (REWARDS, STYLES, Problem, check_split, content_hash, in_split, judged, one_of, shows_working)
+from nanorl.tasks.problem import (
+    REWARDS,
+    STYLES,
+    Problem,
+    check_split,
+    content_hash,
+    in_split,
+    judged,
+    one_of,
+    shows_working,
+)
 
 MARKER = "#"
 MOST_WORDS = 20_000  # of the file, the first, which are the most frequent
+
 
 @lru_cache
 def _problems(split, path):
@@ -20,7 +32,11 @@ def _problems(split, path):
     The word decides the split, so no word that is trained on is validated on."""
     if path:
         with open(path, encoding="utf-8") as f:
-            words = [word for word in f.read().split() if 3 <= len(word) <= 14 and word.isascii() and word.isalpha()]
+            words = [
+                word
+                for word in f.read().split()
+                if 3 <= len(word) <= 14 and word.isascii() and word.isalpha()
+            ]
         words = list(dict.fromkeys(word.lower() for word in words))[:MOST_WORDS]
     else:
         words = BUILT_IN.split()
@@ -30,7 +46,9 @@ def _problems(split, path):
     for word in words:
         for n in (0, 1):  # one of the letters that occur so often
             letters = [letter for letter in alphabet if word.count(letter) == n]
-            pairs += [(word, letters[content_hash(f"{word} {n}") % len(letters)])] if letters else []
+            pairs += (
+                [(word, letters[content_hash(f"{word} {n}") % len(letters)])] if letters else []
+            )
         pairs += [(word, letter) for letter in alphabet if word.count(letter) > 1]
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]
 
@@ -38,6 +56,7 @@ def _problems(split, path):
 class Spelling:
     """Words: NANORL_DATA/words.txt, one a line, the most frequent first; without it a short built-in list.
     demonstrations: direct, worked or mixed. rewards: binary or signed."""
+
     marker = MARKER  # what templates.py needs
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
@@ -45,7 +64,9 @@ class Spelling:
         one_of("demonstrations", demonstrations, STYLES)
         one_of("rewards", rewards, REWARDS)
         path = os.path.join(os.environ.get("NANORL_DATA", ""), "words.txt")
-        self.pairs = _problems(split, path if os.environ.get("NANORL_DATA") and os.path.exists(path) else None)
+        self.pairs = _problems(
+            split, path if os.environ.get("NANORL_DATA") and os.path.exists(path) else None
+        )
         self.demonstrations, self.rewards = demonstrations, rewards
 
     def __len__(self):
@@ -53,11 +74,18 @@ class Spelling:
 
     def problem(self, index):
         word, letter = self.pairs[index]
-        return Problem([{"role": "user", "content": f"How many {letter} are in {word}?"}], str(word.count(letter)),
-                       {"word": word, "letter": letter})
+        return Problem(
+            [{"role": "user", "content": f"How many {letter} are in {word}?"}],
+            str(word.count(letter)),
+            {"word": word, "letter": letter},
+        )
 
     def solution(self, problem):
-        worked = count_along(problem.meta["word"], problem.meta["letter"]) if shows_working(self.demonstrations, problem) else ""
+        worked = (
+            count_along(problem.meta["word"], problem.meta["letter"])
+            if shows_working(self.demonstrations, problem)
+            else ""
+        )
         return worked + MARKER + problem.answer
 
     def document(self, index):
@@ -67,7 +95,12 @@ class Spelling:
 
     def reward(self, problem, completion):
         value = number_after(completion, MARKER)
-        return judged(is_close(value, problem.answer), self.rewards, format=MARKER in completion, answered=value is not None)
+        return judged(
+            is_close(value, problem.answer),
+            self.rewards,
+            format=MARKER in completion,
+            answered=value is not None,
+        )
 
 
 BUILT_IN = """

@@ -6,14 +6,17 @@
 Between <answer> and </answer> stands the answer and nothing else, but for a unit or a full stop.
 
 What is right is judged by the task; a template only finds the answer in the text."""
+
 import re
 
 from nanorl.tasks.answers import last_answer, only_answer
 from nanorl.tasks.problem import Problem, Reward, one_of, think_and_answer
 
 TEMPLATES = ("r1", "plain")
-SYSTEM = ("Think before you answer. Write your reasoning between <think> and </think>, and after it nothing but the final answer "
-          "between <answer> and </answer>, as in: <think>reasoning</think><answer>answer</answer>")
+SYSTEM = (
+    "Think before you answer. Write your reasoning between <think> and </think>, and after it nothing but the final answer "
+    "between <answer> and </answer>, as in: <think>reasoning</think><answer>answer</answer>"
+)
 
 
 class Templated:
@@ -23,9 +26,13 @@ class Templated:
     def __init__(self, task, template, format_weight="0.1"):
         one_of("template", template, TEMPLATES)
         if template == "plain" and format_weight != "0.1":
-            raise ValueError(f"format_weight is {format_weight!r}: only template=r1 has a form to reward")
+            raise ValueError(
+                f"format_weight is {format_weight!r}: only template=r1 has a form to reward"
+            )
         if not re.fullmatch(r"0|0?\.\d+", str(format_weight)):
-            raise ValueError(f"format_weight is {format_weight!r}: it must be a share below 1, such as 0.1")
+            raise ValueError(
+                f"format_weight is {format_weight!r}: it must be a share below 1, such as 0.1"
+            )
         self.task, self.template, self.timeout = task, template, getattr(task, "timeout", 0)
         if hasattr(task, "solution"):
             self.solution = self._solution
@@ -36,15 +43,25 @@ class Templated:
 
     def problem(self, index):
         p = self.task.problem(index)
-        return Problem([{"role": "system", "content": SYSTEM}] + p.prompt, p.answer, p.meta) if self.template == "r1" else p
+        return (
+            Problem([{"role": "system", "content": SYSTEM}] + p.prompt, p.answer, p.meta)
+            if self.template == "r1"
+            else p
+        )
 
     def _solution(self, problem):
         worked, _, answer = self.task.solution(problem).rpartition(self.task.marker)
         worked, answer = worked.strip(), answer.strip()
-        return f"<think>{worked}</think><answer>{answer}</answer>" if self.template == "r1" else f"{worked}\nThe answer is {answer}.".strip()
+        return (
+            f"<think>{worked}</think><answer>{answer}</answer>"
+            if self.template == "r1"
+            else f"{worked}\nThe answer is {answer}.".strip()
+        )
 
     def reward(self, problem, completion):
-        words = getattr(self.task, "answer_words", None)  # a task whose answers are no numbers says which words they are
+        words = getattr(
+            self.task, "answer_words", None
+        )  # a task whose answers are no numbers says which words they are
         if self.template == "r1":
             well_formed, answer = think_and_answer(completion)
             answer = only_answer(answer or "", words)

@@ -64,7 +64,9 @@ def sample(engine, number, prompts, samples, new_tokens, temperature):
 
 def largest_gap(a, b):
     """Of the log-probs of the completions that are equal."""
-    gaps = [abs(u - v) for x, y in zip(a, b) if x.ids == y.ids for u, v in zip(x.logprobs, y.logprobs)]
+    gaps = [
+        abs(u - v) for x, y in zip(a, b) if x.ids == y.ids for u, v in zip(x.logprobs, y.logprobs)
+    ]
     return max(gaps, default=0.0)
 
 
