@@ -172,6 +172,7 @@ def test_the_samples_come_from_the_weights_that_learn(rl):
     the difference of the log-probs goes from 0.02 to over 1 within three steps."""
     run = rl("renewed", "--dtype=bf16", "--steps=3", "--lr=3e-2", "--eval_every=1")
     assert all(row["logp_diff/mean"] < 0.05 for row in rows(run)[1:])
+    assert {p.dtype for p in weights(run, 3).values()} == {torch.float32}  # the masters are not
 
 
 # ---- the optimizer -------------------------------------------------------------------------------
@@ -228,8 +229,13 @@ def test_the_default_rates_follow_from_the_width(sft, out):
     arguments = ["--run_name=default-rate", "--warmup=0", "--steps=1", "--sample_tokens=0"]
     assert call("train_base.py", *BASE, *arguments) is None
     before = dict(initial_model(out / "default-rate", 0).named_parameters())
-    moved = movement(before, weights(out / "default-rate" / "base", 1))[embedding]
-    assert moved == pytest.approx(0.75 / 64, rel=1e-3)
+    moved = movement(before, weights(out / "default-rate" / "base", 1))
+    assert moved[embedding] == pytest.approx(0.75 / 64, rel=1e-3)
+    assert call("train_base.py", *BASE, *arguments, "--run_name=still", "--matrix_lr=0") is None
+    still = movement(before, weights(out / "still" / "base", 1))
+    matrices = [name for name, p in before.items() if p.dim() == 2 and ".layers." in name]
+    assert max(moved[name] for name in matrices) > 0 == max(still[name] for name in matrices)
+    assert still[embedding] > 0
 
 
 def initial_model(run, seed):
@@ -342,6 +348,17 @@ def test_evals_seed_fixes_the_samples_and_each_problem_has_its_own(rl):
     assert len({*said[0], *said[1]}) == 4  # of two problems with one prompt, under two seeds
 
 
+def test_evals_temperature_is_the_one_asked_for(rl):
+    """Near 0 each sample is the greedy answer."""
+    run = rl("cold", "--steps=1", "--eval_every=0")
+    options = [TOY, "--dtype=fp64", "--problems=3", "--sample_problems=3", "--max_new_tokens=12"]
+    _, outcomes = evaluated(run, *options, "--temperature=0.001")
+    greedy, sampled = (
+        [o["texts"] for o in outcomes if o["how"] == way] for way in ("greedy", "sampled")
+    )
+    assert sampled == [texts * 8 for texts in greedy]
+
+
 # ---- splits --------------------------------------------------------------------------------------
 
 
@@ -406,6 +423,33 @@ def test_the_best_checkpoint_is_kept_and_known_also_after_a_resume(rl):
     kept = sorted(path.name for path in run.glob("step_*"))
     assert kept == [f"step_{step:06d}" for step in (1, 3, 7, 8)]
     assert trainer_state(run, 8)["best"] == {"step": 3, "reward": rewards[3]}
+
+
+def test_how_many_rows_fit_is_found_once(rl, monkeypatch):
+    """And kept when the run goes on, where there is more or less memory."""
+    options = ["--device_rows=0", "--eval_every=0"]
+    rl("fits", *options, "--steps=1")
+    monkeypatch.setattr("nanorl.runtime.dist.free_memory", lambda _: 2**40)
+    run = rl("fits", *options, "--steps=2", "--resume=must")
+    kept = [trainer_state(run, step)["device_rows"] for step in (1, 2)]
+    other = trainer_state(rl("terabyte", *options, "--steps=1"), 1)["device_rows"]
+    assert kept[0] == kept[1] < other
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_base.py"])
+def test_sft_and_base_stop_when_no_gradient_is_finite(script, out):
+    """After a step of a rate that leaves no number: two more are tried, as --max_bad_steps says."""
+    name, more = "--run_name=ruined", ["--max_bad_steps=2", "--warmup=0", "--steps=50"]
+    if script == "train_sft.py":
+        start = [*SFT, f"--model={out / 'a' / 'base'}", "--optimizer=adamw", "--matrix_lr=1e300"]
+    else:
+        start = [*BASE, "--other_lr=1e300", "--sample_tokens=0"]
+    message = call(script, *start, name, *more)
+    assert "2 updates in a row were skipped" in message and "\n" not in message
+    stage = "sft" if script == "train_sft.py" else "base"
+    found = rows(out / "ruined" / stage)
+    assert [row["bad_steps"] for row in found] == [0, 1, 2]
+    assert trainer_state(out / "ruined" / stage, 3)["bad"] == 2
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

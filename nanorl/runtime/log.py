@@ -1,4 +1,4 @@
-"""What a run leaves to read: run.json, metrics.jsonl, rollouts/, and one line a step on the console."""
+"""What a run leaves for people to read: run.json, metrics.jsonl and rollouts/."""
 
 import gzip
 import io
@@ -9,9 +9,14 @@ import platform
 import subprocess
 import time
 
+# ---- files ---------------------------------------------------------------------------------------
+
 
 class RunLog:
-    """Files of one stage's directory; on ranks other than the first (`active` false) every call does nothing."""
+    """The files of one stage's directory.
+
+    active: False on ranks other than the first, where every method does nothing.
+    """
 
     def __init__(self, directory, active=True):
         self.directory, self.active, self.started = directory, active, time.time()
@@ -22,101 +27,140 @@ class RunLog:
         return os.path.join(self.directory, *names)
 
     def card(self, **values):
-        """run.json: the resolved constants and what was derived from them, with commit and versions."""
-        if self.active:
-            import torch
+        """Write run.json: the values, and the commit, the versions and the machine.
 
-            commit = subprocess.run(
-                ["git", "rev-parse", "HEAD"],
-                capture_output=True,
-                text=True,
-                cwd=os.path.dirname(os.path.abspath(__file__)),
-            )
-            values.update(
-                commit=commit.stdout.strip() or None,
-                torch=torch.__version__,
-                python=platform.python_version(),
-                machine=platform.machine(),
-            )
-            _replace(self._path("run.json"), (json.dumps(values, indent=2) + "\n").encode())
+        values: the resolved constants and what was derived from them.
+        """
+        if not self.active:
+            return
+        import torch
+
+        values.update(
+            commit=_commit(),
+            torch=torch.__version__,
+            python=platform.python_version(),
+            machine=platform.machine(),
+        )
+        text = json.dumps(values, indent=2) + "\n"
+        _replace(self._path("run.json"), text.encode())
 
     def cut(self, step):
-        """Forget rows and rollouts after `step`: they are about to be made again. -1: all, since no checkpoint was reached."""
-        if self.active and os.path.exists(self._path("metrics.jsonl")):
-            with open(self._path("metrics.jsonl"), encoding="utf-8") as f:
-                lines = f.readlines()
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
-            ]
-            _replace(self._path("metrics.jsonl"), "".join(kept).encode())
-            if len(kept) < len(lines):
-                print(
-                    f"{self._path('metrics.jsonl')}: {len(lines) - len(kept)} rows "
-                    + (
-                        f"after step {step}"
-                        if step >= 0
-                        else "of a run that had saved no checkpoint"
-                    )
-                    + " are removed and made again",
-                    flush=True,
-                )
-        if self.active and os.path.isdir(self._path("rollouts")):
-            for name in os.listdir(self._path("rollouts")):
-                if name > f"step_{step:06d}.jsonl.gz":
-                    os.remove(self._path("rollouts", name))
+        """Remove rows and rollouts after `step`: they are about to be made again.
+
+        step: -1 removes all, since no checkpoint was reached.
+        """
+        if self.active:
+            self._cut_rows(step)
+            self._cut_rollouts(step)
+
+    def _cut_rows(self, step):
+        path = self._path("metrics.jsonl")
+        if not os.path.exists(path):
+            return
+        with open(path, encoding="utf-8") as f:
+            lines = f.readlines()
+
+        # A killed process may leave half a line at the end. It goes too.
+        kept = []
+        for line in lines:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        _replace(path, "".join(kept).encode())
+
+        removed = len(lines) - len(kept)
+        if removed:
+            which = "of a run that had saved no checkpoint"
+            if step >= 0:
+                which = f"after step {step}"
+            print(f"{path}: {removed} rows {which} are removed and made again", flush=True)
+
+    def _cut_rollouts(self, step):
+        folder = self._path("rollouts")
+        if not os.path.isdir(folder):
+            return
+        for name in os.listdir(folder):
+            if name > f"step_{step:06d}.jsonl.gz":
+                os.remove(os.path.join(folder, name))
 
     def row(self, step, **values):
-        """One line of metrics.jsonl."""
-        if self.active:
-            values = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in values.items()
-            }  # JSON has no NaN
-            with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as f:
-                f.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        """Add a line to metrics.jsonl. Infinities and NaN, which JSON lacks, become null."""
+        if not self.active:
+            return
+        row = {"step": step, "time": round(time.time(), 3)}
+        for name, value in values.items():
+            missing = isinstance(value, float) and not math.isfinite(value)
+            row[name] = None if missing else value
+        with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
 
     def rollouts(self, step, records):
-        """rollouts/step_000120.jsonl.gz, one record a completion, compressed as it is made. No time stamp in gzip's own header."""
-        if self.active:
-            os.makedirs(self._path("rollouts"), exist_ok=True)
-            path = self._path("rollouts", f"step_{step:06d}.jsonl.gz")
-            with open(path + ".tmp", "wb") as f:
-                write_records(f, records)
-            os.replace(path + ".tmp", path)
+        """Write rollouts/step_000120.jsonl.gz, one record a completion, whole or not at all."""
+        if not self.active:
+            return
+        os.makedirs(self._path("rollouts"), exist_ok=True)
+        path = self._path("rollouts", f"step_{step:06d}.jsonl.gz")
+        with open(path + ".tmp", "wb") as f:
+            write_records(f, records)
+        os.replace(path + ".tmp", path)
+
+
+def _commit():
+    """The commit of this code, or None where git does not know one."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(os.path.abspath(__file__)),
+    )
+    return answer.stdout.strip() or None
+
+
+def _replace(path, content):
+    """Write bytes to a file, whole or not at all."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(content)
+    os.replace(path + ".tmp", path)
 
 
 def write_records(file, records):
-    """Records as gzipped JSON lines into an open binary file."""
+    """Write records as gzipped lines of JSON into an open binary file.
+
+    Each is compressed as it comes. gzip's header gets no time stamp, so that equal records give
+    equal bytes.
+    """
     with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as zipped:
         for record in records:
-            zipped.write((json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
+            line = json.dumps(record, ensure_ascii=False) + "\n"
+            zipped.write(line.encode("utf-8"))
 
 
 def size_of(records):
-    """Bytes that such a file of these records takes."""
+    """Bytes of a file that write_records makes of these records."""
     file = io.BytesIO()
     write_records(file, records)
     return file.tell()
 
 
-def _replace(path, content):
-    """Write a file whole or not at all."""
-    with open(path + ".tmp", "wb") as f:
-        f.write(content)
-    os.replace(path + ".tmp", path)
+# ---- numbers as a person reads them --------------------------------------------------------------
 
 
 def duration(seconds):
     """75 -> '1m15s'"""
     seconds = int(round(seconds))
     h, m, s = seconds // 3600, seconds // 60 % 60, seconds % 60
-    return f"{h}h{m:02d}m" if h else f"{m}m{s:02d}s" if m else f"{s}s"
+    if h:
+        return f"{h}h{m:02d}m"
+    if m:
+        return f"{m}m{s:02d}s"
+    return f"{s}s"
 
 
 def size(n):
     """Bytes -> '1.2 MB'"""
-    for unit in ("bytes", "kB", "MB", "GB"):
+    if n < 1000:
+        return f"{n:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB"):
+        n /= 1000
         if n < 1000:
             break
-        n, unit = n / 1000, "TB"
-    return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+    return f"{n:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What eval.py writes, <model>/eval/...: whole or not at all."""
+"""What eval.py writes into <model>/eval/: each file is there whole or not at all."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from nanorl.runtime import checkpoint
 
 
 def write(path, name, text):
-    """text -> the file `name` in the model's eval folder."""
+    """Write text to the file `name` in the eval folder of the model at `path`."""
     file = checkpoint.eval_file(path, name)
     os.makedirs(os.path.dirname(file), exist_ok=True)
     with open(file + ".tmp", "w", encoding="utf-8") as f:
@@ -16,17 +16,18 @@ def write(path, name, text):
 
 
 def write_json(path, name, value):
+    """Write a value as JSON. See `write` for path and name."""
     write(path, name, json.dumps(value, indent=2))
 
 
 def write_lines(path, name, records):
-    """Records -> a line of JSON each."""
+    """Write records as JSON, each on a line. See `write` for path and name."""
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     write(path, name, "".join(lines))
 
 
 def add_to_summary(path, name, result):
-    """Put a task's result into summary.json, beside those of other tasks."""
+    """Put the result of task `name` into summary.json, beside those of other tasks."""
     summary = {}
     file = checkpoint.eval_file(path, "summary.json")
     if os.path.exists(file):
