@@ -10,9 +10,10 @@
 Multiple choice (mmlu, arc_easy, arc_challenge) is judged by the likelihood of the labels and by
 what the model says; code (humaneval) is run in nanorl/tasks/sandbox.py.
 
-Writes <model>/eval/<task>.jsonl (one outcome a problem, to be judged again) and summary.json, of all
-tasks evaluated so far; of two models also compare.<task>.json, with the second; of all tasks
-all.json alone. Of another split than val <task>.<split>, with shots <task>.5shot.
+Writes into <model>/eval/: <task>.jsonl (an outcome a problem, which can be judged again) and
+summary.json, of all tasks evaluated so far; of two models also compare.<task>.json, with the
+second; of all tasks all.json alone. Another split than val is in the name, <task>.<split>, and so
+are shots, <task>.5shot.
 """
 
 import os
@@ -127,7 +128,7 @@ def evaluate_model(path, tasks, where, settings):
 
 
 def ways_of(source, new_tokens=1):
-    """-> {way: (problems, Sampling)}: the ways that are asked for and that the task can be asked in.
+    """-> {way: (problems, Sampling)}, of those in which the task is, and can be, asked.
 
     By likelihood nothing is sampled, and the Sampling is None.
     """
@@ -160,7 +161,7 @@ def answer(engine, tokenizer, source, n, sampling, name, leave_long=True):
 
 
 def cost_of(engine, way):
-    """Of the engine's last call, over all ranks: FLOPs, and the tokens that its speed is told in."""
+    """Of the engine's last call, over all ranks: FLOPs, and the tokens that tell its speed."""
     counted = "prompt_tokens" if way == "likelihood" else "new_tokens"
     flops = sum(sampling_flops(engine).values())
     return dist.totals(dict(flops=flops, tokens=engine.stats[counted]))

@@ -1,8 +1,8 @@
 """Pretraining: text -> a tokenizer and a base model.
 
-    python train_base.py --depth=4                                  # on text that the task makes
-    python train_base.py --depth=4 --vocab_size=8192 --data='books/*.txt,web.jsonl.gz,more/*.parquet'
-    torchrun --nproc_per_node=8 train_base.py --depth=20            # on a node
+    python train_base.py --depth=4                              # on text that the task makes
+    python train_base.py --vocab_size=8192 --data='books/*.txt,web.jsonl.gz,more/*.parquet'
+    torchrun --nproc_per_node=8 train_base.py --depth=20        # on a node
 
 Plain text is taken apart at lines of <|endoftext|>, else at a blank line after every 8 KB; longer
 documents are cut at 64 KB. One document in 50 validates. Text is tokenized once, in shards; a start

@@ -130,8 +130,7 @@ def main():
     def sample(step, asked):
         """asked: (number, problem) pairs -> Rollouts of this rank's share of them."""
         mine = asked[dist.share(len(asked))]
-        source = train.task_of(0 if step == "probe" else step)
-        rollouts = rollout.sample(engine, tokenizer, source, step, mine, settings)
+        rollouts = rollout.sample(engine, tokenizer, train.task_of(step), step, mine, settings)
         meter.rollout(engine)
         return rollouts
 
@@ -193,7 +192,7 @@ def main():
 
         # Update: once, on-policy, or several times from the same samples.
         scale = lr_scale(step, steps, warmup, cooldown, lr_schedule)
-        sums, norms = [], []
+        sums, norms = [], []  # an entry an update
         for _ in range(updates_per_rollout):
             sums.append([])
             for batch in batches:

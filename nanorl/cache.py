@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nanorl.attention import CausalAttention
-from nanorl.gpt import LOGITS_AT_ONCE
+from nanorl.gpt import LOGITS_AT_ONCE, round_up
 from nanorl.sampling import sample, uniforms
 
 COLUMNS = 32  # the own cache grows by at least so many
@@ -572,8 +572,3 @@ def bucket(n, most):
         if n <= size:
             return size
     return most
-
-
-def round_up(n, multiple):
-    """The least multiple that is not below n."""
-    return -(-n // multiple) * multiple

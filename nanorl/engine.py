@@ -15,8 +15,8 @@ from collections import Counter
 import torch
 
 from nanorl import sampler
-from nanorl.cache import Capacity, DecodeBatch, Row, Settings, pad, round_up
-from nanorl.gpt import LOGITS_AT_ONCE, all_logprobs
+from nanorl.cache import Capacity, DecodeBatch, Row, Settings, pad
+from nanorl.gpt import LOGITS_AT_ONCE, all_logprobs, round_up
 from nanorl.sampling import completion, row_keys
 
 

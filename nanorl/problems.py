@@ -32,8 +32,9 @@ class Problems:
         return self.limit or len(last)
 
     def task_of(self, step):
-        """The task that a step trains on."""
-        started = [task for first, task in self.stages if first <= step]
+        """The task that a step trains on; "probe", before the first step, is of the first stage."""
+        number = 0 if step == "probe" else step
+        started = [task for first, task in self.stages if first <= number]
         return started[-1]
 
     def take(self, step, count):

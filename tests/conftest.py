@@ -6,17 +6,18 @@ import sys
 
 import pytest
 import torch
-from scripts import BASE, ROOT, SFT, call
 
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.tokenizer import Tokenizer
+from scripts import BASE, ROOT, SFT, call
 
 REAL_DATA, REAL_MODEL = (
     os.environ.get("NANORL_DATA"),
     os.environ.get("NANORL_MODEL"),
 )  # now: tests change them
 sys.path.insert(0, ROOT)  # the scripts are modules there
-# One thread, here and in the scripts that tests start: for models this small more are slower, and a sum's last bits depend on their number.
+# One thread, here and in the scripts that tests start: for models this small more are slower, and a
+# sum's last bits depend on their number.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -55,7 +56,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder NANORL_DATA names, or a skip: the suite passes without real files and tests more with them."""
+    """The folder that NANORL_DATA names, or a skip. The suite passes without real files."""
     if not REAL_DATA:
         pytest.skip("NANORL_DATA is not set")
     return REAL_DATA
@@ -71,8 +72,10 @@ def real_model():
 
 @pytest.fixture(scope="session")
 def first_models(tmp_path_factory):
-    """An out/ folder with a base and an SFT model, run a; to be copied, not changed. In fp64, so that
-    what tests see of these models does not depend on the processor."""
+    """An out/ folder with a base and an SFT model, run a; to be copied, not changed.
+
+    In fp64, so that what tests see of these models does not depend on the processor.
+    """
     folder = tmp_path_factory.mktemp("first")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANORL_OUT", str(folder))

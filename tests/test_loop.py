@@ -6,6 +6,13 @@ import shutil
 
 import pytest
 import torch
+
+from nanorl import hf, optim, rollout
+from nanorl.data.conversations import read_conversations
+from nanorl.data.tokens import Windows
+from nanorl.gpt import GPT, GPTConfig
+from nanorl.tokenizer import Tokenizer
+from nanorl.tools import selfcheck
 from scripts import (
     APART,
     BASE,
@@ -23,13 +30,6 @@ from scripts import (
     trainer_state,
     weights,
 )
-
-from nanorl import hf, optim, rollout
-from nanorl.data.conversations import read_conversations
-from nanorl.data.tokens import Windows
-from nanorl.gpt import GPT, GPTConfig
-from nanorl.tokenizer import Tokenizer
-from nanorl.tools import selfcheck
 
 FILE = TOY.removeprefix("--task=").removesuffix(":Toy")
 EVAL = ["eval.py", "--device=cpu", "--examples=0"]
@@ -49,7 +49,7 @@ def rl(out):
 
 @pytest.fixture
 def sft(out):
-    """sft(run name, *constants): a short SFT run from the base model -> its folder out/<run>/sft."""
+    """sft(run name, *constants): a short SFT run from the base model -> its out/<run>/sft."""
 
     def run(name, *constants):
         model = f"--model={out / 'a' / 'base'}"
@@ -123,8 +123,8 @@ def test_sfts_first_loss_is_that_of_each_conversation_alone(sft, out, tmp_path):
     )
     assert len(conversations) == 9 and len(held_out) == 1
     loss, said = 0.0, 0
-    for ids, mask in conversations:
-        ids, mask = torch.tensor(ids).long(), torch.tensor(mask)[1:]
+    for example_ids, example_mask in conversations:
+        ids, mask = torch.tensor(example_ids).long(), torch.tensor(example_mask)[1:]
         with torch.no_grad():
             logprobs = model(ids[None, :-1])[0].log_softmax(-1)
         loss -= float(logprobs.gather(-1, ids[1:, None])[mask].sum())
@@ -221,7 +221,7 @@ def test_the_first_adamw_step_is_as_long_as_the_rate_says(rl, sft, out):
 
 
 def test_the_default_rates_follow_from_the_width(sft, out):
-    """The embedding's first step under AdamW, beside Muon: 0.4 / width in SFT, 0.75 / width in base."""
+    """The embedding's first step under AdamW: 0.4 / width in SFT, 0.75 / width in base."""
     embedding = "model.embed_tokens.weight"
     run = sft("default-rate", "--warmup=0", "--steps=1")
     moved = movement(start_of(out, "sft"), weights(run, 1))[embedding]
@@ -260,8 +260,8 @@ def test_decay_shrinks_the_blocks_matrices_and_nothing_else(rl, out):
 
 
 def test_a_group_without_signal_brings_no_decay_either(rl, out):
-    """A model that solves nothing gets no gradient, and nothing at all changes: no momentum, no decay
-    (which acts where there is signal: the test above)."""
+    """A model that solves nothing gets no gradient, and nothing at all changes: no momentum, no
+    decay (which acts where there is signal: the test above)."""
     run = rl("hard", "--task=chain4", "--steps=2", "--weight_decay=0.1")
     assert [row["updated"] for row in rows(run)[1:]] == [0.0, 0.0]
     assert max(movement(start_of(out, "rl"), weights(run, 2)).values()) == 0
@@ -316,8 +316,8 @@ def test_every_pass_has_an_order_of_its_own(rl):
 
 
 def test_sfts_seed_fixes_the_order_of_the_examples_and_loras_first_weights(sft):
-    """With B at zero the first loss is the base model's: it differs by the examples alone; and A has
-    no gradient yet."""
+    """With B at zero the first loss is the base model's: it differs by the examples alone. And A
+    has no gradient yet."""
     options = ["--lora_rank=2", "--steps=1"]
     runs = [sft(f"seed-{seed}", *options, f"--seed={seed}") for seed in (0, 1)]
     assert rows(runs[0])[-1]["loss"] != pytest.approx(rows(runs[1])[-1]["loss"], rel=1e-4)

@@ -1,4 +1,5 @@
-"""The scripts as a person runs them, on a model of 80 thousand parameters: end to end, killed and resumed, on two ranks."""
+"""The scripts as a person runs them, on a model of 80 thousand parameters: end to end, killed and
+resumed, on two ranks."""
 
 import gzip
 import json
@@ -12,6 +13,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from nanorl.runtime import checkpoint
+from nanorl.tokenizer import Tokenizer
 from scripts import (
     BASE,
     RL,
@@ -26,9 +30,6 @@ from scripts import (
     rows,
     start_and_kill,
 )
-
-from nanorl.runtime import checkpoint
-from nanorl.tokenizer import Tokenizer
 
 
 def test_rl_killed_and_resumed_equals_the_uninterrupted_run(out):
@@ -50,7 +51,8 @@ LORA = ["--lora_rank=2", "--lora_alpha=8", "--lora_targets=q,v,down"]
 
 
 def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
-    """Adapters go into trainer.pt, with the base's path and hash; what is saved beside them is a plain model, merged."""
+    """Adapters go into trainer.pt, with the base's path and hash. What is saved beside them is a
+    plain model, merged."""
     arguments = [*RL, *LORA, "--kl_coef=0.1", f"--model={out / 'a' / 'sft'}", "--lr=1e-2"]
     assert call("train_rl.py", *arguments, "--run_name=lora") is None
     start_and_kill("train_rl.py", [*arguments, "--run_name=lora2"], out / "lora2" / "rl", 3)
@@ -90,7 +92,8 @@ def test_lora_killed_and_resumed_equals_the_uninterrupted_run(out):
 
 
 def test_lora_moves_between_the_updates_of_one_rollout(out):
-    """The second update is taken at the merged weights of the first: the ratio to the sampler has left 1."""
+    """The second update is taken at the merged weights of the first: the ratio to the sampler has
+    left 1."""
     assert (
         call(
             "train_rl.py",
@@ -134,7 +137,8 @@ def test_recomputation_changes_only_what_it_costs(out):
 
 
 def test_a_published_model_in_sft(out, capsys):
-    """Without trainer.pt a directory is a published model: AdamW at a published model's rate. With LoRA, resumed."""
+    """Without trainer.pt a directory is a published model: AdamW at a published model's rate. With
+    LoRA, resumed."""
     shutil.copytree(
         out / "a" / "base" / "step_000006",
         out / "published",
@@ -196,7 +200,8 @@ def test_a_published_model_in_sft(out, capsys):
 
 
 def test_base_and_sft_killed_and_resumed_equal_the_uninterrupted_run(out):
-    """Resumed from a checkpoint in the middle: what came after it is taken away, as if the process had died there."""
+    """Resumed from a checkpoint in the middle: what came after it is taken away, as if the process
+    had died there."""
     for script, stage, keep, last, arguments in [
         (
             "train_base.py",
@@ -332,12 +337,15 @@ class Vowels:
     def __len__(self):
         return 200
     def problem(self, index):
-        word = "".join("abcdefghij"[(index + self.offset) // 10 ** k % 10] for k in range(self.letters))
-        return Problem([{"role": "user", "content": "Vowels in " + word}], str(sum(c in "aei" for c in word)))
+        number = index + self.offset
+        word = "".join("abcdefghij"[number // 10 ** k % 10] for k in range(self.letters))
+        vowels = sum(c in "aei" for c in word)
+        return Problem([{"role": "user", "content": "Vowels in " + word}], str(vowels))
     def solution(self, problem):
         return problem.answer
     def reward(self, problem, completion):
-        return Reward(float(completion.strip() == problem.answer), {"digit": float(completion.strip().isdigit())})
+        said = completion.strip()
+        return Reward(float(said == problem.answer), {"digit": float(said.isdigit())})
 ''')
     task = [
         f"--task={tmp_path / 'vowels.py'}:Vowels",
@@ -446,7 +454,8 @@ MISTAKES = [
 
 @pytest.mark.parametrize("script,mistake,words", MISTAKES, ids=[f"{s}{m}" for s, m, _ in MISTAKES])
 def test_a_users_mistake_gets_one_line(out, script, mistake, words, monkeypatch):
-    """With the value and the remedy, and no traceback: anything but SystemExit would come through `call`."""
+    """With the value and the remedy, and no traceback: anything but SystemExit would come through
+    `call`."""
     monkeypatch.setitem(sys.modules, "datasets", None)  # the hub is out of reach
     monkeypatch.delenv("NANORL_DATA", raising=False)
     run = (
@@ -483,7 +492,8 @@ class PlainText(Own):
     def problem(self, index): return "Say it"
 
 class LongPrompt(Own):
-    def problem(self, index): return Problem([{"role": "user", "content": "so many words " * 5000}], "x")
+    def problem(self, index):
+        return Problem([{"role": "user", "content": "so many words " * 5000}], "x")
 
 class WordReward(Own):
     def reward(self, problem, completion): return "good"
@@ -584,19 +594,23 @@ def test_a_damaged_checkpoint_of_the_run_gets_one_line_and_the_one_before_it_res
     assert [r["step"] for r in rows(out / "cut" / "rl")] == list(range(7))
 
 
+# Runs a script, whose files may not grow beyond a size.
+WITH_SMALL_FILES = """
+import resource, runpy, sys
+most = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
 def test_a_full_disk_while_saving_is_said_and_loses_nothing(out):
-    """The disk is full from step 3 on: no file may grow beyond 300 kB (the weights take 600) once step 2 is saved."""
+    """The disk is full from step 3 on: once step 2 is saved no file may grow beyond 300 kB, and the
+    weights take 600."""
     run = [*RL, "--run_name=full", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); runpy.run_path(sys.argv[0], run_name='__main__')"
     ended = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; sys.argv = sys.argv[1:]; " + limited,
-            "train_rl.py",
-            *run,
-        ],
+        [sys.executable, "-c", WITH_SMALL_FILES, "300_000", "train_rl.py", *run],
         cwd=ROOT,
         capture_output=True,
         text=True,
