@@ -1,9 +1,12 @@
-"""The same model, problems and prompts, greedy, by nanorl's engine and by transformers' generate: problem by problem.
+"""nanorl's engine against transformers' generate: the same model, problems and prompts, greedy.
 
     NANORL_DATA=... python runs/against_transformers.py --model=<a directory or hub id>
 
-transformers tokenizes and renders the chats, generates in padded batches, decodes; both texts are judged by nanorl's task. In fp32 two correct
-programs may still part where two tokens are within rounding of each other; such a pair of logits is shown. Ends with one JSON line."""
+transformers tokenizes and renders the chats, generates in padded batches, and decodes. The texts of
+both are judged by nanorl's task, problem by problem. In fp32 two correct programs may still part
+where two tokens are within rounding of each other. Such a pair of logits is shown. The last line is
+JSON.
+"""
 
 import json
 import os
@@ -13,15 +16,11 @@ import time
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from nanorl.engine import Engine  # noqa: E402
-from nanorl.hf import load_model, local_model  # noqa: E402
-from nanorl.runtime.config import configure  # noqa: E402
-from nanorl.tasks import (  # noqa: E402
-    get_task,
-    is_correct,  # noqa: E402
-    parse_settings,
-)
-from nanorl.tokenizer import Tokenizer  # noqa: E402
+from nanorl.engine import Engine
+from nanorl.hf import load_model, local_model
+from nanorl.runtime.config import configure
+from nanorl.tasks import get_task, is_correct, parse_settings
+from nanorl.tokenizer import Tokenizer
 
 model = ""  # a model directory or hub id with a chat template
 task = "gsm8k"  # its val split
@@ -38,84 +37,115 @@ def main():
     path = local_model(model)
     source = get_task(task, split="val", **parse_settings(task_args))
     todo = [source.problem(i) for i in range(min(problems, len(source)))]
-    judge = lambda problem, text, finished: finished and is_correct(source.reward(problem, text))
 
+    # By nanorl.
     tokenizer, net = Tokenizer.from_pretrained(path), load_model(path)
     begun = time.time()
-    prompts = [tokenizer.render_prompt(p.prompt) for p in todo]
-    ours = [
-        group[0]
-        for group in Engine(net).generate(prompts, 1, max_new_tokens, 0.0, tokenizer.stop_ids)
-    ]
+    prompts = [tokenizer.render_prompt(problem.prompt) for problem in todo]
+    groups = Engine(net).generate(prompts, 1, max_new_tokens, 0.0, tokenizer.stop_ids)
+    ours = [group[0].ids for group in groups]
     our_seconds = time.time() - begun
-    texts = [tokenizer.decode(c.ids[:-1] if c.finished else c.ids) for c in ours]
 
-    theirs, their_tokenizer = (
-        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        transformers.AutoTokenizer.from_pretrained(path),
-    )
-    their_prompts = [
-        their_tokenizer.apply_chat_template(p.prompt, add_generation_prompt=True, return_dict=False)
-        for p in todo
-    ]
-    same_prompts = sum(list(a) == b for a, b in zip(their_prompts, prompts))
-    their_ids, begun = [None] * len(todo), time.time()
+    # By transformers.
+    their_net = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    their_prompts = [render(their_tokenizer, problem) for problem in todo]
+    begun = time.time()
     order = sorted(range(len(todo)), key=lambda i: len(prompts[i]))
-    for some in (order[i : i + batch] for i in range(0, len(order), batch)):
-        longest = max(len(their_prompts[i]) for i in some)
-        ids = torch.tensor(
-            [[0] * (longest - len(their_prompts[i])) + list(their_prompts[i]) for i in some]
-        )  # (batch, longest), padded on the left
-        seen = torch.tensor(
-            [[0] * (longest - len(their_prompts[i])) + [1] * len(their_prompts[i]) for i in some]
-        )
-        said = theirs.generate(
-            ids,
-            attention_mask=seen,
+    theirs = generate(their_net, tokenizer, their_prompts, order)
+    their_seconds = time.time() - begun
+
+    # Which are right, and where the two part.
+    our_right = judge(source, todo, ours, tokenizer, tokenizer.stop_ids)
+    their_right = judge(source, todo, theirs, their_tokenizer, tokenizer.stop_ids)
+    forks, judged_differently = [], []
+    for i in range(len(todo)):
+        if ours[i] != theirs[i]:
+            forks.append(i)
+            show_fork(i, prompts[i], ours[i], theirs[i], net, their_net)
+        if our_right[i] != their_right[i]:
+            judged_differently.append(i)
+
+    seconds = dict(nanorl=round(our_seconds, 1), transformers=round(their_seconds, 1))
+    found = dict(
+        problems=len(todo),
+        same_prompts=sum(a == b for a, b in zip(their_prompts, prompts)),
+        same_completions=len(todo) - len(forks),
+        correct=dict(nanorl=sum(our_right), transformers=sum(their_right)),
+        judged_differently=judged_differently,
+        seconds=seconds,
+    )
+    print(json.dumps(found))
+
+
+def render(tokenizer, problem):
+    """A problem's prompt as transformers has it, a list of ids."""
+    options = dict(add_generation_prompt=True, return_dict=False)
+    return list(tokenizer.apply_chat_template(problem.prompt, **options))
+
+
+def generate(net, tokenizer, prompts, order):
+    """Greedy completions of the prompts (lists of ids) by transformers, lists of ids.
+
+    `order` says which come together. A completion's stop token, if it has one, is kept.
+    """
+    found = [None] * len(prompts)
+    begun = time.time()
+    for start in range(0, len(order), batch):
+        some = order[start : start + batch]
+
+        # One rectangle, padded on the left.
+        longest = max(len(prompts[i]) for i in some)
+        ids, mask = [], []
+        for i in some:
+            padding = [0] * (longest - len(prompts[i]))
+            ids.append(padding + prompts[i])
+            mask.append(padding + [1] * len(prompts[i]))
+        output = net.generate(
+            torch.tensor(ids),  # (batch, longest)
+            attention_mask=torch.tensor(mask),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=tokenizer.stop_ids,
             pad_token_id=tokenizer.document_end,
         )
-        for i, row in zip(some, said[:, longest:].tolist()):
-            end = next((n + 1 for n, id in enumerate(row) if id in tokenizer.stop_ids), len(row))
-            their_ids[i] = row[:end]
-        print(
-            f"transformers: {sum(x is not None for x in their_ids)} of {len(todo)}, {time.time() - begun:.0f} s",
-            flush=True,
-        )
-    their_seconds = time.time() - begun
+        for i, row in zip(some, output[:, longest:].tolist()):
+            found[i] = up_to_stop(row, tokenizer.stop_ids)
 
-    right = {"nanorl": [], "transformers": []}
-    for i, problem in enumerate(todo):
-        finished = their_ids[i][-1] in tokenizer.stop_ids
-        their_text = their_tokenizer.decode(their_ids[i][:-1] if finished else their_ids[i])
-        right["nanorl"].append(judge(problem, texts[i], ours[i].finished))
-        right["transformers"].append(judge(problem, their_text, finished))
-        if their_ids[i] != ours[i].ids:
-            at = next(n for n, (a, b) in enumerate(zip(ours[i].ids, their_ids[i])) if a != b)
-            ids = torch.tensor([prompts[i] + ours[i].ids[:at]])
-            with torch.no_grad():
-                pair = [ours[i].ids[at], their_ids[i][at]]
-                gaps = [
-                    float(z[pair[0]] - z[pair[1]])
-                    for z in (net(ids)[0, -1], theirs(ids).logits[0, -1])
-                ]
-            print(
-                f"problem {i}: other tokens from place {at} on, where the two logits differ by {gaps[0]:.1e} (nanorl) and {gaps[1]:.1e} (transformers, without padding)"
-            )
-    differ = [i for i in range(len(todo)) if right["nanorl"][i] != right["transformers"][i]]
+        done = sum(completion is not None for completion in found)
+        print(f"transformers: {done} of {len(prompts)}, {time.time() - begun:.0f} s", flush=True)
+    return found
+
+
+def up_to_stop(ids, stop_ids):
+    for n, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[: n + 1]
+    return ids
+
+
+def judge(source, problems, completions, tokenizer, stop_ids):
+    """A bool a problem: is its completion, a list of ids, finished and right?"""
+    right = []
+    for problem, ids in zip(problems, completions):
+        finished = ids[-1] in stop_ids
+        text = tokenizer.decode(ids[:-1] if finished else ids)
+        right.append(finished and is_correct(source.reward(problem, text)))
+    return right
+
+
+@torch.no_grad()
+def show_fork(i, prompt, ours, theirs, net, their_net):
+    """Where two completions of problem i part, and how near its two tokens are in each model."""
+    at = next(n for n, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+    ids = torch.tensor([prompt + ours[:at]])  # (1, T)
+    logits = net(ids)[0, -1]  # (V,)
+    their_logits = their_net(ids).logits[0, -1]  # (V,)
+    gap = float(logits[ours[at]] - logits[theirs[at]])
+    their_gap = float(their_logits[ours[at]] - their_logits[theirs[at]])
     print(
-        json.dumps(
-            dict(
-                problems=len(todo),
-                same_prompts=same_prompts,
-                same_completions=sum(c.ids == t for c, t in zip(ours, their_ids)),
-                correct={name: sum(found) for name, found in right.items()},
-                judged_differently=differ,
-                seconds=dict(nanorl=round(our_seconds, 1), transformers=round(their_seconds, 1)),
-            )
-        )
+        f"problem {i}: other tokens from place {at} on, where the two logits differ by "
+        f"{gap:.1e} (nanorl) and {their_gap:.1e} (transformers, without padding)"
     )
 
 

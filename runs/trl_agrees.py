@@ -1,32 +1,37 @@
-"""Does nanorl compute what TRL's GRPOTrainer computes? TRL takes one step; its own completions are then given to nanorl, and advantages, loss and
-gradient are compared, for several settings of both.
+"""Does nanorl compute what TRL's GRPOTrainer computes?
 
     pip install trl accelerate
     NANORL_DATA=... python runs/trl_agrees.py --model=<a Llama or Qwen directory>
 
-All in fp32. The loss compared is PPO's clipped one, whose value TRL reports; nanorl's default form, -A log pi, has another value and the same gradient,
-which is compared too.
+TRL takes one step. Its own completions are then given to nanorl, and advantages, loss and gradient
+are compared, for several settings of both. All is in fp32. The loss compared is PPO's clipped one,
+whose value TRL reports. nanorl's default form, -A log pi, has another value and the same gradient,
+which is compared too. A line of JSON a setting.
 
-transformers does not train the embedding of the pad token as an input (nn.Embedding's padding_idx), also where, as in SmolLM2, that is the token that ends
-every turn of the prompt. nanorl has no pad token and does. `gradient_off` leaves that one row out, `gradient_off_with_pad_row` does not. One JSON line a
-setting."""
+transformers does not train the embedding of the pad token as an input (nn.Embedding's padding_idx),
+not even where that token ends every turn of the prompt, as in SmolLM2. nanorl has no pad token, and
+trains all. `gradient_off` leaves that one row out, and `gradient_off_with_pad_row` does not.
+"""
 
 import json
 import os
 import sys
 import tempfile
 
+import datasets
 import torch
+import transformers
+import trl
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from nanorl import grpo  # noqa: E402
-from nanorl.batch import pack  # noqa: E402
-from nanorl.hf import load_model, local_model  # noqa: E402
-from nanorl.learner import forward  # noqa: E402
-from nanorl.rollout import Rollout, length_table  # noqa: E402
-from nanorl.runtime.config import configure  # noqa: E402
-from nanorl.sampling import Completion  # noqa: E402
-from nanorl.tasks import get_task  # noqa: E402
+from nanorl import grpo
+from nanorl.batch import pack
+from nanorl.hf import load_model, local_model
+from nanorl.learner import forward
+from nanorl.rollout import Rollout, length_table
+from nanorl.runtime.config import configure
+from nanorl.sampling import Completion
+from nanorl.tasks import get_task
 
 model = ""  # a model directory or hub id with a chat template
 prompts = 4  # GSM8K training problems
@@ -38,6 +43,21 @@ SETTINGS = {
     ("zscore", "sequence", 1.0): dict(scale_rewards="group", loss_type="grpo"),
     ("mean", "constant", 0.8): dict(scale_rewards="none", loss_type="dr_grpo"),
 }
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def main():
+    configure(globals())
+    path = local_model(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    task = get_task("gsm8k", split="train")
+    problems = [dict(prompt=task.problem(i).prompt) for i in range(prompts)]
+    data = datasets.Dataset.from_list(problems)
+    pad_row = transformers.AutoConfig.from_pretrained(path).pad_token_id
+    for ours, theirs in SETTINGS.items():
+        step = step_of_trl(path, tokenizer, data, ours, theirs)
+        row = compare(path, tokenizer, pad_row, ours, step)
+        print(json.dumps(row), flush=True)
 
 
 def reward(text):
@@ -45,166 +65,173 @@ def reward(text):
     return round(sum(c.isdigit() for c in text) / max(len(text), 1), 1)
 
 
-def main():
-    configure(globals())
-    import datasets
-    import transformers
-    import trl
+# ---- TRL's step ----------------------------------------------------------------------------------
 
-    path = local_model(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    task = get_task("gsm8k", split="train")
-    data = datasets.Dataset.from_list([dict(prompt=task.problem(i).prompt) for i in range(prompts)])
-    seen = {}
 
-    class Watched(trl.GRPOTrainer):
-        def compute_loss(self, net, inputs, *args, **kwargs):
-            loss = super().compute_loss(net, inputs, *args, **kwargs)
-            seen.update(
-                {
-                    name: inputs[name].clone()
-                    for name in (
-                        "prompt_ids",
-                        "prompt_mask",
-                        "completion_ids",
-                        "completion_mask",
-                        "advantages",
-                    )
-                },
-                loss=float(loss),
-            )
-            return loss
+class Watched(trl.GRPOTrainer):
+    """Keeps what its loss is computed from, and the loss."""
 
-    class Gradients(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            seen["gradient"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+    def compute_loss(self, net, inputs, *args, **kwargs):
+        loss = super().compute_loss(net, inputs, *args, **kwargs)
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages")
+        self.seen = {name: inputs[name].clone() for name in names}
+        self.seen_loss = float(loss)
+        return loss
 
-    for (advantage, loss_norm, temperature), named in SETTINGS.items():
-        with tempfile.TemporaryDirectory() as out:
-            config = trl.GRPOConfig(
-                output_dir=out,
-                use_cpu=True,
-                bf16=False,
-                fp16=False,
-                gradient_checkpointing=False,
-                per_device_train_batch_size=prompts * samples,
-                num_generations=samples,
-                max_completion_length=new_tokens,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                beta=0.0,
-                num_iterations=1,
-                learning_rate=1e-6,
-                max_steps=1,
-                max_grad_norm=0.0,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                **named,
-            )
-            Watched(
-                transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-                reward_funcs=lambda completions, **_: [
-                    reward(c[0]["content"]) for c in completions
-                ],
-                args=config,
-                train_dataset=data,
-                processing_class=tokenizer,
-                callbacks=[Gradients()],
-            ).train()
 
-        # ---- the same completions, by nanorl: TRL's rows are shuffled, so they are put together by their prompt
-        groups = {}
-        for prompt, p_mask, ids, c_mask, a in zip(
-            *(
-                seen[name].tolist()
-                for name in (
-                    "prompt_ids",
-                    "prompt_mask",
-                    "completion_ids",
-                    "completion_mask",
-                    "advantages",
-                )
-            )
-        ):
-            prompt, ids = (
-                [i for i, m in zip(prompt, p_mask) if m],
-                [i for i, m in zip(ids, c_mask) if m],
-            )
-            groups.setdefault(tuple(prompt), []).append(
-                (Completion(ids, [0.0] * len(ids), True), a)
-            )
-        rollouts = [
-            Rollout(None, list(prompt), [c for c, _ in group], None, None, None)
-            for prompt, group in groups.items()
-        ]
-        rewards = torch.tensor(
-            [
-                [reward(tokenizer.decode(c.ids, skip_special_tokens=True)) for c in r.completions]
-                for r in rollouts
-            ],
-            dtype=torch.float64,
+class Gradients(transformers.TrainerCallback):
+    """Keeps the gradient."""
+
+    def on_pre_optimizer_step(self, *_args, **kwargs):
+        self.seen = {name: p.grad.clone() for name, p in kwargs["model"].named_parameters()}
+
+
+def step_of_trl(path, tokenizer, data, ours, theirs):
+    """One step by TRL -> (inputs of its loss, its loss, its gradient)."""
+    _, _, temperature = ours
+    net = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    gradients = Gradients()
+    with tempfile.TemporaryDirectory() as out:
+        trainer = Watched(
+            net,
+            reward_funcs=lambda completions, **_: [reward(c[0]["content"]) for c in completions],
+            args=trl_config(out, temperature, theirs),
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[gradients],
         )
-        theirs = torch.tensor(
-            [[a for _, a in group] for group in groups.values()], dtype=torch.float64
-        )  # (P, G)
-        advantages = grpo.advantages(rewards, advantage)  # (P, G)
-        lengths = length_table(rollouts, samples)
-        weights, denominator = (
-            grpo.token_weights(lengths, loss_norm, new_tokens),
-            grpo.denominator(lengths, loss_norm),
-        )
-        net, row = (
-            load_model(path),
-            dict(
-                advantage=advantage,
-                loss_norm=loss_norm,
-                temperature=temperature,
-                trl=trl.__version__,
-                tokens=int(lengths.sum()),
-            ),
-        )
-        table, pad_row = (
-            "model.embed_tokens.weight",
-            transformers.AutoConfig.from_pretrained(path).pad_token_id,
-        )
-        off = lambda a, b: float(
-            (
-                sum((a[name] - b[name]).double().square().sum() for name in b)
-                / sum(b[name].double().square().sum() for name in b)
-            ).sqrt()
-        )
-        for form in ("clipped", "reinforce"):
-            loss = 0.0
-            for batch in pack(rollouts, advantages, weights, 16384, "cpu"):
-                logprobs = forward(net, batch, temperature).logprobs
-                objective = (
-                    grpo.clipped(logprobs, logprobs.detach(), batch.advantages)
-                    if form == "clipped"
-                    else grpo.reinforce(logprobs, batch.advantages)
-                )
-                part = grpo.policy_loss(objective, batch.token_weights, denominator)
-                part.backward()
-                loss += float(part.detach())
-            found, expected = (
-                {name: p.grad for name, p in net.named_parameters()},
-                dict(seen["gradient"]),
-            )
-            row[form] = dict(loss=loss, gradient_off_with_pad_row=off(found, expected))
-            if pad_row is not None:
-                expected[table] = expected[table].index_copy(
-                    0, torch.tensor([pad_row]), found[table][[pad_row]]
-                )
-            row[form]["gradient_off"] = off(found, expected)
-            for p in net.parameters():
-                p.grad = None
-        row.update(
-            loss_of_trl=seen["loss"],
-            advantages_off=float((advantages - theirs).abs().max()),
-            groups_without_signal=int(grpo.no_signal(rewards).sum()),
-        )
-        print(json.dumps(row), flush=True)
+        trainer.train()
+    return trainer.seen, trainer.seen_loss, gradients.seen
+
+
+def trl_config(directory, temperature, theirs):
+    """TRL's settings for one step, with some of SETTINGS."""
+    return trl.GRPOConfig(
+        output_dir=directory,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=prompts * samples,
+        num_generations=samples,
+        max_completion_length=new_tokens,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        beta=0.0,
+        num_iterations=1,
+        learning_rate=1e-6,
+        max_steps=1,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **theirs,
+    )
+
+
+# ---- the same by nanorl --------------------------------------------------------------------------
+
+
+def compare(path, tokenizer, pad_row, ours, step):
+    """What nanorl computes from the completions of TRL's step, and how far off it is."""
+    advantage, loss_norm, temperature = ours
+    inputs, their_loss, their_gradient = step
+    rollouts, their_advantages = rollouts_of(inputs)
+    rewards = rewards_of(rollouts, tokenizer)  # (P, G)
+    advantages = grpo.advantages(rewards, advantage)  # (P, G)
+    lengths = length_table(rollouts, samples)  # (P, G)
+    token_weights = grpo.token_weights(lengths, loss_norm, new_tokens)  # (P, G)
+    N = grpo.denominator(lengths, loss_norm)
+    batches = pack(rollouts, advantages, token_weights, 16384, "cpu")
+
+    row = dict(
+        advantage=advantage,
+        loss_norm=loss_norm,
+        temperature=temperature,
+        trl=trl.__version__,
+        tokens=int(lengths.sum()),
+    )
+    net = load_model(path)
+    for form in ("clipped", "reinforce"):
+        loss = backward(net, batches, form, temperature, N)
+        gradient = {name: p.grad for name, p in net.named_parameters()}
+        row[form] = dict(loss=loss)
+        row[form]["gradient_off_with_pad_row"] = off(gradient, their_gradient)
+        expected = dict(their_gradient)
+        if pad_row is not None:
+            pad_gradient = gradient[EMBEDDING][[pad_row]]  # (1, C)
+            index = torch.tensor([pad_row])
+            expected[EMBEDDING] = expected[EMBEDDING].index_copy(0, index, pad_gradient)
+        row[form]["gradient_off"] = off(gradient, expected)
+        for p in net.parameters():
+            p.grad = None
+    row.update(
+        loss_of_trl=their_loss,
+        advantages_off=float((advantages - their_advantages).abs().max()),
+        groups_without_signal=int(grpo.no_signal(rewards).sum()),
+    )
+    return row
+
+
+def rollouts_of(inputs):
+    """The inputs of TRL's loss -> Rollouts, and TRL's advantages (P, G), float64.
+
+    TRL's rows are shuffled. So they are put together by their prompt.
+    """
+    prompt_ids = kept(inputs["prompt_ids"], inputs["prompt_mask"])
+    completion_ids = kept(inputs["completion_ids"], inputs["completion_mask"])
+    completions, advantages = {}, {}  # by prompt
+    for prompt, ids, a in zip(prompt_ids, completion_ids, inputs["advantages"].tolist()):
+        completion = Completion(ids, [0.0] * len(ids), True)
+        completions.setdefault(tuple(prompt), []).append(completion)
+        advantages.setdefault(tuple(prompt), []).append(a)
+
+    rollouts = []
+    for prompt, group in completions.items():
+        rollouts.append(Rollout(None, list(prompt), group, None, None, None))
+    return rollouts, torch.tensor(list(advantages.values()), dtype=torch.float64)
+
+
+def kept(ids, mask):
+    """Padded ids and their mask, (rows, T) each -> a list of ids a row."""
+    rows = []
+    for row, row_mask in zip(ids.tolist(), mask.tolist()):
+        rows.append([token for token, keep in zip(row, row_mask) if keep])
+    return rows
+
+
+def rewards_of(rollouts, tokenizer):
+    """(P, G), float64."""
+    rewards = []
+    for rollout in rollouts:
+        texts = []
+        for completion in rollout.completions:
+            texts.append(tokenizer.decode(completion.ids, skip_special_tokens=True))
+        rewards.append([reward(text) for text in texts])
+    return torch.tensor(rewards, dtype=torch.float64)
+
+
+def backward(net, batches, form, temperature, N):
+    """The loss in one of its two forms; its gradient is left in the net."""
+    loss = 0.0
+    for batch in batches:
+        logprobs = forward(net, batch, temperature).logprobs  # (S,)
+        if form == "clipped":
+            gain = grpo.clipped(logprobs, logprobs.detach(), batch.advantages)  # (S,)
+        else:
+            gain = grpo.reinforce(logprobs, batch.advantages)  # (S,)
+        part = grpo.policy_loss(gain, batch.token_weights, N)
+        part.backward()
+        loss += float(part.detach())
+    return loss
+
+
+def off(found, expected):
+    """How far a gradient is off, in terms of the expected one's norm. Both: {name: tensor}."""
+    square = sum((found[name] - expected[name]).double().square().sum() for name in expected)
+    whole = sum(expected[name].double().square().sum() for name in expected)
+    return float((square / whole).sqrt())
 
 
 if __name__ == "__main__":

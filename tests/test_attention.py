@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import toy_model
 
+from conftest import toy_model
 from nanorl.attention import CausalAttention, SharedPrefixAttention, pick
 from nanorl.batch import Row
 
@@ -22,16 +22,18 @@ def test_packed_documents_do_not_see_each_other():
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("packed", [False, True])
 def test_spelled_out_attention_equals_the_fused_kernel(packed, kv_heads):
-    """On a CPU in bf16 short rows take another path: the same numbers up to bf16's rounding, and the same gradients."""
+    """On a CPU in bf16 short rows take another path.
+
+    It gives the same numbers and the same gradients, up to bf16's rounding.
+    """
     torch.manual_seed(0)
     document = torch.tensor([[1] * 9 + [2] * 11, [1] * 20]) if packed else None
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(1)
-        q, k, v = (
-            torch.randn(2, 20, heads, 8).to(dtype).requires_grad_()
-            for heads in (4, kv_heads, kv_heads)
-        )
+        q = torch.randn(2, 20, 4, 8).to(dtype).requires_grad_()
+        k = torch.randn(2, 20, kv_heads, 8).to(dtype).requires_grad_()
+        v = torch.randn(2, 20, kv_heads, 8).to(dtype).requires_grad_()
         y = CausalAttention(document)(0, q, k, v)
         y.float().square().sum().backward()
         results.append([t.float() for t in (y, q.grad, k.grad, v.grad)])
@@ -39,24 +41,36 @@ def test_spelled_out_attention_equals_the_fused_kernel(packed, kv_heads):
         assert (exact - rounded).abs().max() < 0.05 * exact.abs().max()
 
 
-# Prompts and the lengths of what follows each: ragged, of one token, with a sample that adds nothing, prompts of other length in one block.
+# Lengths of prompts, and of what follows each: ragged, of one token, with a sample that adds
+# nothing, prompts of other length in one block.
 GROUPS = [(7, [5, 1, 0, 9, 5]), (1, [5, 19]), (12, [0]), (4, [20, 19, 18, 2, 2, 2])]
 
 
 def packed_groups(groups):
-    """-> ids and positions (1, N), rows for SharedPrefixAttention, and each sample as a row of its own with the places of its tokens."""
+    """-> ids and positions (1, T), rows for SharedPrefixAttention, and each sample alone.
+
+    Alone: a row of its own with its prompt, and the slots of its tokens in the packed row.
+    """
     generator = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(0, 70, (n,), generator=generator).tolist()
+
+    def draw(n):
+        return torch.randint(0, 70, (n,), generator=generator).tolist()
+
     ids, positions, rows, alone = [], [], [], []
     for n, samples in groups:
-        start, prompt = len(ids), draw(n)
+        start = len(ids)
+        prompt = draw(n)
         rows.append(Row(start, n, start, 0))
-        ids, positions = ids + prompt, positions + list(range(n))
+        ids += prompt
+        positions += range(n)
         for m in samples:
-            first, sample = len(ids), draw(m)
+            first = len(ids)
+            sample = draw(m)
             rows.append(Row(first, m, start, n))
-            ids, positions = ids + sample, positions + list(range(n, n + m))
-            alone.append((prompt + sample, [*range(start, start + n), *range(first, first + m)]))
+            ids += sample
+            positions += range(n, n + m)
+            slots = [*range(start, start + n), *range(first, first + m)]
+            alone.append((prompt + sample, slots))
     return torch.tensor([ids]), torch.tensor([positions]), rows, alone
 
 
@@ -66,23 +80,25 @@ def test_prompts_computed_once_give_what_each_row_alone_gives(groups, kv_heads):
     """Activations and, in the shared prompt too, gradients: fp64."""
     model = toy_model(n_kv_head=kv_heads)
     ids, positions, rows, alone = packed_groups(groups)
-    together = model.hidden(ids, positions, SharedPrefixAttention(rows, "cpu"))[0]  # (N, C)
-    towards = torch.randn(
-        len(alone), 64, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-    for (row, places), target in zip(alone, towards):
+    together = model.hidden(ids, positions, SharedPrefixAttention(rows, "cpu"))[0]  # (T, C)
+    generator = torch.Generator().manual_seed(1)
+    towards = torch.randn(len(alone), 64, 32, dtype=torch.float64, generator=generator)
+    for row, slots in alone:
         h = model.hidden(torch.tensor([row]))[0]
-        assert (h - together[places]).abs().max() < 1e-12
-    sum(
-        (together[places] * target[: len(places)]).sum()
-        for (_, places), target in zip(alone, towards)
-    ).backward()
+        assert (h - together[slots]).abs().max() < 1e-12
+
+    loss = 0.0
+    for (_, slots), target in zip(alone, towards):
+        loss = loss + (together[slots] * target[: len(slots)]).sum()
+    loss.backward()
     shared = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
     model.zero_grad()
-    sum(
-        (model.hidden(torch.tensor([row]))[0] * target[: len(row)]).sum()
-        for (row, _), target in zip(alone, towards)
-    ).backward()
+    loss = 0.0
+    for (row, _), target in zip(alone, towards):
+        h = model.hidden(torch.tensor([row]))[0]
+        loss = loss + (h * target[: len(row)]).sum()
+    loss.backward()
     for a, b in zip(shared, (p.grad for p in model.parameters() if p.grad is not None)):
         assert (a - b).abs().max() <= 1e-10
 
@@ -90,10 +106,10 @@ def test_prompts_computed_once_give_what_each_row_alone_gives(groups, kv_heads):
 def test_padding_is_a_small_part_also_of_a_skewed_mix():
     """Only attention sees padding, and a long row does not widen the short ones' block."""
     lengths = [4] * 60 + [5] * 30 + [60] * 2
-    attend = SharedPrefixAttention(
-        [Row(0, 10, 0, 0)] + [Row(10 + sum(lengths[:i]), n, 0, 10) for i, n in enumerate(lengths)],
-        "cpu",
-    )
+    rows = [Row(0, 10, 0, 0)]
+    for i, n in enumerate(lengths):
+        rows.append(Row(10 + sum(lengths[:i]), n, 0, 10))
+    attend = SharedPrefixAttention(rows, "cpu")
     assert attend.computed_slots <= 1.15 * (10 + sum(lengths))
 
 
@@ -112,20 +128,22 @@ def test_many_gradients_to_one_row_are_summed_in_fp32():
 
 def test_all_layers_share_one_mask():
     """What autograd keeps of it does not grow with the layers."""
-    kept = []
-    for layers in (1, 4):
-        model, seen = toy_model(n_layer=layers, dtype=torch.float32), {}
-        attend = SharedPrefixAttention(
-            [Row(0, 40, 0, 0), Row(40, 60, 0, 40), Row(100, 60, 0, 40)], "cpu"
-        )
-        masks = {2 * 60 * 100, 2 * 60 * 104, 40 * 40}
+    rows = [Row(0, 40, 0, 0), Row(40, 60, 0, 40), Row(100, 60, 0, 40)]
+    mask_sizes = {2 * 60 * 100, 2 * 60 * 104, 40 * 40}
+
+    def bytes_kept(layers):
+        seen = {}
 
         def note(t):
-            if t.untyped_storage().nbytes() // t.element_size() in masks:
-                seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            memory = t.untyped_storage()
+            if memory.nbytes() // t.element_size() in mask_sizes:
+                seen[memory.data_ptr()] = memory.nbytes()
             return t
 
+        model = toy_model(n_layer=layers, dtype=torch.float32)
+        attend = SharedPrefixAttention(rows, "cpu")
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             model.hidden(torch.zeros(1, 160, dtype=torch.long), torch.arange(160)[None], attend)
-        kept.append(sum(seen.values()))
-    assert kept[0] == kept[1] > 0
+        return sum(seen.values())
+
+    assert bytes_kept(1) == bytes_kept(4) > 0

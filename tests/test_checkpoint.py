@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there, whenever the process dies; and which run may be resumed."""
+"""A checkpoint is whole or it is not there, whenever the process dies; which run may be resumed."""
 
 import os
 import random
@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from scripts import ROOT
 
 from nanorl.runtime import checkpoint
 from nanorl.runtime.config import read_constants
+from scripts import ROOT
 
 SETTINGS = dict(
     steps=40,
@@ -61,12 +61,12 @@ def version_of(path):
 
 def whole(directory):
     """{step: version} of all that are found as checkpoints; fails if one of them is not whole."""
-    found = {
-        s: version_of(checkpoint.path_of(str(directory), s))
-        for s in checkpoint._steps(str(directory))
-    }
-    newest = checkpoint.latest(str(directory))
-    assert newest == (checkpoint.path_of(str(directory), max(found)) if found else None)
+    directory = str(directory)
+    found = {}
+    for step in checkpoint._steps(directory):
+        found[step] = version_of(checkpoint.path_of(directory, step))
+    newest = checkpoint.path_of(directory, max(found)) if found else None
+    assert checkpoint.latest(directory) == newest
     return found
 
 
@@ -104,16 +104,13 @@ def test_a_save_that_fails_leaves_none_and_the_earlier_one_intact(tmp_path):
         assert whole(tmp_path) == {1: 0}
     save(tmp_path, 2)  # what the failed one left is no obstacle, and does not get into it
     assert whole(tmp_path) == {1: 0, 2: 0}
-    assert sorted(os.listdir(tmp_path / "step_000002")) == [
-        "DONE",
-        "config.json",
-        "model.safetensors",
-        "trainer.pt",
-    ]
+    files = ["DONE", "config.json", "model.safetensors", "trainer.pt"]
+    assert sorted(os.listdir(tmp_path / "step_000002")) == files
 
 
 def test_without_done_it_is_not_a_checkpoint(tmp_path):
-    save(tmp_path, 1), save(tmp_path, 2)
+    save(tmp_path, 1)
+    save(tmp_path, 2)
     os.remove(tmp_path / "step_000002" / "DONE")
     for other in ("step_000003.old", ".step_000004.tmp", "tokens"):  # nor are other folders
         shutil.copytree(tmp_path / "step_000001", tmp_path / other)
@@ -155,24 +152,39 @@ def test_all_is_on_disk_before_it_takes_its_name_and_then_the_name(tmp_path, mon
     assert [number for number, _ in before].index(done) == len(before) - 2  # the last of the files
 
 
-# ---- death at any moment ------------------------------------------------------------------------------------
+# ---- death at any moment -------------------------------------------------------------------------
 
 
 class Killed(BaseException):
     """Raised in place of a system call; from then on no other is made, as after a real death."""
 
 
+class Dying:
+    """Kills the process, as it seems, at its system call after `calls_allowed` others."""
+
+    def __init__(self, calls_allowed):
+        self.calls_allowed, self.calls = calls_allowed, 0
+
+    def wrap(self, real):
+        def call(*args, **kwargs):
+            if self.calls == self.calls_allowed:
+                raise Killed
+            self.calls += 1
+            return real(*args, **kwargs)
+
+        return call
+
+
+BEFORE = {1: 0, 2: 0, 3: 0}
+
+
 @pytest.mark.parametrize(
     "step, allowed",
     [
-        (
-            4,
-            [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0, 4: 1}, {1: 0, 3: 0, 4: 1}],
-        ),  # before; saved; and step 2 pruned
-        (
-            3,
-            [{1: 0, 2: 0, 3: 0}, {1: 0, 2: 0}, {1: 0, 2: 0, 3: 1}],
-        ),  # a second save of step 3: old, absent or new
+        # Before; saved; and step 2 pruned.
+        (4, [BEFORE, {**BEFORE, 4: 1}, {1: 0, 3: 0, 4: 1}]),
+        # A second save of step 3: old, absent or new.
+        (3, [BEFORE, {1: 0, 2: 0}, {1: 0, 2: 0, 3: 1}]),
     ],
 )
 def test_death_before_each_system_call_of_a_save(tmp_path, monkeypatch, step, allowed):
@@ -180,21 +192,12 @@ def test_death_before_each_system_call_of_a_save(tmp_path, monkeypatch, step, al
         save(tmp_path / "start", s)
     seen, dead = [], True
     while dead:
-        directory, calls, dead = tmp_path / str(len(seen)), [], False
+        directory, dead = tmp_path / str(len(seen)), False
         shutil.copytree(tmp_path / "start", directory)
-
-        def dying(real):
-            def call(*args, **kwargs):
-                if len(calls) == len(seen):
-                    raise Killed
-                calls.append(real)
-                return real(*args, **kwargs)
-
-            return call
-
+        dying = Dying(calls_allowed=len(seen))
         with monkeypatch.context() as patched:
             for name in ("open", "mkdir", "fsync", "rename", "remove", "unlink", "rmdir"):
-                patched.setattr(os, name, dying(getattr(os, name)))
+                patched.setattr(os, name, dying.wrap(getattr(os, name)))
             try:
                 save(directory, step, version=1)
             except Killed:
@@ -209,9 +212,8 @@ def test_death_before_each_system_call_of_a_save(tmp_path, monkeypatch, step, al
 def test_sigkill_at_random_moments(tmp_path):
     rng, before = random.Random(0), 0
     for _ in range(10):
-        child = (
-            os.fork()
-        )  # not a fresh interpreter: importing torch takes longer than all saves together
+        # Not a fresh interpreter: importing torch takes longer than all saves together.
+        child = os.fork()
         if child == 0:
             try:
                 for step in range(before + 1, before + 1000):
@@ -233,7 +235,7 @@ def test_sigkill_at_random_moments(tmp_path):
         before = max(found)
 
 
-# ---- resuming -----------------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------
 
 
 def test_resume_auto_never_must(tmp_path):
@@ -242,7 +244,8 @@ def test_resume_auto_never_must(tmp_path):
     assert checkpoint.resume_point(directory, "never", SETTINGS) is None
     with pytest.raises(ValueError, match="no checkpoint in"):
         checkpoint.resume_point(directory, "must", SETTINGS)
-    save(tmp_path, 5), save(tmp_path, 10)
+    save(tmp_path, 5)
+    save(tmp_path, 10)
     for resume in ("auto", "must"):
         assert checkpoint.resume_point(directory, resume, SETTINGS) == str(tmp_path / "step_000010")
     with pytest.raises(ValueError, match="--resume=never.*choose another --run_name"):
@@ -253,18 +256,13 @@ def test_resume_auto_never_must(tmp_path):
 
 def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
     save(tmp_path, 5)
+    other = {**SETTINGS, "lr": 1e-4, "task": "0-20", "eval_every": 1, "kl_coef": 0.1}
     for resume in ("auto", "must"):
         with pytest.raises(ValueError) as error:
-            checkpoint.resume_point(
-                str(tmp_path),
-                resume,
-                {**SETTINGS, "lr": 1e-4, "task": "0-20", "eval_every": 1, "kl_coef": 0.1},
-            )
+            checkpoint.resume_point(str(tmp_path), resume, other)
         said = str(error.value)
-        assert (
-            "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said
-            and "--run_name=" in said
-        )
+        assert "(lr: 0.0002 -> 0.0001; task: 'sum3' -> '0-20'; kl_coef: None -> 0.1)" in said
+        assert "--run_name=" in said
 
 
 RUN = {"steps", "save_every", "after_save", "run_name", "resume", "max_bad_steps", "eval_every"}
@@ -278,7 +276,7 @@ MAY_CHANGE = {
 
 @pytest.mark.parametrize("script", MAY_CHANGE)
 def test_constants_that_may_change(tmp_path, script):
-    """Every constant of the script itself: these may differ when a run is resumed, all others not."""
+    """Of the script's own: these may differ when a run is resumed, and all others may not."""
     with open(os.path.join(ROOT, script), encoding="utf-8") as f:
         settings = {name: value for name, (value, *_) in read_constants(f.read()).items()}
     save(tmp_path, 5, settings=settings)
@@ -334,7 +332,6 @@ def test_weights_are_known_again_by_their_hash(tmp_path):
 
 
 def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
-    assert checkpoint.free_disk(str(tmp_path / "a" / "b")) == pytest.approx(
-        shutil.disk_usage(tmp_path).free, rel=0.1
-    )
+    free = shutil.disk_usage(tmp_path).free
+    assert checkpoint.free_disk(str(tmp_path / "a" / "b")) == pytest.approx(free, rel=0.1)
     assert checkpoint.free_disk("no/such/folder") > 0

@@ -3,9 +3,13 @@
 import os
 
 import pytest
-from conftest import ROOT
+from torch.distributed.run import get_args_parser
 
-from nanorl.runtime.config import configure, read_constants
+from nanorl.runtime.config import RENAMED, configure, read_constants
+from scripts import ROOT, call
+
+TRAINING = ["train_base.py", "train_sft.py", "train_rl.py"]
+SCRIPTS = [*TRAINING, "eval.py"]
 
 SOURCE = '''"""What the script does."""
 import os
@@ -72,23 +76,17 @@ def test_a_value_has_the_type_of_its_default(script):
     names = script()
     resolved = configure(names, ["--seed=1_000", "--lr=3", "--run=7", "--muon=no", "--floor=-2"])
     expected = dict(seed=1000, lr=3.0, run="7", muon=False, floor=-2.0, dry=False, bare=3)
-    assert resolved == expected and {n: type(v) for n, v in resolved.items()} == {
-        n: type(v) for n, v in expected.items()
-    }
-    assert {
-        n: names[n] for n in expected
-    } == expected  # the script's own globals are what main() reads
+    assert resolved == expected
+    for name, value in expected.items():
+        assert type(resolved[name]) is type(value)
+        assert names[name] == value  # the script's own globals are what main() reads
 
 
 def test_true_and_false_in_words_and_the_bare_flag(script):
-    for text, value in [
-        ("--dry", True),
-        ("--dry=true", True),
-        ("--dry=1", True),
-        ("--muon=False", False),
-        ("--muon=0", False),
-    ]:
-        assert configure(script(), [text])[text[2:].split("=")[0]] is value
+    for text in ("--dry", "--dry=true", "--dry=1"):
+        assert configure(script(), [text])["dry"] is True
+    for text in ("--muon=False", "--muon=0"):
+        assert configure(script(), [text])["muon"] is False
 
 
 def test_a_value_may_hold_equals_signs_and_be_empty(script):
@@ -107,21 +105,18 @@ def test_nothing_in_a_value_is_executed(script, tmp_path):
 def test_an_unknown_name_names_the_near_miss(script):
     assert message(script, "--sed=1") == "--sed: no such constant: did you mean --seed?"
     assert "--help" in message(script, "--zzzzzz=1")
-    assert "no such constant" in message(
-        script, "--late=1"
-    )  # below the first function: not a setting
+    # What is below the first function is no setting, nor is a list.
+    assert "no such constant" in message(script, "--late=1")
     assert "no such constant" in message(script, "--names=1")
 
 
 def test_an_ill_typed_value_is_refused_with_value_and_remedy(script):
     assert message(script, "--seed=1.5") == "--seed=1.5: seed takes a whole number (default 0)"
     assert message(script, "--lr=fast") == "--lr=fast: lr takes a number (default 0.0002)"
-    assert (
-        message(script, "--muon=maybe") == "--muon=maybe: muon takes true or false (default True)"
-    )
-    assert "--lr=0.0002" in message(
-        script, "--lr"
-    )  # a bare name is a flag only where the default is true or false
+    said = message(script, "--muon=maybe")
+    assert said == "--muon=maybe: muon takes true or false (default True)"
+    # A bare name is a flag only where the default is true or false.
+    assert "--lr=0.0002" in message(script, "--lr")
     assert "--name=value" in message(script, "seed=1")
 
 
@@ -131,21 +126,44 @@ def test_help_shows_every_constant_with_its_comment(script, capsys, flag):
         configure(script(), ["--seed=1", flag])
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and shown.startswith("What the script does.")
+    lines = shown.splitlines()
     for name, (default, comment, heading) in read_constants(SOURCE).items():
-        line = next(
-            line for line in shown.splitlines() if line.startswith(f"  --{name}={default} ")
-        )
+        line = next(line for line in lines if line.startswith(f"  --{name}={default} "))
         assert line.endswith(comment) and f"\n{heading}\n" in shown
-
-
-@pytest.mark.parametrize("name", ["train_base.py", "train_sft.py", "train_rl.py", "eval.py"])
-def test_every_constant_of_the_scripts_has_a_comment(name):
-    with open(os.path.join(ROOT, name), encoding="utf-8") as f:
-        constants = read_constants(f.read())
-    assert len(constants) > 10
-    assert [n for n, (_, comment, _) in constants.items() if not comment] == []
 
 
 def test_a_constant_that_is_refused_on_purpose_says_why(script):
     with pytest.raises(SystemExit, match="--top_k: no such constant: because"):
         configure(script(), ["--top_k=5"], refused={"top_k": "because"})
+
+
+# ---- the scripts' own ----------------------------------------------------------------------------
+
+
+def constants_of(script):
+    with open(os.path.join(ROOT, script), encoding="utf-8") as f:
+        return read_constants(f.read())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_constant_of_the_scripts_has_a_comment(script):
+    constants = constants_of(script)
+    assert len(constants) > 10
+    assert [name for name, (_, comment, _) in constants.items() if not comment] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_torchrun_leaves_every_constant_to_the_script(script):
+    """It looks for its own options behind the script's name too, and takes a beginning for one."""
+    parser, command = get_args_parser(), ["--nproc_per_node=2", script]
+    expected = vars(parser.parse_args(command))
+    for name in constants_of(script):
+        expected["training_script_args"] = [f"--{name}=1"]
+        assert vars(parser.parse_args([*command, f"--{name}=1"])) == expected
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_a_constant_that_had_another_name_is_refused_with_the_new_one(script):
+    said = call(script, "--run=x")
+    assert said == f"--run: no such constant: {RENAMED['run']}"
+    assert "--run_name" in said and "\n" not in said

@@ -3,9 +3,11 @@
 import errno
 
 import pytest
-from scripts import finish_ranks, ranks
 
 from nanorl.runtime import dist
+from scripts import finish_ranks, ranks
+
+CPU_ALLOCATION = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
 
 
 @pytest.mark.parametrize(
@@ -13,12 +15,7 @@ from nanorl.runtime import dist
     [
         (ValueError("--lr=x: why"), "--lr=x: why"),
         (MemoryError(), "--device_tokens"),
-        (
-            RuntimeError(
-                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
-            ),
-            "--device_rows",
-        ),
+        (RuntimeError(CPU_ALLOCATION), "--device_rows"),
         (OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"), "last checkpoint"),
     ],
 )
@@ -28,11 +25,8 @@ def test_trouble_that_is_not_a_defect_ends_with_one_line(error, words):
 
     with pytest.raises(SystemExit) as end:
         dist.run(main)
-    assert (
-        end.value.code.startswith("error: ")
-        and words in end.value.code
-        and "\n" not in end.value.code
-    )
+    said = end.value.code
+    assert said.startswith("error: ") and words in said and "\n" not in said
 
 
 @pytest.mark.parametrize(

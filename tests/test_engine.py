@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import toy_model
 
+from conftest import toy_model
 from nanorl.cache import Capacity, Layout, Row, Settings, columns_for, fill_holes, merge
 from nanorl.engine import Engine
 from nanorl.gpt import LOGITS_AT_ONCE, token_logprobs
@@ -16,7 +16,10 @@ from nanorl.sampling import row_keys, sample, uniforms
 
 @torch.no_grad()
 def slow_generate(model, prompt, key, number, new_tokens, temperature, stops):
-    """No cache, no batch. Shares with the engine the rule that turns (key, sample, position) into a uniform."""
+    """No cache, no batch.
+
+    It shares with the engine the rule that turns (key, sample, position) into a uniform.
+    """
     row_key = row_keys(torch.tensor([key]), torch.tensor([number]))
     ids, logprobs = [], []
     for t in range(new_tokens):
@@ -60,6 +63,14 @@ CASES = {
     "one new token": dict(lengths=[4, 6], G=2, N=1),
     "prefill in pieces": dict(lengths=[9, 2, 8, 3, 7], G=2, prefill_tokens=10),
 }
+# What a case has that does not say otherwise.
+USUAL = dict(
+    max_rows=0,
+    temperature=1.0,
+    stops=[3, 5, 9, 11, 12, 40],
+    N=24,
+    prefill_tokens=16384,
+)
 
 
 @pytest.mark.parametrize("fixed_shapes", [False, True])
@@ -73,66 +84,61 @@ CASES = {
 )
 @pytest.mark.parametrize("case", CASES)
 def test_equals_full_forward_one_row_at_a_time(case, heads, fixed_shapes, monkeypatch):
-    """In the shapes of a CPU's step and, on the same CPU, in those that a GPU's graphs have; with small constants, so that caches grow, logits come in
-    pieces and blocks of tokens are several."""
+    """In the shapes of a CPU's step and, on the same CPU, in those that a GPU's graphs have.
+
+    The constants are small, so that caches grow, logits come in pieces and blocks of tokens are
+    several.
+    """
     monkeypatch.setattr("nanorl.cache.COLUMNS", 5)
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 500)
     monkeypatch.setattr("nanorl.cache.SAMPLED_AT_ONCE", 150)
-    c = {
-        "max_rows": 0,
-        "temperature": 1.0,
-        "stops": [3, 5, 9, 11, 12, 40],
-        "N": 24,
-        "prefill_tokens": 16384,
-        **CASES[case],
-    }
+    c = {**USUAL, **CASES[case]}
+    G, new_tokens, temperature, stops = c["G"], c["N"], c["temperature"], c["stops"]
     model, prompts = toy_model(**heads), prompts_of(c["lengths"])
     keys = [1000 + 7 * i for i in range(len(prompts))]
     engine = Engine(model, c["max_rows"])
     engine.fixed_shapes = fixed_shapes
-    groups = engine.generate(
-        prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"]
-    )
-    needed = {k: v for k, v in engine.stats.items() if k not in ("live", "row_slots")}
-    lengths = [(len(p), [len(x.ids) for x in g]) for p, g in zip(prompts, groups)]
-    assert needed["row_steps"] == sum(
-        n - 1 for _, g in lengths for n in g
-    )  # what was needed, not what was done in the end
-    assert needed["cached"] == sum(
-        p * (max(g) - 1) + sum(n * (n - 1) // 2 for n in g) for p, g in lengths
-    )
-    if fixed_shapes:  # the kept caches and whatever is left in them change nothing
-        assert (
-            engine.generate(
-                prompts, c["G"], c["N"], c["temperature"], c["stops"], keys, c["prefill_tokens"]
-            )
-            == groups
-        )
-    assert [len(g) for g in groups] == [c["G"]] * len(prompts)
+    arguments = prompts, G, new_tokens, temperature, stops, keys, c["prefill_tokens"]
+    groups = engine.generate(*arguments)
+
+    # The stats are what was needed, not what was done in the end.
+    row_steps, cached = 0, 0
+    for prompt, group in zip(prompts, groups):
+        lengths = [len(completion.ids) for completion in group]
+        row_steps += sum(n - 1 for n in lengths)
+        cached += len(prompt) * (max(lengths) - 1) + sum(n * (n - 1) // 2 for n in lengths)
+    assert engine.stats["row_steps"] == row_steps
+    assert engine.stats["cached"] == cached
+
+    # The kept caches, and whatever is left in them, change nothing.
+    if fixed_shapes:
+        assert engine.generate(*arguments) == groups
+
+    assert [len(group) for group in groups] == [G] * len(prompts)
     for prompt, key, group in zip(prompts, keys, groups):
         for number, completion in enumerate(group):
             ids, logprobs = slow_generate(
-                model, prompt, key, number, c["N"], c["temperature"], set(c["stops"])
+                model, prompt, key, number, new_tokens, temperature, set(stops)
             )
             assert completion.ids == ids
-            assert completion.finished == (ids[-1] in c["stops"])
+            assert completion.finished == (ids[-1] in stops)
             assert np.abs(np.subtract(completion.logprobs, logprobs)).max() <= 1e-9
 
 
 def test_samples_do_not_depend_on_order_places_or_company():
     model, prompts = toy_model(), prompts_of([1, 9, 4, 7, 2, 5])
     keys = [10, 11, 12, 13, 14, 15]
-    make = lambda prompts, keys, rows, G=4: [
-        [c.ids for c in g]
-        for g in Engine(model, rows).generate(prompts, G, 20, 1.0, [3, 5, 9], keys)
-    ]
+
+    def make(some, some_keys, rows, G=4):
+        groups = Engine(model, rows).generate(some, G, 20, 1.0, [3, 5, 9], some_keys)
+        return [[c.ids for c in group] for group in groups]
+
     whole = make(prompts, keys, 0)
     assert make(prompts, keys, 5) == whole
     assert make(prompts[::-1], keys[::-1], 0)[::-1] == whole
     assert make(prompts[2:3], keys[2:3], 0) == whole[2:3]
-    assert [g[:2] for g in whole] == make(
-        prompts, keys, 0, G=2
-    )  # the first samples are the same however many follow
+    # The first samples are the same however many follow.
+    assert [g[:2] for g in whole] == make(prompts, keys, 0, G=2)
     assert make(prompts, [k + 1 for k in keys], 0) != whole
 
 
@@ -142,22 +148,24 @@ def test_sampler_logprobs_are_the_learners():
         for prompt, group in zip(prompts, Engine(model).generate(prompts, 4, 30, 0.8, [3])):
             for c in group:
                 ids = torch.tensor([prompt + c.ids])
-                learner = token_logprobs(
-                    model(ids[:, :-1])[0, len(prompt) - 1 :], ids[0, len(prompt) :], 0.8
-                )
-                assert (learner - torch.tensor(c.logprobs, dtype=dtype)).abs().max() <= bound
+                logits = model(ids[:, :-1])[0, len(prompt) - 1 :]
+                learner = token_logprobs(logits, ids[0, len(prompt) :], 0.8)
+                sampler = torch.tensor(c.logprobs, dtype=dtype)
+                assert (learner - sampler).abs().max() <= bound
 
 
 def test_stopped_rows_cost_nothing_more():
-    """On a skewed mix of lengths the row-steps executed stay within 1.15 x the tokens kept, with and without refill."""
+    """On a skewed mix of lengths the row-steps executed stay within 1.15 x the tokens kept.
+
+    With and without refill.
+    """
     model, prompts = toy_model(), prompts_of([4] * 40)
     for rows in (0, 24):
         engine = Engine(model, rows)
         groups = engine.generate(prompts, 4, 100, 1.0, list(range(0, 70, 9)))
         lengths = [len(c.ids) for g in groups for c in g]
-        assert max(lengths) > 4 * np.median(lengths), (
-            "the mix is not skewed: the test would show nothing"
-        )
+        skewed = max(lengths) > 4 * np.median(lengths)
+        assert skewed, "the mix is not skewed: the test would show nothing"
         assert engine.stats["new_tokens"] == sum(lengths)
         assert sum(engine.stats["live"]) <= 1.15 * sum(lengths)
 
@@ -178,65 +186,63 @@ def test_refresh_follows_the_learner_through_a_narrower_copy():
         p.data = torch.randn_like(p) * 0.3
     assert engine.generate([[1, 2, 3]], 2, 8, 0.0) == before
     engine.refresh()
-    assert (
-        engine.generate([[1, 2, 3]], 2, 8, 0.0)
-        == Engine(model).generate([[1, 2, 3]], 2, 8, 0.0)
-        != before
-    )
+    fresh = Engine(model).generate([[1, 2, 3]], 2, 8, 0.0)
+    assert engine.generate([[1, 2, 3]], 2, 8, 0.0) == fresh != before
 
 
 def test_sampling_follows_the_distribution():
-    """Chi-square over 200,000 draws; one in a million runs with another seed would fail, this one is fixed."""
+    """Chi-square over 200,000 draws.
+
+    One in a million runs with another seed would fail. This seed is fixed.
+    """
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, float("-inf"), 0.5], dtype=torch.float64)
     n = 200_000
-    u = uniforms(
-        row_keys(torch.arange(n), torch.zeros(n, dtype=torch.long)),
-        torch.zeros(n, dtype=torch.long),
-    )
+    zeros = torch.zeros(n, dtype=torch.long)
+    u = uniforms(row_keys(torch.arange(n), zeros), zeros)
     counts = torch.bincount(sample(logits.expand(n, -1), u, 0.7)[0], minlength=6)
     expected = (logits / 0.7).softmax(-1) * n
     live = expected > 0
     assert counts[4] == 0
-    assert (
-        float(((counts - expected)[live] ** 2 / expected[live]).sum()) < 33.4
-    )  # 4 degrees of freedom, p = 1e-6
+    chi_square = ((counts - expected)[live] ** 2 / expected[live]).sum()
+    assert float(chi_square) < 33.4  # 4 degrees of freedom, p = 1e-6
 
 
 def test_uniforms_are_uniform_and_unrelated():
-    rows = row_keys(
-        torch.arange(100)[:, None].expand(100, 50).flatten(), torch.arange(50).repeat(100)
-    )
+    prompt_keys = torch.arange(100).repeat_interleave(50)
+    rows = row_keys(prompt_keys, torch.arange(50).repeat(100))
     u = uniforms(rows[:, None], torch.arange(40)[None])  # (rows, positions)
     assert 0 <= u.min() and u.max() < 1 and u.unique().numel() == u.numel()
     assert abs(float(u.mean()) - 0.5) < 0.003 and abs(float(u.var()) - 1 / 12) < 0.001
-    assert (
-        abs(float(torch.corrcoef(torch.stack([u[:, :-1].flatten(), u[:, 1:].flatten()]))[0, 1]))
-        < 0.01
-    )
-    assert abs(float(torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1])) < 0.01
+    for a, b in ((u[:, :-1], u[:, 1:]), (u[:-1], u[1:])):
+        correlation = torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]
+        assert abs(float(correlation)) < 0.01
 
 
 def test_the_edges_of_a_uniform_never_pick_an_impossible_token():
-    """u = 0 with a first token of probability 0, and u that rounds to 1 in fp32 with a last one of probability 0."""
+    """u = 0 with a first token of probability 0, and u near 1 with a last one of probability 0.
+
+    That u rounds to 1 in fp32.
+    """
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
     for u in (0.0, 1 - 2.0**-53, 0.5):
         assert int(sample(logits, torch.tensor([u], dtype=torch.float64), 1.0)[0]) in (1, 2)
 
 
 def test_kept_caches_survive_an_interrupted_call_and_calls_of_other_sizes():
-    """As on a GPU, where they stay from call to call: Ctrl-C in a notebook, an evaluation between two steps, a longer prompt."""
+    """As on a GPU, where they stay from call to call.
+
+    Ctrl-C in a notebook, an evaluation between two steps, a longer prompt.
+    """
 
     def interrupt(done):
         raise KeyboardInterrupt
 
     model, prompts = toy_model(), prompts_of([5, 2, 8])
-    engine, fresh = (
-        Engine(model),
-        lambda *args: Engine(model).generate(*args, stop_ids=[3, 5, 9, 11]),
-    )
+    stops = [3, 5, 9, 11]
+    engine = Engine(model)
     engine.fixed_shapes = True
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(prompts, 4, 20, stop_ids=[3, 5, 9, 11], progress=interrupt)
+        engine.generate(prompts, 4, 20, stop_ids=stops, progress=interrupt)
     kept = engine.batch
     for args in (
         (prompts_of([4], seed=1), 4, 20),
@@ -245,8 +251,9 @@ def test_kept_caches_survive_an_interrupted_call_and_calls_of_other_sizes():
         (prompts_of([70]), 4, 20),
         (prompts, 4, 20),
     ):
-        again = engine.generate(*args, stop_ids=[3, 5, 9, 11])
-        assert [[c.ids for c in g] for g in again] == [[c.ids for c in g] for g in fresh(*args)]
+        again = engine.generate(*args, stop_ids=stops)
+        fresh = Engine(model).generate(*args, stop_ids=stops)
+        assert [[c.ids for c in g] for g in again] == [[c.ids for c in g] for g in fresh]
         if args[1:] == (4, 20) and len(args[0][0]) < 64 and kept is not None:
             assert engine.batch is kept  # the same memory
         else:
@@ -255,7 +262,10 @@ def test_kept_caches_survive_an_interrupted_call_and_calls_of_other_sizes():
 
 @pytest.mark.parametrize("vocab", [1, 2, 70, 512, 5000])
 def test_two_step_sampling_is_the_first_token_whose_cumulative_probability_passes(vocab):
-    """Against one cumulative sum; with impossible tokens, whole impossible blocks, and the ends of the interval."""
+    """Against one cumulative sum.
+
+    With impossible tokens, whole impossible blocks, and the ends of the interval.
+    """
     generator = torch.Generator().manual_seed(vocab)
     n = 400
     logits = torch.randn(n, vocab, dtype=torch.float64, generator=generator) * 4
@@ -281,7 +291,10 @@ def test_logits_that_are_not_numbers_give_a_token_and_a_log_prob_that_says_so():
 
 
 def test_rare_tokens_can_be_drawn_in_fp32():
-    """Each of 32,768 tokens of like probability: cumulative sums in fp32 would never give some of them."""
+    """Each of 32,768 tokens of like probability.
+
+    Cumulative sums in fp32 would never give some of them.
+    """
     vocab = 32768
     logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(0)) * 0.1
     cdf = logits.double().softmax(-1).cumsum(-1)[0]
@@ -304,33 +317,33 @@ def test_the_suffix_cache_grows_with_the_oldest_row_only():
 def test_growing_copies_a_few_times_the_final_size_at_any_length():
     for longest in (40, 300, 5000, 100_000):
         sizes = sorted({columns_for(age) for age in range(1, longest + 1)})
-        assert sizes[-1] >= longest and all(
-            columns_for(age) >= age for age in range(1, longest + 1)
-        )
+        assert sizes[-1] >= longest
+        assert all(columns_for(age) >= age for age in range(1, longest + 1))
         assert sum(sizes[:-1]) <= 8 * longest and sizes[-1] <= max(1.25 * longest, 64)
 
 
 def test_merge_is_one_softmax():
     torch.manual_seed(0)
-    scores, values = (
-        torch.randn(2, 9, dtype=torch.float64) * 5,
-        torch.randn(9, 4, dtype=torch.float64),
-    )
-    part = lambda s, v: (s.softmax(-1) @ v, s.logsumexp(-1))
+    scores = torch.randn(2, 9, dtype=torch.float64) * 5
+    values = torch.randn(9, 4, dtype=torch.float64)
+
+    def part(s, v):
+        return s.softmax(-1) @ v, s.logsumexp(-1)
+
     whole = merge(*part(scores[:, :3], values[:3]), *part(scores[:, 3:], values[3:]))
     assert (whole - scores.softmax(-1) @ values).abs().max() < 1e-12
 
 
 def test_the_layout_of_the_example():
-    """Layout's own: rows 0 and 2 read prompt slot 0, row 1 reads slot 1. One row slot and one prompt slot are not in use."""
+    """Layout's own: rows 0 and 2 read prompt slot 0, row 1 reads slot 1.
+
+    One row slot and one prompt slot are not in use.
+    """
     layout = Layout(Capacity(4, 3, 9), 2, torch.device("cpu"))
     layout.update([Row(7, 0, 5), Row(8, 1, 3), Row(9, 0, 5)], [6, 9], width=2)
     assert layout.cell.tolist() == [0, 2, 1, 0] and layout.row_at.tolist() == [0, 2, 1, 0, 0, 0]
-    assert (
-        layout.starts.tolist() == [6, 9, 6, 0]
-        and layout.ages.tolist() == [5, 3, 5, 1]
-        and layout.prompt_lengths.tolist() == [6, 9, 1]
-    )
+    assert layout.starts.tolist() == [6, 9, 6, 0] and layout.ages.tolist() == [5, 3, 5, 1]
+    assert layout.prompt_lengths.tolist() == [6, 9, 1]
 
 
 def test_fill_holes():
@@ -358,14 +371,17 @@ def test_mistakes_are_named():
 
 
 def test_the_bytes_that_decoding_reads_by_hand():
-    """Two prompts of 3 and 5 tokens, two rows each, three tokens: two decode steps, in which every weight is read, each prompt's cache once, and 1 then 2
-    keys of each row's own."""
+    """Two prompts of 3 and 5 tokens, two rows each, three tokens: two decode steps.
+
+    In each, every weight is read, each prompt's cache once, and of each row's own keys 1, then 2.
+    """
     model = toy_model(dtype=torch.float64)
     engine = Engine(model)
     engine.generate([[1, 2, 3], [1, 2, 3, 4, 5]], 2, 3)
     c = model.config
     per_token = 2 * c.n_layer * c.n_kv_head * c.head_dim
-    weights = sum(
-        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
-    )
+    weights = 0
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and "embed" not in name:
+            weights += p.numel()
     assert bytes_decoded(engine) == 8 * (2 * weights + per_token * (2 * (3 + 5) + 4 * (1 + 2)))

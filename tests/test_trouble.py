@@ -1,4 +1,7 @@
-"""What goes wrong on real machines: ranks that die, disks that fill, gradients that explode, uneven work, several nodes."""
+"""What goes wrong on real machines.
+
+Ranks that die, disks that fill, gradients that explode, uneven work, several nodes.
+"""
 
 import gzip
 import json
@@ -11,6 +14,9 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from nanorl.runtime import checkpoint
 from scripts import (
     RL,
     ROOT,
@@ -23,15 +29,17 @@ from scripts import (
     ranks,
     records,
     rows,
+    step_records,
     torchrun,
     wait_for,
 )
 
-from nanorl.runtime import checkpoint
-
 
 def completions(run):
-    """(prompt, completion) pairs of the last step, sorted: with dynamic sampling their order differs over ranks."""
+    """(prompt, completion) pairs of the last step, sorted.
+
+    With dynamic sampling their order depends on the number of ranks.
+    """
     path = sorted((run / "rollouts").iterdir())[-1]
     return sorted((r["prompt"], r["completion"]) for r in records(path))
 
@@ -53,78 +61,64 @@ EVERYTHING = [
     "n, options", [pytest.param(4, [], marks=pytest.mark.slow), (2, EVERYTHING)]
 )
 def test_ranks_give_the_rows_of_one(out, n, options):
-    """The gradient, and with it every number of the run, does not depend on the number of ranks: in fp64, with everything on too."""
-    model = f"--model={out / 'a' / 'sft'}"
+    """The gradient, and with it every number of the run, does not depend on the number of ranks.
+
+    In fp64, with everything on too.
+    """
+    run = [*RL, *options, f"--model={out / 'a' / 'sft'}", "--steps=4"]
     name = f"ranks{n}"
-    process = torchrun(*RL, *options, f"--run_name={name}", model, "--steps=4", n=n)
-    assert call("train_rl.py", *RL, *options, f"--run_name={name}one", model, "--steps=4") is None
+    process = torchrun(*run, f"--run_name={name}", n=n)
+    assert call("train_rl.py", *run, f"--run_name={name}one") is None
     finish(process)
     assert_rows_agree(rows(out / f"{name}one" / "rl"), rows(out / name / "rl"))
     assert completions(out / f"{name}one" / "rl") == completions(out / name / "rl")
-    said = finish(
-        torchrun(*RL, *options, f"--run_name={name}", model, "--steps=4", "--selfcheck", n=n)
-    )
-    assert (
-        "within the bounds" in said and "(bound 1e-10)" in said
-    )  # the summed gradient itself, against one row at a time
+
+    # The summed gradient itself, against one row at a time.
+    said = finish(torchrun(*run, f"--run_name={name}", "--selfcheck", n=n))
+    assert "within the bounds" in said and "(bound 1e-10)" in said
 
 
 def test_two_nodes_on_loopback_give_the_one_process_result(out):
-    model, port = f"--model={out / 'a' / 'sft'}", free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--master_addr=127.0.0.1",
-        f"--master_port={port}",
-    ]
-    nodes = [
-        subprocess.Popen(
-            [
-                *command,
-                f"--node_rank={rank}",
-                "--",
-                "train_rl.py",
-                *RL,
-                "--run_name=nodes",
-                model,
-                "--steps=3",
-            ],
+    run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    launch += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes = []
+    for rank in range(2):
+        node = subprocess.Popen(
+            [*launch, f"--node_rank={rank}", "--", "train_rl.py", *run, "--run_name=nodes"],
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
-    ]
-    assert call("train_rl.py", *RL, "--run_name=onenode", model, "--steps=3") is None
+        nodes.append(node)
+    assert call("train_rl.py", *run, "--run_name=onenode") is None
     for node in nodes:
         finish(node)
     assert_rows_agree(rows(out / "onenode" / "rl"), rows(out / "nodes" / "rl"))
 
 
 def test_uneven_ranks_do_not_wait_for_each_other(out):
-    """One problem a step and one to evaluate on two ranks: the other has no rows, no gradient and nothing to say, and takes part in everything."""
-    options = [
-        "--prompts_per_step=1",
-        "--eval_problems=1",
-        "--probe_prompts=1",
-        "--steps=3",
-        f"--model={out / 'a' / 'sft'}",
-    ]
-    process = torchrun(*RL, *options, "--run_name=uneven")
-    assert call("train_rl.py", *RL, *options, "--run_name=unevenone") is None
+    """One problem a step, and one to evaluate, on two ranks.
+
+    The other rank has no rows, no gradient and nothing to say, and takes part in everything.
+    """
+    run = [*RL, "--prompts_per_step=1", "--eval_problems=1", "--probe_prompts=1", "--steps=3"]
+    run += [f"--model={out / 'a' / 'sft'}"]
+    process = torchrun(*run, "--run_name=uneven")
+    assert call("train_rl.py", *run, "--run_name=unevenone") is None
     finish(process)
     assert_rows_agree(rows(out / "unevenone" / "rl"), rows(out / "uneven" / "rl"))
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run_and_max_restarts_resumes_it(out):
-    """kill -9 to one worker: the agent starts both again, and they go on from the last checkpoint to the result of an undisturbed run. The
-    second death is one too many, and the command ends."""
+    """kill -9 to one worker: the agent starts both again from the last checkpoint.
+
+    They come to the result of an undisturbed run. The second death is one too many, and the command
+    ends.
+    """
     run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=12"]
     finish(torchrun(*run, "--run_name=undisturbed"))
     process = torchrun(*run, "--run_name=restarted", options=["--max-restarts=1"])
@@ -144,22 +138,15 @@ def test_a_rank_that_dies_ends_the_run_and_max_restarts_resumes_it(out):
 
 def workers(agent):
     """Process numbers of torchrun's children, by rank."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True
-    ).stdout.split()
-    return sorted(map(int, found))
+    command = ["ps", "-o", "pid=", "--ppid", str(agent.pid)]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    return sorted(map(int, listed.split()))
 
 
 def test_without_an_agent_too_a_dead_rank_ends_the_others_with_one_line(out):
     """As under a scheduler that starts each rank itself."""
-    command = [
-        "train_rl.py",
-        *RL,
-        "--run_name=alone",
-        f"--model={out / 'a' / 'sft'}",
-        "--steps=100000",
-    ]
-    with ranks(command) as processes:
+    run = [*RL, "--run_name=alone", f"--model={out / 'a' / 'sft'}", "--steps=100000"]
+    with ranks(["train_rl.py", *run]) as processes:
         wait_for(lambda: checkpoint.latest(out / "alone" / "rl"), processes[0])
         processes[1].kill()
         said = processes[0].communicate(timeout=60)[1]
@@ -167,17 +154,21 @@ def test_without_an_agent_too_a_dead_rank_ends_the_others_with_one_line(out):
     assert "rank 0 has lost another rank" in said
 
 
-# ---- gradients that are not finite ----------------------------------------------------------------------------
+# ---- gradients that are not finite ---------------------------------------------------------------
 
 EXPLODES = """
 from nanorl.tasks import Problem, Reward
 from toy_task import Toy
 
 class Explodes(Toy):
-    '''Rewards so large, on some problems, that the gradient is not finite: 1e308 is a number, and twice it is none.'''
+    '''Rewards so large, on some problems, that the gradient is not finite.
+
+    1e308 is a number, and twice it is none.
+    '''
     def reward(self, problem, completion):
         plain = super().reward(problem, completion)
-        return Reward(plain.total * (1e308 if int(problem.prompt[0]["content"].split()[-1]) in self.bad else 1.0), plain.parts)
+        number = int(problem.prompt[0]["content"].split()[-1])
+        return Reward(plain.total * (1e308 if number in self.bad else 1.0), plain.parts)
 
 class Once(Explodes):
     bad = {0, 1, 2, 3}
@@ -193,48 +184,31 @@ def test_an_update_that_is_not_finite_is_skipped_by_all_and_after_some_the_run_s
 ):
     (tmp_path / "explodes.py").write_text(EXPLODES)
     monkeypatch.setenv("PYTHONPATH", os.path.join(ROOT, "tests"))
-    run = lambda name, *more: [
-        *RL,
-        f"--run_name={name}{n}",
-        f"--model={out / 'a' / 'sft'}",
-        "--save_every=0",
-        *more,
-    ]
-    start = lambda *arguments: torchrun(*arguments, n=n, PYTHONPATH=os.path.join(ROOT, "tests"))
-    finish(start(*run("once", f"--task={tmp_path / 'explodes.py'}:Once", "--steps=13")))
+    run = [*RL, f"--model={out / 'a' / 'sft'}", "--save_every=0"]
+
+    def start(name, task, *more):
+        task = f"--task={tmp_path / 'explodes.py'}:{task}"
+        tests = os.path.join(ROOT, "tests")
+        return torchrun(*run, f"--run_name={name}{n}", task, *more, n=n, PYTHONPATH=tests)
+
+    finish(start("once", "Once", "--steps=13"))
     seen = rows(out / f"once{n}" / "rl")[1:]
     bad = [r["step"] for r in seen if r["grad_norm"] is None]
-    assert 0 < len(bad) < 13 and [r["updated"] for r in seen] == [
-        float(r["step"] not in bad) for r in seen
-    ]
+    assert 0 < len(bad) < 13
+    assert [r["updated"] for r in seen] == [float(r["step"] not in bad) for r in seen]
     assert all((r["bad_steps"] > 0) == (r["step"] in bad) for r in seen)
 
-    said = finish(
-        start(
-            *run(
-                "always",
-                f"--task={tmp_path / 'explodes.py'}:Always",
-                "--steps=50",
-                "--max_bad_steps=3",
-            )
-        ),
-        code=1,
-    )
-    assert (
-        "in 3 steps in a row updates were skipped" in said
-        and len(rows(out / f"always{n}" / "rl")) == 4
-    )
-    weights = checkpoint.latest(out / f"always{n}" / "rl")
-    assert weights.endswith("step_000003") and checkpoint.load_state(weights)["bad"] == 3
-    from safetensors.torch import load_file
+    said = finish(start("always", "Always", "--steps=50", "--max_bad_steps=3"), code=1)
+    assert "in 3 steps in a row updates were skipped" in said
+    assert len(rows(out / f"always{n}" / "rl")) == 4
+    last = checkpoint.latest(out / f"always{n}" / "rl")
+    assert last.endswith("step_000003") and checkpoint.load_state(last)["bad"] == 3
 
-    before, after = (
-        load_file(os.path.join(path, "model.safetensors"))
-        for path in (checkpoint.latest(out / "a" / "sft"), weights)
-    )
-    assert all(
-        torch.equal(before[name].double(), after[name]) for name in before
-    )  # nothing had moved
+    # Nothing had moved.
+    first = checkpoint.latest(out / "a" / "sft")
+    before = load_file(os.path.join(first, "model.safetensors"))
+    after = load_file(os.path.join(last, "model.safetensors"))
+    assert all(torch.equal(before[name].double(), after[name]) for name in before)
 
 
 def test_bad_steps_are_counted_on_after_a_resume(out, tmp_path, monkeypatch):
@@ -249,52 +223,54 @@ def test_bad_steps_are_counted_on_after_a_resume(out, tmp_path, monkeypatch):
     assert [r["bad_steps"] for r in rows(out / "counted" / "rl")[1:]] == [1, 2, 3]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
+
+# A script, in a process none of whose files may grow beyond 600 bytes.
+LIMITED = """
+import resource, runpy, sys
+
+sys.argv = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays(
-    out, monkeypatch, capfd
-):
-    """No file may grow beyond 600 bytes, which the rollouts of a step do; before that a checkpoint was saved."""
+def test_a_full_disk_while_rollouts_are_written_is_said_and_the_checkpoint_stays(out):
+    """The rollouts of a step take more than there is; before that a checkpoint was saved."""
     run = [*RL, "--run_name=fullrollouts", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
-    limited = "import resource, runpy, sys; sys.argv = sys.argv[1:]; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); runpy.run_path(sys.argv[0], run_name='__main__')"
     ended = subprocess.run(
-        [sys.executable, "-c", limited, "train_rl.py", *run],
+        [sys.executable, "-c", LIMITED, "train_rl.py", *run],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
         env=environment(),
     )
-    assert (
-        ended.returncode == 1
-        and "Traceback" not in ended.stderr
-        and "goes on from its last checkpoint" in ended.stderr
-    ), ended.stderr
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr
+    assert "goes on from its last checkpoint" in ended.stderr, ended.stderr
     assert checkpoint.latest(out / "fullrollouts" / "rl").endswith("step_000002")
-    assert not [
-        name
-        for name in os.listdir(out / "fullrollouts" / "rl" / "rollouts")
-        if name.startswith("step_000003.jsonl.gz") and not name.endswith(".tmp")
-    ]
+    names = os.listdir(out / "fullrollouts" / "rl" / "rollouts")
+    of_step_3 = [name for name in names if name.startswith("step_000003.jsonl.gz")]
+    assert all(name.endswith(".tmp") for name in of_step_3)
     assert call("train_rl.py", *run, "--resume=must") is None
     assert call("train_rl.py", *RL, "--run_name=notfull", f"--model={out / 'a' / 'sft'}") is None
     assert_same_run(out / "fullrollouts" / "rl", out / "notfull" / "rl", "step_000006")
 
 
 def test_a_run_with_everything_on_resumes_to_the_same_end(out):
-    """KL against the starting weights, two updates, resampled groups, a schedule: all that they need is in the checkpoint. A finished run goes on when it is given
-    more steps."""
+    """KL against the starting weights, two updates, resampled groups, a schedule.
+
+    All that they need is in the checkpoint. A finished run goes on when it is given more steps.
+    """
     run = [*RL, *EVERYTHING[:-3], "--lr_schedule=constant", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--run_name=unbroken") is None
     assert call("train_rl.py", *run, "--run_name=broken", "--steps=4") is None
     assert call("train_rl.py", *run, "--run_name=broken", "--resume=must") is None
     assert_same_run(out / "unbroken" / "rl", out / "broken" / "rl", "step_000006")
     seen = rows(out / "unbroken" / "rl")[1:]
-    assert (
-        seen[0]["kl"] == pytest.approx(0, abs=1e-12) and seen[-1]["kl"] > 1e-4
-    )  # it starts at the reference and leaves it
+    # It starts at the reference and leaves it.
+    assert seen[0]["kl"] == pytest.approx(0, abs=1e-12) and seen[-1]["kl"] > 1e-4
     assert all(r["updated"] for r in seen) and seen[-1]["ratio/std"] > 1e-4
 
 
@@ -323,176 +299,142 @@ def test_clipping_does_nothing_to_a_step_of_one_update(out):
 def test_without_a_kl_term_there_is_no_reference_and_with_one_dead_groups_are_pulled_too(
     out, monkeypatch
 ):
-    """A base model that solves nothing: no advantage is other than 0, and only the KL term, on a policy that has left its reference, gives a gradient."""
+    """A base model that solves nothing: no advantage is other than 0.
+
+    Only the KL term gives a gradient, on a policy that has left its reference.
+    """
     import nanorl.policy
 
     loaded, load = [], nanorl.policy.load_model
     monkeypatch.setattr(nanorl.policy, "load_model", lambda *a: loaded.append(a[0]) or load(*a))
-    assert (
-        call(
-            "train_rl.py",
-            *RL,
-            "--run_name=noreference",
-            f"--model={out / 'a' / 'sft'}",
-            "--steps=1",
-        )
-        is None
-    )
+    start = [*RL, f"--model={out / 'a' / 'sft'}"]
+    assert call("train_rl.py", *start, "--run_name=noreference", "--steps=1") is None
     assert len(loaded) == 1
-    run = ["--run_name=pull", f"--model={out / 'a' / 'sft'}", "--kl_coef=0.1", "--problems=4"]
-    assert call("train_rl.py", *RL, *run, "--steps=2") is None
+    run = [*start, "--run_name=pull", "--kl_coef=0.1", "--problems=4"]
+    assert call("train_rl.py", *run, "--steps=2") is None
     assert len(loaded) == 3  # the policy, and what it started from
 
     state = checkpoint.load_state(checkpoint.latest(out / "pull" / "rl"))
     path = os.path.join(checkpoint.latest(out / "pull" / "rl"), "trainer.pt")
     state["settings"]["task"] = "chain4"
     torch.save(state, path)  # from here on nothing can be solved
-    assert call("train_rl.py", *RL, *run, "--steps=3", "--task=chain4") is None
+    assert call("train_rl.py", *run, "--steps=3", "--task=chain4") is None
     row = rows(out / "pull" / "rl")[-1]
-    assert (
-        row["frac_reward_zero_std"] == 1
-        and row["advantage/max"] == 0
-        and row["kl"] > 0
-        and row["updated"] == 1
-        and row["grad_norm"] > 0
-    )
+    assert row["frac_reward_zero_std"] == 1 and row["advantage/max"] == 0
+    assert row["kl"] > 0 and row["updated"] == 1 and row["grad_norm"] > 0
 
 
 def test_a_save_because_the_reward_rose_says_so(out, capsys):
-    assert (
-        call(
-            "train_rl.py",
-            *RL,
-            "--run_name=rose",
-            f"--model={out / 'a' / 'sft'}",
-            "--save_every=0",
-            "--save_reward_above=0.3",
-            "--steps=6",
-        )
-        is None
-    )
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("saved")]
+    run = [*RL, "--run_name=rose", f"--model={out / 'a' / 'sft'}", "--steps=6"]
+    assert call("train_rl.py", *run, "--save_every=0", "--save_reward_above=0.3") is None
+    lines = capsys.readouterr().out.splitlines()
+    said = [line.split("step_")[1] for line in lines if line.startswith("saved")]
+
+    # Each step with a higher reward than all before it. The last step is saved in any case.
     rewards = {r["step"]: r["reward"] for r in rows(out / "rose" / "rl")[1:]}
-    best, expected = 0.3, []
+    best, risen, expected = 0.3, [], []
     for step, reward in rewards.items():
         if reward > best:
-            expected.append(step)
+            risen.append(step)
+            if step < 6:
+                expected.append(f"{step:06d} (a new best reward, {reward:.3f})")
         best = max(best, reward)
-    assert expected and [
-        f"{step:06d} (a new best reward, {rewards[step]:.3f})" for step in expected if step < 6
-    ] == [line.split("step_")[1] for line in said[:-1]]
+    assert risen and said[:-1] == expected
 
 
 def test_dynamic_sampling_replaces_dead_groups_up_to_the_cap(out):
-    """With two samples a group is often dead. What left is on disk too, and counts in the reward; the learner sees as many live groups as there were."""
-    run = [
-        *RL,
-        "--samples_per_prompt=2",
-        "--prompts_per_step=6",
-        "--steps=3",
-        f"--model={out / 'a' / 'sft'}",
-    ]
+    """With two samples a group is often dead.
+
+    What left is on disk too, and counts in the reward. The learner sees as many live groups as
+    there were.
+    """
+    run = [*RL, "--samples_per_prompt=2", "--prompts_per_step=6", "--steps=3"]
+    run += [f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--run_name=plain") is None
     assert call("train_rl.py", *run, "--run_name=once", "--resample=1") is None
     assert call("train_rl.py", *run, "--run_name=often", "--resample=7") is None
-    count = lambda name, step: len(
-        {r["group"] for r in records(out / name / "rl" / "rollouts" / f"step_{step:06d}.jsonl.gz")}
-    )
+
+    def groups_on_disk(name, step):
+        groups = {}
+        for record in step_records(out / name, step):
+            groups.setdefault(record["group"], []).append(record)
+        return groups
+
     plain, once, often = (rows(out / name / "rl")[1:] for name in ("plain", "once", "often"))
     assert [r["resampled"] for r in plain] == [0, 0, 0]
     # Up to the first step with a dead group the runs are the same.
     step = next(r["step"] for r in plain if r["frac_reward_zero_std"])
     dead = round(6 * plain[step - 1]["frac_reward_zero_std"])
-    assert once[step - 1]["resampled"] == dead and count("once", step) == 6 + dead
+    assert once[step - 1]["resampled"] == dead
+    assert len(groups_on_disk("once", step)) == 6 + dead
     for name, some in (("once", once), ("often", often)):
         for r in some:
-            assert count(name, r["step"]) == 6 + r["resampled"]
+            assert len(groups_on_disk(name, r["step"])) == 6 + r["resampled"]
     for r in often:  # all that were dead have left: none is among the six that are learnt from
-        groups = {}
-        for record in records(out / "often" / "rl" / "rollouts" / f"step_{r['step']:06d}.jsonl.gz"):
-            groups.setdefault(record["group"], []).append(record)
+        groups = groups_on_disk("often", r["step"])
         live = [g for g in groups.values() if len({x["reward"] for x in g}) > 1]
         assert len(live) == 6 and all(x["advantage"] != 0 for g in live for x in g)
         assert r["frac_reward_zero_std"] == pytest.approx(1 - 6 / len(groups))
-    prompts = [
-        r["prompt"]
-        for path in sorted((out / "often" / "rl" / "rollouts").iterdir())
-        for r in records(path)
-    ]
-    assert all(
-        prompts.count(p) <= 2 * (1 + len(prompts) // 100) for p in set(prompts)
-    )  # each problem once a pass
+    # Each problem comes once a pass.
+    prompts = []
+    for path in sorted((out / "often" / "rl" / "rollouts").iterdir()):
+        prompts += [r["prompt"] for r in records(path)]
+    most = 2 * (1 + len(prompts) // 100)
+    assert all(prompts.count(p) <= most for p in set(prompts))
 
 
 def test_schedule_weights_and_masks_reach_the_loop(out, capsys):
     """The rate that is logged; that it is the one applied: test_loop.py."""
     run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=4"]
-    assert (
-        call(
-            "train_rl.py",
-            *run,
-            "--run_name=wired",
-            "--lr_schedule=linear",
-            "--warmup=2",
-            "--reward_weights=correct=3",
-            "--overlong=mask",
-        )
-        is None
-    )
+    options = ["--lr_schedule=linear", "--warmup=2", "--reward_weights=correct=3"]
+    options += ["--overlong=mask"]
+    assert call("train_rl.py", *run, *options, "--run_name=wired") is None
     assert call("train_rl.py", *run, "--run_name=unwired") is None
     wired, plain = (rows(out / name / "rl")[1:] for name in ("wired", "unwired"))
-    assert [r["lr"] for r in wired] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4]) and [
-        r["lr"] for r in plain
-    ] == [1e-3] * 4
-    assert (
-        wired[0]["reward"] == pytest.approx(3 * wired[0]["reward/correct"], abs=1e-12)
-        and wired[0]["reward/correct"] == plain[0]["reward/correct"]
-    )
+    assert [r["lr"] for r in wired] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
+    assert [r["lr"] for r in plain] == [1e-3] * 4
+    assert wired[0]["reward"] == pytest.approx(3 * wired[0]["reward/correct"], abs=1e-12)
+    assert wired[0]["reward/correct"] == plain[0]["reward/correct"]
+
     capsys.readouterr()
     assert call("train_rl.py", *run, "--run_name=masked", "--overlong=mask") is None
-    assert plain[0]["completions/clipped_ratio"] > 0 and rows(out / "masked" / "rl")[1][
-        "grad_norm"
-    ] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
-    cut = [r["completions/clipped_ratio"] for r in rows(out / "masked" / "rl")[1:]]
+    masked = rows(out / "masked" / "rl")[1:]
+    assert plain[0]["completions/clipped_ratio"] > 0
+    assert masked[0]["grad_norm"] != pytest.approx(plain[0]["grad_norm"], rel=1e-3)
+    cut = [r["completions/clipped_ratio"] for r in masked]
     step = next(step for step, share in enumerate(cut, 1) if share > 0.2)
     said = capsys.readouterr().out
     assert f"WARNING, step {step}: {cut[step - 1]:.0%} of the completions were cut off" in said
     assert said.count("were cut off") == 1
+    # It is said once a run, also when that was resumed.
     assert call("train_rl.py", *run, "--run_name=masked", "--overlong=mask", "--steps=6") is None
-    assert (
-        "were cut off" not in capsys.readouterr().out
-    )  # said once a run, also when it was resumed
+    assert "were cut off" not in capsys.readouterr().out
+
+
+BUG = """
+from toy_task import Toy
+
+class Bug(Toy):
+    def reward(self, problem, text):
+        return super().reward(problem, text) if len(text) % 3 else 1 / 0
+"""
 
 
 def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):
-    (tmp_path / "bug.py").write_text(
-        "from toy_task import Toy\nclass Bug(Toy):\n    def reward(self, problem, text):\n        return super().reward(problem, text) if len(text) % 3 else 1 / 0\n"
-    )
-    run = [
-        *RL,
-        f"--task={tmp_path / 'bug.py'}:Bug",
-        "--run_name=bug",
-        f"--model={out / 'a' / 'sft'}",
-        "--steps=1",
-    ]
-    assert call("train_rl.py", *run) is None
+    (tmp_path / "bug.py").write_text(BUG)
+    run = [*RL, f"--task={tmp_path / 'bug.py'}:Bug", "--run_name=bug", "--steps=1"]
+    assert call("train_rl.py", *run, f"--model={out / 'a' / 'sft'}") is None
     said = capsys.readouterr().out
-    assert (
-        "the task's reward failed on" in said
-        and "ZeroDivisionError: division by zero" in said
-        and "WARNING, step 1: the task's reward failed on" in said
-    )
+    assert "the task's reward failed on" in said and "ZeroDivisionError: division by zero" in said
+    assert "WARNING, step 1: the task's reward failed on" in said
     assert call("eval.py", f"--show={out / 'bug'}") is None
     assert "the reward failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
-    failed = [
-        r for r in records(out / "bug" / "rl" / "rollouts" / "step_000001.jsonl.gz") if "error" in r
-    ]
-    assert len(failed) == rows(out / "bug" / "rl")[1]["reward/errors"] > 0 and all(
-        r["reward"] <= 0 for r in failed
-    )
+    failed = [r for r in step_records(out / "bug", 1) if "error" in r]
+    assert len(failed) == rows(out / "bug" / "rl")[1]["reward/errors"] > 0
+    assert all(r["reward"] <= 0 for r in failed)
 
 
-# ---- the self-check -------------------------------------------------------------------------------------------
+# ---- the self-check ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -510,7 +452,7 @@ def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):
     ],
 )
 def test_selfcheck_agrees_in_fp64(out, options, capsys):
-    """On a run that has moved away from its reference, so that the KL terms are there to be checked."""
+    """On a run that has moved away from its reference, so that there are KL terms to be checked."""
     name = f"check{abs(hash(str(options)))}"
     run = [*RL, *options, f"--run_name={name}", f"--model={out / 'a' / 'sft'}"]
     assert call("train_rl.py", *run, "--steps=2") is None
@@ -518,9 +460,8 @@ def test_selfcheck_agrees_in_fp64(out, options, capsys):
     capsys.readouterr()
     assert call("train_rl.py", *run, "--steps=2", "--selfcheck") is None
     said = capsys.readouterr().out
-    assert (
-        "within the bounds" in said and "4 problems, 16 completions" in said
-    )  # also of a run that has made all its steps
+    # Also of a run that has made all its steps.
+    assert "within the bounds" in said and "4 problems, 16 completions" in said
     assert float(re.search(r"norm ([\d.]+e[+-]\d+)", said)[1]) > 0
     assert rows(out / name / "rl") == before  # it leaves everything as it was
 
@@ -556,30 +497,23 @@ def test_selfcheck_sees_what_is_broken(out, broken, figures):
     )
     assert ended.returncode == 1 and "OUT OF BOUNDS" in ended.stdout, ended.stdout + ended.stderr
     line = r"  (.+?) +(?:largest difference|difference / norm) (\S+) \(bound (\S+)\)"
-    measured = {
-        name: (float(off), float(bound)) for name, off, bound in re.findall(line, ended.stdout)
-    }
-    assert measured.keys() == {"sampler's log-probs", "advantages", "gradient"}
-    assert {name for name, (off, bound) in measured.items() if off > bound} == figures
+    measured = re.findall(line, ended.stdout)
+    assert {name for name, _, _ in measured} == {"sampler's log-probs", "advantages", "gradient"}
+    assert {name for name, off, bound in measured if float(off) > float(bound)} == figures
 
 
-# ---- reading --------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def test_rollouts_are_shown_readably(out, capsys):
-    assert (
-        call("train_rl.py", *RL, "--run_name=read", f"--model={out / 'a' / 'sft'}", "--steps=2")
-        is None
-    )
-    written = records(out / "read" / "rl" / "rollouts" / "step_000002.jsonl.gz")
+    run = [*RL, "--run_name=read", f"--model={out / 'a' / 'sft'}", "--steps=2"]
+    assert call("train_rl.py", *run) is None
+    written = step_records(out / "read", 2)
     capsys.readouterr()
     assert call("eval.py", f"--show={out / 'read'}", "--step=2", "--prompt=1") is None
     said = capsys.readouterr().out
-    assert (
-        "step 2, 4 prompts, 16 completions" in said
-        and "prompt 1, answer even" in said
-        and "prompt 0" not in said
-    )
+    assert "step 2, 4 prompts, 16 completions" in said
+    assert "prompt 1, answer even" in said and "prompt 0" not in said
     for record in written:
         if record["group"] == 1:
             assert f"reward {record['reward']:g} (correct {record['parts']['correct']:g})" in said
@@ -592,24 +526,10 @@ def test_rollouts_are_shown_readably(out, capsys):
 
 
 def test_rollouts_on_disk_hold_all_that_was_seen(out):
-    assert (
-        call("train_rl.py", *RL, "--run_name=disk", f"--model={out / 'a' / 'sft'}", "--steps=1")
-        is None
-    )
+    run = [*RL, "--run_name=disk", f"--model={out / 'a' / 'sft'}", "--steps=1"]
+    assert call("train_rl.py", *run) is None
     with gzip.open(out / "disk" / "rl" / "rollouts" / "step_000001.jsonl.gz", "rt") as f:
         some = [json.loads(line) for line in f]
-    assert {
-        "step",
-        "time",
-        "group",
-        "sample",
-        "prompt",
-        "answer",
-        "completion",
-        "reward",
-        "parts",
-        "advantage",
-        "tokens",
-        "finish",
-    } == set(some[0])
+    fields = "step time group sample prompt answer completion reward parts advantage tokens finish"
+    assert set(some[0]) == set(fields.split())
     assert all(r["step"] == 1 and abs(r["time"] - time.time()) < 600 for r in some)

@@ -1,4 +1,7 @@
-"""Ranks, device and precision. Every collective is a no-op on one rank, so no caller branches on the world size."""
+"""Ranks, device and precision.
+
+Every collective is a no-op on one rank, so that no caller branches on the world size.
+"""
 
 import contextlib
 import errno
@@ -12,53 +15,85 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-_stop = False  # SIGTERM or Ctrl-C has come
+# The number of the signal that has come, SIGTERM's or Ctrl-C's. False: none has.
+_stop = False
+
+# Errors of files that are no defect: a full disk, a limit, a file that may not be written.
+FILE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+
+# ---- start ---------------------------------------------------------------------------------------
 
 
 def setup(device="auto", exact=False):
-    """Join the process group that torchrun describes, if any. Returns this rank's torch.device."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device={device}: it must be auto, cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device={device}: this machine has no CUDA GPU that torch can use; --device=cpu runs anywhere"
-        )
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device)
+    """Join the process group that torchrun describes, if any. Returns this rank's torch.device.
+
+    device: auto, cpu, cuda or cuda:<number>. exact: fp32 products in full precision.
+
+    Raises ValueError for a device that there is not.
+    """
+    device = _device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if exact:
         torch.set_float32_matmul_precision("highest")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        timeout = timedelta(hours=1)
-        store, number, world = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # torchrun keeps its store over --max-restarts, and ranks that start again would find the addresses of the dead in it. (The agents
-            # of several nodes count their restarts apart, so there the count is no common name.)
-            store = dist.PrefixStore(
-                f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-            )
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=number,
-            world_size=world,
-            timeout=timeout,
-        )
+        _join("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
+def _device(name):
+    """--device -> this rank's torch.device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device={name}: it must be auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device={name}: this machine has no CUDA GPU that torch can use; "
+            f"--device=cpu runs anywhere"
+        )
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(name)
+
+
+def _join(backend):
+    """Join the process group that the environment describes."""
+    timeout = timedelta(hours=1)
+    store, number, world = next(dist.rendezvous("env://", timeout=timeout))
+
+    # torchrun keeps its store over --max-restarts. Ranks that start again would find the addresses
+    # of the dead in it, so each start has a prefix of its own. The agents of several nodes count
+    # their restarts apart, so that there the count is no common name.
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"start {start}", store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=number,
+        world_size=world,
+        timeout=timeout,
+    )
+
+
+# ---- stop ----------------------------------------------------------------------------------------
+
+
 def catch_signals():
-    """From here on SIGTERM and Ctrl-C only set what stop_requested() tells; a second one ends the process at once."""
+    """From now on SIGTERM and Ctrl-C only ask to stop: see stop_requested.
+
+    A second one ends the process at once.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
 
 
-def _on_signal(number, frame):
+def _on_signal(number, _frame):
     global _stop
-    if _stop:  # the second time: now
+    if _stop:
         sys.exit(128 + number)
     _stop = number
     print(
@@ -68,12 +103,24 @@ def _on_signal(number, frame):
     )
 
 
+def stop_requested():
+    """The number of the signal that any rank got, or 0.
+
+    It is asked once a step, so that all ranks leave together.
+    """
+    return int(total(_stop, "max"))
+
+
 def run(main):
-    """Run a script's main(). A user's mistake (ValueError), too little memory and a full disk end it with one line;
-    with NANORL_DEBUG=1 the traceback is shown too."""
+    """Run a script's main().
+
+    What is no defect ends it with one line: a user's mistake (ValueError), too little memory, a
+    full disk, a rank that is gone. With NANORL_DEBUG=1 the traceback is shown instead.
+    """
     try:
         main()
-    except BrokenPipeError:  # the reader of our output, such as head, has gone
+    except BrokenPipeError:
+        # The reader of the output, such as head, has gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -87,55 +134,82 @@ def run(main):
 
 
 def _leave(end):
-    """End one of several ranks. Where main() has returned or said how to end, the process ends here and now: torch's threads are sometimes still there
-    when the interpreter takes its library down, and a run that had saved everything then died with SIGABRT (once in some thirty)."""
+    """End one of several ranks.
+
+    end: the exception that main() ended with, or None where it has returned.
+
+    Where main() has returned or said how to end, the process ends in this function. torch's threads
+    are sometimes still there when the interpreter takes its library down. A run that had saved
+    everything then died with SIGABRT (once in some thirty).
+    """
     if end is not None and not isinstance(end, SystemExit):
-        dist.destroy_process_group()  # a defect, whose traceback is wanted
+        # A defect, whose traceback is wanted.
+        dist.destroy_process_group()
         return
-    code = getattr(end, "code", 0)
-    with contextlib.suppress(RuntimeError):  # a rank that is gone already is not waited for
-        if end is None:
-            barrier()  # nobody leaves while another still waits for it
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(1 if isinstance(code, str) else code or 0)
+
+    # Nobody leaves while another rank still waits for it. One that is gone is not waited for.
+    if end is None:
+        with contextlib.suppress(RuntimeError):
+            barrier()
+
+    # As sys.exit does: a message goes to stderr, and the status is then 1.
+    status = getattr(end, "code", 0)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def _one_line(error):
     """What to tell the user, or None: then it is a defect, and its traceback is wanted."""
     if isinstance(error, ValueError):
         return str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
-        error
-    ):  # the last: torch on a CPU
+    if _is_out_of_memory(error):
         return "out of memory: lower --device_tokens (training) or --device_rows (sampling)"
-    if (
-        isinstance(error, RuntimeError)
-        and world_size() > 1
-        and re.search("(?i)gloo|nccl|connection (closed|reset)|timed? ?out", str(error))
-    ):
-        return f"rank {rank()} has lost another rank ({str(error).splitlines()[0][:120]}): its own message says why; started again, the run goes on from its last checkpoint"
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-    ):
-        return f"{error}: what has been saved stays as it is, and a run goes on from its last checkpoint"
+    if _is_lost_rank(error):
+        reason = str(error).splitlines()[0][:120]
+        return (
+            f"rank {rank()} has lost another rank ({reason}): its own message says why; "
+            f"started again, the run goes on from its last checkpoint"
+        )
+    if isinstance(error, OSError) and error.errno in FILE_TROUBLE:
+        return (
+            f"{error}: what has been saved stays as it is, and a run goes on from its last "
+            f"checkpoint"
+        )
     return None
 
 
+def _is_out_of_memory(error):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)  # torch on a CPU
+
+
+def _is_lost_rank(error):
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    words = "(?i)gloo|nccl|connection (closed|reset)|timed? ?out"
+    return re.search(words, str(error)) is not None
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
 def rank():
+    """This process's number among all, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """How many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():
+    """Whether this is the first rank, which writes and prints."""
     return rank() == 0
 
 
@@ -147,27 +221,36 @@ def say(*args):
 
 def share(n):
     """This rank's slice of n items: contiguous, sizes that differ by at most one."""
-    start, stop = (n * r // world_size() for r in (rank(), rank() + 1))
+    start = n * rank() // world_size()
+    stop = n * (rank() + 1) // world_size()
     return slice(start, stop)
 
 
+# ---- collectives ---------------------------------------------------------------------------------
+
+
 def total(value, op="sum"):
-    """A number summed over ranks (op: sum, max or min)."""
+    """A number summed over ranks. op: sum, max or min."""
     return totals({"": value}, op)[""]
 
 
 def totals(values, op="sum"):
-    """{name: number} -> each summed over ranks, by one collective. All ranks must have the same names."""
-    if world_size() == 1:
-        return {name: float(value) for name, value in values.items()}
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    t = torch.tensor(
-        [float(value) for value in values.values()], dtype=torch.float64, device=device
-    )
-    dist.all_reduce(
-        t, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
-    )
-    return dict(zip(values, t.tolist()))
+    """{name: number} -> each summed over ranks, by one collective. op: sum, max or min.
+
+    All ranks must have the same names.
+    """
+    numbers = [float(value) for value in values.values()]
+    if world_size() > 1:
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)  # (names,)
+        operations = {
+            "sum": dist.ReduceOp.SUM,
+            "max": dist.ReduceOp.MAX,
+            "min": dist.ReduceOp.MIN,
+        }
+        dist.all_reduce(tensor, operations[op])
+        numbers = tensor.tolist()
+    return dict(zip(values, numbers))
 
 
 def gather(items):
@@ -176,16 +259,44 @@ def gather(items):
         return items
     lists = [None] * world_size() if is_main() else None
     dist.gather_object(items, lists)
-    return [x for part in lists for x in part] if is_main() else []
+    if not is_main():
+        return []
+    return [item for part in lists for item in part]
 
 
 def broadcast(value):
     """Rank 0's object, on every rank."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    objects = [value]
+    dist.broadcast_object_list(objects)
+    return objects[0]
+
+
+def barrier():
+    """Wait until every rank has come to this call."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_gradients(params):
+    """Sum every parameter's gradient over ranks by one flat all-reduce.
+
+    A rank without a gradient for a parameter contributes zeros.
+    """
+    if world_size() == 1:
+        return
+    grads = []
+    for p in params:
+        grads.append(torch.zeros_like(p) if p.grad is None else p.grad)
+    flat = torch.cat([grad.flatten() for grad in grads])  # (numbers of all parameters,)
+    dist.all_reduce(flat)
+    sizes = [grad.numel() for grad in grads]
+    for p, summed in zip(params, flat.split(sizes)):
+        p.grad = summed.view_as(p)
+
+
+# ---- the device ----------------------------------------------------------------------------------
 
 
 def synchronize(device):
@@ -194,33 +305,16 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def barrier():
-    if world_size() > 1:
-        dist.barrier()
-
-
-def sum_gradients(params):
-    """Sum every parameter's gradient over ranks by one flat all-reduce. A rank without any contributes zeros."""
-    if world_size() == 1:
-        return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    for p, g in zip(params, flat.split([g.numel() for g in grads])):
-        p.grad = g.view_as(p)
-
-
-def stop_requested():
-    """The number of the signal that any rank got, or 0: asked once a step, so that all ranks leave together."""
-    return int(total(_stop, "max"))
-
-
 def dtypes(name, device):
-    """--dtype -> (precision of the weights, precision of the activations). auto: bf16 on CUDA and on a CPU that multiplies in
-    bf16, which both halves of a step run 1.4 to 1.8 times as fast on (docs/results.md), else fp32."""
+    """--dtype -> (precision of the weights, precision of the activations).
+
+    auto: bf16 on CUDA and on a CPU that multiplies in bf16, else fp32. On such a CPU both halves of
+    a step run 1.4 to 1.8 times as fast in bf16 (docs/results.md).
+
+    Raises ValueError for another name.
+    """
     if name == "auto":
-        can = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
-        fast = device.type == "cuda" or can("amx_tile") or can("avx512_bf16")
+        fast = device.type == "cuda" or _cpu_has("amx_tile") or _cpu_has("avx512_bf16")
         name = "bf16" if fast else "fp32"
     table = {
         "fp32": (torch.float32, torch.float32),
@@ -232,17 +326,24 @@ def dtypes(name, device):
     return table[name]
 
 
+def _cpu_has(feature):
+    """Whether torch says that the CPU has a feature. It says so of some CPUs only."""
+    ask = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return ask() if ask else False
+
+
 def free_memory(device):
     """Bytes that can still be taken, of the GPU or of the machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as f:
-            return (
-                next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) * 1024
-            )
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    with contextlib.suppress(OSError), open("/proc/meminfo") as f:
+        for line in f:
+            if line.startswith("MemAvailable"):
+                kilobytes = int(line.split()[1])
+                return kilobytes * 1024
+    # Not on Linux: half of the machine's memory.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def used_memory(device):
@@ -251,7 +352,8 @@ def used_memory(device):
         return torch.cuda.memory_allocated(device)
     try:
         with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            pages = int(f.read().split()[1])
+            return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return peak_memory(device)
 

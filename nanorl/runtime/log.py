@@ -19,7 +19,7 @@ class RunLog:
     """
 
     def __init__(self, directory, active=True):
-        self.directory, self.active, self.started = directory, active, time.time()
+        self.directory, self.active = directory, active
         if active:
             os.makedirs(directory, exist_ok=True)
 
@@ -33,7 +33,7 @@ class RunLog:
         """
         if not self.active:
             return
-        import torch
+        import torch  # for its version alone
 
         values.update(
             commit=_commit(),
@@ -157,10 +157,11 @@ def duration(seconds):
 
 def size(n):
     """Bytes -> '1.2 MB'"""
-    if n < 1000:
-        return f"{n:.0f} bytes"
-    for unit in ("kB", "MB", "GB", "TB"):
-        n /= 1000
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
         if n < 1000:
             break
-    return f"{n:.1f} {unit}"
+        n /= 1000
+        unit = larger
+    decimals = 0 if unit == "bytes" else 1
+    return f"{n:.{decimals}f} {unit}"

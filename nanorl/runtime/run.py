@@ -5,6 +5,7 @@ All three training scripts have one. What is learnt, and from what, is theirs.
 
 import math
 import os
+import signal
 
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.after import AfterSave
@@ -12,16 +13,19 @@ from nanorl.runtime.log import RunLog
 
 
 class Run:
-    """settings: the script's resolved constants; the run's name is filled in here.
+    """A run that starts, or that goes on from its last checkpoint.
 
+    settings: the script's resolved constants. The run's name is filled in where it is empty.
     start: the model directory that a new run begins from, or None where the stage makes its own.
     no_start: what to tell a user who has no such model.
     writes: False leaves no trace, for a dry run.
 
-    resumed: the checkpoint that it goes on from, or None: a new run.
-    model: the directory of the weights to begin with: of that checkpoint, or start.
+    resumed: the checkpoint that it goes on from, or None for a new run.
+    model: the directory of the weights to begin with, of that checkpoint or start.
     state: what that checkpoint holds besides, or what a new run begins with.
-    origin: what the run started from, when it was new: {path, hash, published}.
+    origin: what the run started from when it was new, {path, hash, published}, or None.
+
+    Raises ValueError for a start that is no model, and where checkpoint.resume_point does.
     """
 
     def __init__(self, settings, stage, start=None, no_start="", writes=True):
@@ -47,6 +51,7 @@ class Run:
         self.after_save = AfterSave(settings["after_save"], run_directory, self.log.active)
 
     def _state(self, start):
+        """The state of the checkpoint to go on from, or that of a new run."""
         if self.resumed:
             return checkpoint.load_state(self.resumed)
         new = dict(step=0, bad=0, flops={})
@@ -55,17 +60,18 @@ class Run:
         return new
 
     def card(self, model, **values):
-        """Write run.json, after what lies beyond the checkpoint has been cut off.
+        """Write run.json, after rows and rollouts beyond the checkpoint have been cut off.
 
-        values: what was derived from the settings, beside what is derived here.
+        values: what was derived from the settings. More is added here.
         """
         self.log.cut(self.first_step if self.resumed else -1)
         if self.origin:
             values["start"] = self.origin
+        n_params, _ = model.config.n_params()
         self.log.card(
             stage=self.stage,
             settings=self.settings,
-            params=model.config.n_params()[0],
+            params=n_params,
             dtype=str(model.compute_dtype),
             device=str(model.cos.device),
             world_size=dist.world_size(),
@@ -75,23 +81,27 @@ class Run:
             dist.say(f"resumed {self.resumed}")
 
     def begin(self):
-        """The first step is about to come: the model it starts from is in use from now on."""
+        """Call it before the first step: from now on the model that it starts from is in use."""
         if self.log.active and self.origin:
             checkpoint.mark_used(self.origin["path"], self.directory)
         dist.catch_signals()
 
     def count_bad_steps(self, norms):
-        """norms: of the gradients of a step's updates -> bad steps in a row, this one counted."""
-        bad = not all(math.isfinite(norm) for norm in norms)
-        self.bad_steps = self.bad_steps + 1 if bad else 0
+        """Norms of the gradients of a step's updates -> bad steps in a row, this one counted."""
+        finite = all(math.isfinite(norm) for norm in norms)
+        self.bad_steps = 0 if finite else self.bad_steps + 1
         return self.bad_steps
 
     def end_of_step(self, step, last, write_model, state, reward=None):
         """Save where it is time to, and leave where a signal or too many bad steps say so.
 
-        step: the number of steps that are done. last: whether no more are to come.
-        write_model(path): writes the model directory. state(): what only the script has and a
-        resumed run needs. reward: of this step, in RL.
+        step: the number of steps that are done.
+        last: whether no more are to come.
+        write_model(path): writes the model directory.
+        state(): what only the script has and a resumed run needs.
+        reward: of this step, in RL.
+
+        Raises ValueError after too many bad steps, SystemExit after a signal.
         """
         settings = self.settings
         stop = dist.stop_requested()
@@ -105,17 +115,7 @@ class Run:
             if reward is not None and reward > self.best["reward"]:
                 self.best = {"step": step, "reward": reward}
             if dist.is_main():
-                whole = dict(state(), step=step, bad=self.bad_steps, settings=settings)
-                if self.origin:
-                    whole["start"] = self.origin
-                if reward is not None:
-                    whole["best"] = self.best
-                best_step = self.best["step"]
-                said = checkpoint.save(self.directory, step, write_model, whole, best_step)
-                if improved:
-                    said += f" (a new best reward, {reward:.3f})"
-                print(said, flush=True)
-                self.after_save()
+                self._save(step, write_model, state(), reward, improved)
             dist.barrier()
 
         if last or stop or hopeless:
@@ -123,9 +123,24 @@ class Run:
         if hopeless:
             raise ValueError(self._why_hopeless())
         if stop:
-            raise SystemExit(0 if stop == 15 else 130)
+            raise SystemExit(0 if stop == signal.SIGTERM else 130)
+
+    def _save(self, step, write_model, state, reward, improved):
+        """Save a checkpoint and say so, on the first rank. See end_of_step."""
+        state = dict(state, step=step, bad=self.bad_steps, settings=self.settings)
+        if self.origin:
+            state["start"] = self.origin
+        if reward is not None:
+            state["best"] = self.best
+        best_step = self.best["step"]
+        report = checkpoint.save(self.directory, step, write_model, state, best_step)
+        if improved:
+            report += f" (a new best reward, {reward:.3f})"
+        print(report, flush=True)
+        self.after_save()
 
     def _why_hopeless(self):
+        """What to tell the user after too many bad steps."""
         if "matrix_lr" in self.settings:
             return (
                 f"{self.bad_steps} updates in a row were skipped because the gradient was not "

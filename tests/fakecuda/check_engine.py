@@ -2,8 +2,9 @@
 
 The engine on the simulated GPU, with captured and replayed graphs, against the engine on the CPU,
 over calls with other prompts, other weights and other settings. A line of JSON a call: how many
-completions are equal, how far their log-probs are apart, how many graphs were captured; in the last
-line where the host waited for the GPU, and the kernels of one captured step."""
+completions are equal, how far their log-probs are apart, how many graphs were captured. In the last
+line: where the host waited for the GPU, and the kernels of one captured step.
+"""
 
 import collections
 import json
@@ -12,11 +13,11 @@ import random
 import sys
 
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.getcwd()]
-import fakecuda  # noqa: E402: before torch, which asks once what devices there are
-import torch  # noqa: E402
+import fakecuda  # before torch, which asks once what devices there are
+import torch
 
-from nanorl.engine import Engine  # noqa: E402
-from nanorl.gpt import GPT, GPTConfig  # noqa: E402
+from nanorl.engine import Engine
+from nanorl.gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,9 +65,10 @@ def sample(engine, number, prompts, samples, new_tokens, temperature):
 
 def largest_gap(a, b):
     """Of the log-probs of the completions that are equal."""
-    gaps = [
-        abs(u - v) for x, y in zip(a, b) if x.ids == y.ids for u, v in zip(x.logprobs, y.logprobs)
-    ]
+    gaps = []
+    for x, y in zip(a, b):
+        if x.ids == y.ids:
+            gaps += [abs(u - v) for u, v in zip(x.logprobs, y.logprobs)]
     return max(gaps, default=0.0)
 
 
@@ -83,13 +85,19 @@ def main():
             before = fakecuda.CUDAGraph.count
             log.syncs.clear()
             found = sample(engine, number, *call)
-            equal = sum(a.ids == b.ids for a, b in zip(found, expected[number]))
-            values = dict(equal=equal, of=len(found), gap=largest_gap(found, expected[number]))
-            captures = fakecuda.CUDAGraph.count - before
-            print(json.dumps(dict(values, captures=captures, steps=len(engine.stats["live"]))))
-        graph = next(graph for graph in engine.batch.graphs.values() if graph is not None)
-        kernels = collections.Counter(str(op[0]) for op in graph.recording.ops)
-        print(json.dumps(dict(syncs=log.syncs, kernels=sum(kernels.values()), by_op=kernels)))
+            row = dict(
+                equal=sum(a.ids == b.ids for a, b in zip(found, expected[number])),
+                of=len(found),
+                gap=largest_gap(found, expected[number]),
+                captures=fakecuda.CUDAGraph.count - before,
+                steps=len(engine.stats["live"]),
+            )
+            print(json.dumps(row))
+
+        graphs = [graph for graph in engine.batch.graphs.values() if graph is not None]
+        kernels = collections.Counter(str(op.func) for op in graphs[0].recording.ops)
+        last = dict(syncs=log.syncs, kernels=sum(kernels.values()), by_op=kernels)
+        print(json.dumps(last))
 
 
 if __name__ == "__main__":
