@@ -117,14 +117,14 @@ def memory_lines(rollouts, engine, policy, settings):
 
     # The sampler: its cache in a step, or in an evaluation, if that is larger.
     longest = max(len(rollout.prompt_ids) for rollout in rollouts)
+    new_tokens = settings["max_new_tokens"]
     cache = 0
-    for prompts, samples in (
+    for asked, samples in (
         (problems, settings["samples_per_prompt"]),
         (share(settings["eval_problems"]), 1),
     ):
-        rows = min(engine.max_rows, prompts * samples)
-        prompts = min(engine.max_rows, prompts)
-        new_tokens = settings["max_new_tokens"]
+        rows = min(engine.max_rows, asked * samples)
+        prompts = min(engine.max_rows, asked)
         needed = memory.cache_bytes(model.config, itemsize, prompts, longest, rows, new_tokens)
         cache = max(cache, needed)
 
@@ -175,7 +175,7 @@ def disk_lines(rollouts, policy, decode, directory, settings):
     written = few / len(rollouts) * problems
 
     # A checkpoint: the weights, and AdamW's two moments of what is trained.
-    saved = bytes_of(policy.model.parameters()) + 2 * bytes_of(policy.params)
+    saved = memory.bytes_of(policy.model.parameters()) + 2 * memory.bytes_of(policy.params)
     lines = [
         f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, "
         "of which at most four are kept, and those that others start from"
@@ -184,7 +184,3 @@ def disk_lines(rollouts, policy, decode, directory, settings):
     if free < written + 5 * saved:
         lines.append(f"WARNING: only {size(free)} are free where {directory} is")
     return lines
-
-
-def bytes_of(params):
-    return sum(p.numel() * p.element_size() for p in params)

@@ -1,5 +1,15 @@
-"""What a training run will hold in memory at its peak, said before its first step. Weights, gradients and AdamW's moments follow from the number of
-parameters, caches from their shapes; what backward needs of the activations is counted on one small forward pass, tensor by tensor."""
+"""What a training run will hold in memory at its peak, said before its first step.
+
+In the order of a step of RL:
+
+    weights       of the policy, and copies: the sampler's narrower ones, a KL term's reference
+    cache         of the sampler, while it decodes; its size follows from its shapes
+    activations   what backward needs, while the learner runs: never at one time with the cache
+    gradients     as large as what is trained
+    optimizer     AdamW's two moments, each as large as that
+
+Activations are counted on two small forward passes, tensor by tensor, and scaled up.
+"""
 
 import math
 from dataclasses import replace
@@ -12,8 +22,9 @@ from nanorl.batch import pack
 from nanorl.report.cost import cache_numbers
 from nanorl.runtime import dist
 
-# On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their shapes differ. Peak over what is needed, as measured
-# (docs/log.md); on a GPU torch's own allocator keeps less, which is not measured.
+# On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their
+# shapes differ. These are peaks over what is needed, as measured (docs/log.md). On a GPU torch's
+# own allocator keeps less, which is not measured.
 HOLES = {
     "rows of one length": 1.2,
     "packed rows": 1.6,
@@ -22,113 +33,169 @@ HOLES = {
 }
 
 
+# ---- activations ---------------------------------------------------------------------------------
+
+
 def saved_bytes(model, forward):
     """Bytes that autograd keeps between forward() and its backward, without the weights."""
-    seen = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+    # Bytes of each storage, by its address. What shares a storage counts once.
+    sizes = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
 
-    def look(t):
-        storage = t.untyped_storage()
-        seen.setdefault(storage.data_ptr(), storage.nbytes())
-        return t
+    def count(tensor):
+        storage = tensor.untyped_storage()
+        sizes.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
 
     recompute, model.recompute = model.recompute, False
     try:
-        with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t):
-            kept = forward()  # noqa: F841: alive while it is counted, so that no two tensors have one address
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            # The result stays alive while it is counted, so that no two tensors have one address.
+            kept = forward()
+            total = sum(sizes.values())
+            del kept
     finally:
         model.recompute = recompute
-    return sum(seen.values())
+    return total
 
 
 def activation_bytes(model, small, large, tokens, packed=False):
-    """Bytes of what backward needs for `tokens` tokens at a time. small, large: (forward, how many tokens it has) twice, of rows of the kind to come: what
-    does not grow with the tokens, such as narrow copies of the weights, is there once. While a block's backward runs, its gradients are there too, about as
-    much as it keeps; with recomputation a block at a time is all there is. packed: the shapes change from one micro-batch to the next."""
-    c = model.config
-    (a, n_a), (b, n_b) = ((saved_bytes(model, forward), n) for forward, n in (small, large))
-    per_token = (b - a) / (n_b - n_a)
-    once, block = max(0, a - per_token * n_a), per_token / c.n_layer
-    kept = (
-        c.n_layer * c.n_embd * model.compute_dtype.itemsize + block
-        if model.recompute
-        else per_token
-    )
-    once = once / c.n_layer if model.recompute else once
+    """Bytes of what backward needs for `tokens` tokens at a time.
+
+    small, large: (a forward pass, how many tokens it has), of rows of the kind to come.
+    packed: the shapes change from one micro-batch to the next.
+    """
+    # What does not grow with the tokens, such as narrow copies of the weights, is there once.
+    small_forward, small_tokens = small
+    large_forward, large_tokens = large
+    small_bytes = saved_bytes(model, small_forward)
+    large_bytes = saved_bytes(model, large_forward)
+    per_token = (large_bytes - small_bytes) / (large_tokens - small_tokens)
+    once = max(0, small_bytes - per_token * small_tokens)
+
+    # While a block's backward runs its gradients are there too, about as much as it keeps.
+    config = model.config
+    block = per_token / config.n_layer
+    kept = per_token
+    if model.recompute:
+        # All that is kept is what enters each block, and one block at a time.
+        entering = config.n_layer * config.n_embd * model.compute_dtype.itemsize
+        kept = entering + block
+        once = once / config.n_layer
+    return holes(model, packed) * (once + tokens * (kept + block))
+
+
+def holes(model, packed):
+    """By what the memory that is taken exceeds the memory that is needed."""
+    if model.cos.device.type != "cpu":
+        return 1.0
+    if model.recompute:
+        return HOLES["recomputation"]
+    if not packed:
+        return HOLES["rows of one length"]
     lora = not any(p.requires_grad for p in model.parameters())
-    kind = (
-        "recomputation"
-        if model.recompute
-        else "rows of one length"
-        if not packed
-        else "packed rows, LoRA"
-        if lora
-        else "packed rows"
-    )
-    holes = HOLES[kind] if model.cos.device.type == "cpu" else 1.0
-    return holes * (once + tokens * (kept + block))
+    return HOLES["packed rows, LoRA" if lora else "packed rows"]
 
 
 def passes(model, rollouts):
-    """-> two forward passes, of a few completions of one group and of twice that, with the tokens of each: what activation_bytes needs."""
-    group = max(rollouts, key=lambda r: sum(len(c.ids) for c in r.completions))
-    group = replace(group, completions=group.completions[:4])
+    """-> small and large, as activation_bytes takes them.
 
-    def times(n):
-        ones = torch.ones(
-            n, len(group.completions), dtype=torch.float64
-        )  # as advantages and weights
-        (batch,) = pack([group] * n, ones, ones, math.inf, model.cos.device)
-        return partial(learner.forward, model, batch), batch.ids.numel()
+    They are of a few completions of the longest group, and of that twice.
+    """
+    longest = max(rollouts, key=sampled_tokens)
+    few = replace(longest, completions=longest.completions[:4])
+    return learner_pass(model, [few]), learner_pass(model, [few, few])
 
-    return times(1), times(2)
+
+def learner_pass(model, rollouts):
+    """-> (the learner's forward pass over Rollouts, how many tokens it has)."""
+    shape = len(rollouts), len(rollouts[0].completions)
+    ones = torch.ones(shape, dtype=torch.float64)  # as advantages and as token weights
+    (batch,) = pack(rollouts, ones, ones, math.inf, model.cos.device)
+    return partial(learner.forward, model, batch), batch.ids.numel()
+
+
+def sampled_tokens(rollout):
+    return sum(len(completion.ids) for completion in rollout.completions)
+
+
+# ---- the sampler's cache -------------------------------------------------------------------------
 
 
 def cache_bytes(config, itemsize, prompts, prompt_tokens, rows, new_tokens):
-    """Bytes of the sampler's caches (nanorl/cache.py): prompts x prompt_tokens, rows x new_tokens."""
-    return itemsize * cache_numbers(config, prompts * prompt_tokens + rows * new_tokens)
+    """Of prompts x prompt_tokens and rows x new_tokens (nanorl/cache.py)."""
+    tokens = prompts * prompt_tokens + rows * new_tokens
+    return itemsize * cache_numbers(config, tokens)
+
+
+def bytes_per_row(model, new_tokens):
+    """That one more row takes while it is decoded.
+
+    Its own cache, and as much again for its prompt's (which the rows of a group share).
+    """
+    return 2 * cache_numbers(model.config, new_tokens) * model.compute_dtype.itemsize
+
+
+def rows_that_fit(engine, params, samples, new_tokens):
+    """How many rows half of the free memory holds, beside gradients and AdamW's moments.
+
+    At least a group of `samples` rows. The number is the same on every rank.
+    """
+    model = engine.learner
+    gradients_and_moments = 12 * sum(p.numel() for p in params)
+    free = dist.free_memory(model.cos.device) - gradients_and_moments
+    rows = free // 2 // bytes_per_row(model, new_tokens)
+    return max(samples, int(dist.total(rows, "min")))
+
+
+# ---- all of it -----------------------------------------------------------------------------------
 
 
 def estimate(model, copies, trained, used, activations, cache=0):
-    """-> {part: bytes}, whose sum is the peak. copies: other models in memory; trained: parameters that the optimizer has; used: bytes in use now, before
-    the first step. The sampler's cache and the activations do not exist at one time."""
-    size = lambda params: sum({p.data_ptr(): p.numel() * p.element_size() for p in params}.values())
-    weights, sampler = size(model.parameters()), sum(size(other.parameters()) for other in copies)
-    n = sum(p.numel() * p.element_size() for p in trained)
-    parts = dict(
-        weights=weights,
-        copies=sampler,
-        gradients=n,
-        optimizer=2 * n,
-        activations=activations,
-        cache=0,
-    )
+    """-> {part: bytes}, whose sum is the peak.
+
+    copies: other models in memory. trained: the parameters that the optimizer has. used: bytes in
+    use now, before the first step. activations, cache: bytes; they do not exist at one time.
+    """
+    weights = bytes_of(model.parameters())
+    of_copies = sum(bytes_of(copy.parameters()) for copy in copies)
+    gradients = sum(p.numel() * p.element_size() for p in trained)
     if cache > activations:
-        parts.update(activations=0, cache=cache)
-    return {**parts, "program": max(0, used - weights - sampler)}
+        activations = 0
+    else:
+        cache = 0
+    return dict(
+        weights=weights,
+        copies=of_copies,
+        gradients=gradients,
+        optimizer=2 * gradients,
+        activations=activations,
+        cache=cache,
+        program=max(0, used - weights - of_copies),
+    )
+
+
+def bytes_of(params):
+    """Of parameters; one that is there under two names counts once."""
+    return sum({p.data_ptr(): p.numel() * p.element_size() for p in params}.values())
 
 
 def describe(parts, free):
-    """-> lines: the estimate in words, and a warning where it does not fit in `free` bytes more than now."""
-    gb = lambda n: f"{n / 1e9:.2f}"
+    """The estimate in words -> lines, with a warning where it does not fit.
+
+    free: bytes that can still be taken.
+    """
+    total = gigabytes(sum(parts.values()))
+    named = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items() if n > 5e6)
+    lines = [f"memory: about {total} GB at most: {named}"]
+
     to_come = sum(parts[name] for name in ("gradients", "optimizer", "activations", "cache"))
-    lines = [
-        f"memory: about {gb(sum(parts.values()))} GB at most: "
-        + ", ".join(f"{name} {gb(n)}" for name, n in parts.items() if n > 5e6)
-    ]
     if to_come > free:
         lines.append(
-            f"WARNING: {gb(to_come)} GB of that are still to be taken and {gb(free)} are free: lower --device_tokens, or --recompute, or --lora_rank=16"
+            f"WARNING: {gigabytes(to_come)} GB of that are still to be taken and "
+            f"{gigabytes(free)} are free: lower --device_tokens, or --recompute, or --lora_rank=16"
         )
     return lines
 
 
-def rows_that_fit(engine, params, samples, new_tokens):
-    """How many rows half of the free memory holds, beside gradients and AdamW's moments: the same on every rank."""
-    to_come = 12 * sum(p.numel() for p in params)
-    half = (dist.free_memory(engine.learner.cos.device) - to_come) // 2
-    return max(samples, int(dist.total(half // bytes_per_row(engine.learner, new_tokens), "min")))
-
-
-def bytes_per_row(model, new_tokens):
-    """Memory that one more row takes while it is decoded: its own cache, and as much again for its prompt's (which the rows of a group share)."""
-    return 2 * cache_numbers(model.config, new_tokens) * model.compute_dtype.itemsize
+def gigabytes(n):
+    return f"{n / 1e9:.2f}"

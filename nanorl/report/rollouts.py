@@ -7,68 +7,93 @@ import re
 
 
 def files(directory):
-    """{step: path} of the rollouts of a run, or of its rl stage."""
+    """{step: path} of the rollouts of a run, or of its rl stage.
+
+    Raises ValueError where there are none.
+    """
     for folder in (os.path.join(directory, "rollouts"), os.path.join(directory, "rl", "rollouts")):
-        if os.path.isdir(folder):
-            found = {
-                int(m[1]): os.path.join(folder, m[0])
-                for m in (
-                    re.fullmatch(r"step_(\d+)\.jsonl\.gz", name) for name in os.listdir(folder)
-                )
-                if m
-            }
-            if found:
-                return found
+        found = {}
+        for name in os.listdir(folder) if os.path.isdir(folder) else []:
+            match = re.fullmatch(r"step_(\d+)\.jsonl\.gz", name)
+            if match:
+                found[int(match[1])] = os.path.join(folder, name)
+        if found:
+            return found
     raise ValueError(
         f"--show={directory}: no rollouts there; name an RL run's folder, such as out/d4/rl"
     )
 
 
 def lines(directory, step=0, prompt=-1):
-    """The rollouts of a step (0: the last) as lines of text: each prompt as the model saw it, or only number `prompt`, and its completions, the best
-    first, equal ones together. Raises ValueError for what is not there."""
-    there = files(directory)
-    step = step or max(there)
-    if step not in there:
+    """The rollouts of a step as lines of text.
+
+    step: 0 is the last. prompt: only this number; -1: all of them.
+
+    Raises ValueError for a step or prompt that there is not.
+    """
+    paths = files(directory)
+    step = step or max(paths)
+    if step not in paths:
         raise ValueError(
-            f"--step={step}: {directory} has rollouts of steps {min(there)} to {max(there)}"
+            f"--step={step}: {directory} has rollouts of steps {min(paths)} to {max(paths)}"
         )
-    groups = {}
-    with gzip.open(there[step], "rt", encoding="utf-8") as f:
-        for record in map(json.loads, f):
-            groups.setdefault(record["group"], []).append(record)
+    groups = read_groups(paths[step])
     if prompt >= len(groups):
         raise ValueError(f"--prompt={prompt}: step {step} has prompts 0 to {len(groups) - 1}")
-    result = [
-        f"{there[step]}: step {step}, {len(groups)} prompts, {sum(map(len, groups.values()))} completions"
-    ]
+
+    completions = sum(map(len, groups.values()))
+    shown = [f"{paths[step]}: step {step}, {len(groups)} prompts, {completions} completions"]
     for number in groups if prompt < 0 else [prompt]:
-        group = groups[number]
-        result += [
-            "",
-            f"prompt {number}, answer {group[0]['answer']}, mean reward {sum(r['reward'] for r in group) / len(group):.3f}",
-            *indented(group[0]["prompt"], "  > "),
-        ]
-        same = {}
-        for record in sorted(group, key=lambda r: -r["reward"]):
-            same.setdefault((record["completion"], record["reward"], record["finish"]), []).append(
-                record
-            )
-        for some in same.values():
-            r = some[0]
-            parts = ", ".join(f"{name} {value:g}" for name, value in r["parts"].items())
-            result.append(
-                f"  {len(some)} x reward {r['reward']:g} ({parts}), advantage {r['advantage']:+.3f}, {r['tokens']} tokens"
-                + (", cut off" if r["finish"] == "length" else "")
-                + (f"; the reward failed: {r['error']}" if "error" in r else "")
-            )
-            result += indented(r["completion"], "      ")
-    return result
+        shown.append("")
+        shown += group_lines(number, groups[number])
+    return shown
+
+
+def read_groups(path):
+    """A file of rollouts -> {number of the prompt: records of its completions}."""
+    groups = {}
+    with gzip.open(path, "rt", encoding="utf-8") as f:
+        for line in f:
+            record = json.loads(line)
+            groups.setdefault(record["group"], []).append(record)
+    return groups
+
+
+def group_lines(number, group):
+    """A prompt as the model saw it, and its completions: the best first, equal ones together."""
+    mean = sum(record["reward"] for record in group) / len(group)
+    shown = [f"prompt {number}, answer {group[0]['answer']}, mean reward {mean:.3f}"]
+    shown += indented(group[0]["prompt"], "  > ")
+
+    equal = {}
+    for record in sorted(group, key=lambda record: -record["reward"]):
+        what = record["completion"], record["reward"], record["finish"]
+        equal.setdefault(what, []).append(record)
+    for records in equal.values():
+        shown.append(summary_line(records[0], len(records)))
+        shown += indented(records[0]["completion"], "      ")
+    return shown
+
+
+def summary_line(record, count):
+    """What a completion earned; `count` of them are equal."""
+    parts = ", ".join(f"{name} {value:g}" for name, value in record["parts"].items())
+    line = f"  {count} x reward {record['reward']:g} ({parts})"
+    line += f", advantage {record['advantage']:+.3f}, {record['tokens']} tokens"
+    if record["finish"] == "length":
+        line += ", cut off"
+    if "error" in record:
+        line += f"; the reward failed: {record['error']}"
+    return line
 
 
 def indented(text, by):
-    """Its lines; what is not printable is shown as an escape, so that a model's output cannot steer the terminal."""
-    safe = lambda line: "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in line
-    )
-    return [by + safe(line) for line in text.split("\n")]
+    """The lines of a text. What is not printable is shown as an escape, so that a model's output
+    cannot steer the terminal."""
+    return [by + "".join(map(printable, line)) for line in text.split("\n")]
+
+
+def printable(character):
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode()
