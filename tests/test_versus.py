@@ -11,8 +11,8 @@ import torch
 from scripts import RL, call, rows
 
 from nanorl.runtime import checkpoint
+from nanorl.evaluate.seeds import holm, over_seeds, student_p, student_t, verdict_over_seeds
 from nanorl.tools import versus
-from nanorl.tools.versus import holm, over_seeds, student_p, student_t, verdict_over_seeds
 
 
 @pytest.mark.parametrize("df", range(1, 13))

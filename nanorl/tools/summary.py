@@ -1,6 +1,8 @@
 """The stages of a run side by side: `python -m nanorl.tools.summary out/quickstart`.
 
-Reads what train_*.py and eval.py wrote; prints a table and completions before and after RL; writes summary.json."""
+Reads what train_*.py and eval.py wrote. Prints a table, and completions before and after RL. Writes
+summary.json into the run's folder.
+"""
 
 import json
 import os
@@ -13,68 +15,101 @@ from nanorl.runtime.log import duration
 STAGES = ("base", "sft", "rl")
 
 
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
 def stage_result(directory):
-    """A stage's directory -> (the summary of the first task that its newest checkpoint has answered greedily, with `sampled` and with `seconds` of
-    training; its greedy outcomes)."""
+    """A stage's directory -> (result, outcomes) of the first task with a greedy evaluation.
+
+    The result is the greedy summary of the newest checkpoint, with `sampled` beside it, `seconds`
+    of training and `peak_gb` of memory. The outcomes are the greedy ones, one a problem.
+    """
     path = checkpoint.latest(directory) or ""
-    if not os.path.exists(checkpoint.eval_file(path, "summary.json")):
-        raise SystemExit(
-            f"error: no evaluated checkpoint in {directory}: run `python eval.py --model={directory}`"
-        )
-    with open(checkpoint.eval_file(path, "summary.json"), encoding="utf-8") as f:
-        name, found = next(
-            (name, found) for name, found in json.load(f).items() if "greedy" in found
-        )
+    summary = checkpoint.eval_file(path, "summary.json")
+    if not os.path.exists(summary):
+        remedy = f"run `python eval.py --model={directory}`"
+        raise SystemExit(f"error: no evaluated checkpoint in {directory}: {remedy}")
+    evaluated = read_json(summary)
+    name = next(name for name, found in evaluated.items() if "greedy" in found)
+    found = evaluated[name]
     result = {**found.pop("greedy"), **found}
-    with open(os.path.join(directory, "metrics.jsonl"), encoding="utf-8") as f:
-        rows = [json.loads(line) for line in f]
+
+    rows = read_lines(os.path.join(directory, "metrics.jsonl"))
     result["seconds"] = round(sum(row.get("time/step", 0.0) for row in rows), 1)
     result["peak_gb"] = max(row.get("memory/peak_gb", 0.0) for row in rows)
-    with open(checkpoint.eval_file(path, name + ".jsonl"), encoding="utf-8") as f:
-        outcomes = [json.loads(line) for line in f]
-    return result, [o for o in outcomes if o["how"] == "greedy"]
+
+    outcomes = read_lines(checkpoint.eval_file(path, name + ".jsonl"))
+    return result, [outcome for outcome in outcomes if outcome["how"] == "greedy"]
+
+
+def stage_line(stage, result):
+    interval = f"[{result['low']:6.1%}, {result['high']:6.1%}]"
+    sampled = {"accuracy": "-", "pass@8": "-"}
+    for key in sampled:
+        if key in result.get("sampled", {}):
+            sampled[key] = f"{result['sampled'][key]:.1%}"
+    return (
+        f"{stage:6}  {result['accuracy']:7.1%}  {interval}      {sampled['accuracy']:>7}"
+        f"  {sampled['pass@8']:>7}   {result['length']:11.1f}   {result['seconds']:7.1f}"
+    )
 
 
 def table(results):
     """{stage: result} -> lines."""
     lines = ["stage   greedy accuracy, 95% interval   sampled   pass@8   mean length   seconds"]
-    for stage, r in results.items():
-        s = r.get("sampled", {})
-        share = lambda key: f"{s[key]:.1%}" if key in s else "-"
-        lines.append(
-            f"{stage:6}  {r['accuracy']:7.1%}  [{r['low']:6.1%}, {r['high']:6.1%}]      {share('accuracy'):>7}  {share('pass@8'):>7}"
-            f"   {r['length']:11.1f}   {r['seconds']:7.1f}"
-        )
-    n = next(iter(results.values()))
-    return lines + [
-        f"{n['n']} held-out problems of {n['task']}, {n['split']} split; lengths in tokens, greedy; seconds of training"
-    ]
+    lines += [stage_line(stage, result) for stage, result in results.items()]
+    one = next(iter(results.values()))
+    lines.append(
+        f"{one['n']} held-out problems of {one['task']}, {one['split']} split; "
+        "lengths in tokens, greedy; seconds of training"
+    )
+    return lines
+
+
+def print_completions(before, after, count=3):
+    """The first problems' outcomes of SFT and of RL."""
+    print("\nThe same problems before and after RL:")
+    for sft, rl in list(zip(before, after))[:count]:
+        print(f"  {sft['prompt'][-1]['content']!r}, answer {sft['answer']}")
+        print(f"    SFT  {sft['texts'][0]!r}")
+        print(f"    RL   {rl['texts'][0]!r}")
+
+
+def print_machine(seconds, peak_gb):
+    rates = machine_rates()
+    print(
+        f"the whole command took {duration(seconds)} and at most {peak_gb:.1f} GB; "
+        f"this machine now gives {rates['fp32_gflops']:.0f} GFLOP/s fp32, "
+        f"{rates['bf16_gflops']:.0f} bf16, {rates['copy_gb_s']:.0f} GB/s"
+    )
 
 
 def main(run, seconds=None):
-    read = {stage: stage_result(os.path.join(run, stage)) for stage in STAGES}
-    results = {stage: result for stage, (result, _) in read.items()}
+    results, outcomes = {}, {}
+    for stage in STAGES:
+        results[stage], outcomes[stage] = stage_result(os.path.join(run, stage))
     print("\n".join(table(results)))
-    print("\nThe same problems before and after RL:")
-    for before, after in list(zip(read["sft"][1], read["rl"][1]))[:3]:
-        print(
-            f"  {before['prompt'][-1]['content']!r}, answer {before['answer']}\n"
-            f"    SFT  {before['texts'][0]!r}\n    RL   {after['texts'][0]!r}"
-        )
-    with open(os.path.join(run, "summary.json"), "w", encoding="utf-8") as f:
+    print_completions(outcomes["sft"], outcomes["rl"])
+
+    path = os.path.join(run, "summary.json")
+    with open(path, "w", encoding="utf-8") as f:
         json.dump(results, f, indent=2)
-    print(f"\nwrote {os.path.join(run, 'summary.json')}")
+    print(f"\nwrote {path}")
     if seconds:
-        m = machine_rates()
-        print(
-            f"the whole command took {duration(float(seconds))} and at most {max(r['peak_gb'] for r in results.values()):.1f} GB; this machine now gives "
-            f"{m['fp32_gflops']:.0f} GFLOP/s fp32, {m['bf16_gflops']:.0f} bf16, {m['copy_gb_s']:.0f} GB/s"
-        )
+        print_machine(float(seconds), max(result["peak_gb"] for result in results.values()))
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(
-            "usage: python -m nanorl.tools.summary <run folder, such as out/quickstart> [seconds the run took]"
+            "usage: python -m nanorl.tools.summary <run folder, such as out/quickstart> "
+            "[seconds the run took]"
         )
     main(*sys.argv[1:])
