@@ -1,28 +1,49 @@
-"""Tasks: problem -> prompt, (problem, completion text) -> reward. A task is a small class:
+"""Tasks: what is asked, and what an answer earns.
 
-class Capitals:
-    def __init__(self, split="train", **settings): ...
-    def __len__(self): ...                                # problems in this split
-    def problem(self, index): ...                         # -> Problem(prompt, answer, meta), always the same
-    def solution(self, problem): ...                      # -> str, a worked answer for SFT (optional)
-    def reward(self, problem, completion): ...            # -> Reward(total, parts)
-    def document(self, index): ...                        # -> str, a text for pretraining (optional)
-    timeout = 5.0                                         # rewards in worker processes, so many seconds each (optional)
-    marker = "#"                                          # what stands before an answer, for other templates (optional;
-    answer_words = "yes|no"                               # and for answers that are no numbers)
+A task is a small class. This one is complete:
 
-python train_rl.py --task=capitals.py:Capitals
+    # capitals.py
+    from nanorl.tasks import Problem, Reward
+
+    PAIRS = {
+        "train": [("France", "Paris"), ("Japan", "Tokyo"), ("Kenya", "Nairobi")],
+        "val": [("Peru", "Lima"), ("Norway", "Oslo")],
+        "test": [("Cuba", "Havana")],
+    }
+
+    class Capitals:
+        def __init__(self, split="train"):
+            self.pairs = PAIRS[split]
+
+        def __len__(self):
+            return len(self.pairs)  # problems in this split
+
+        def problem(self, index):
+            country, capital = self.pairs[index]  # an index gives the same problem every time
+            question = f"What is the capital of {country}?"
+            return Problem([{"role": "user", "content": question}], answer=capital)
+
+        def reward(self, problem, completion):
+            correct = float(completion.strip(" .") == problem.answer)
+            return Reward(correct, {"correct": correct})  # the total, and named parts for the log
+
+    python train_rl.py --task=capitals.py:Capitals
+
+Problem and Reward are in problem.py. What else a task may have:
+
+    def __init__(self, split="train", continent="all"):  # --task_args='continent=Asia': a string
+    def solution(self, problem):  # -> str, a worked answer, for SFT
+    def document(self, index):  # -> str, a text for pretraining
+    timeout = 5.0  # rewards run in worker processes, and each may take so many seconds (pool.py)
+    marker = "#"  # stands before an answer; --task_args='template=r1' needs it (templates.py)
+    answer_words = "yes|no"  # for templates: a regular expression, where answers are no numbers
 """
 
 import difflib
 import importlib.util
-import math
 import os
-import re
 import sys
-from dataclasses import replace
 from functools import partial
-from itertools import islice
 
 from nanorl.tasks.arithmetic import PRESETS, Arithmetic
 from nanorl.tasks.binary import Binary
@@ -30,13 +51,35 @@ from nanorl.tasks.choice import SOURCES, MultipleChoice
 from nanorl.tasks.comparison import Comparison
 from nanorl.tasks.countdown import Countdown
 from nanorl.tasks.counting import Counting
+from nanorl.tasks.few_shot import FewShot
 from nanorl.tasks.gsm8k import GSM8K
 from nanorl.tasks.humaneval import HumanEval
 from nanorl.tasks.mixture import Mixture
 from nanorl.tasks.problem import Problem, Reward, is_correct
+from nanorl.tasks.settings import (
+    is_mixture,
+    parse_curriculum,
+    parse_mixture,
+    parse_settings,
+    parse_weights,
+    settings_by_task,
+)
 from nanorl.tasks.spelling import Spelling
 from nanorl.tasks.templates import Templated
 
+__all__ = [
+    "TASKS",
+    "FewShot",
+    "Problem",
+    "Reward",
+    "get_stages",
+    "get_task",
+    "is_correct",
+    "parse_settings",
+    "parse_weights",
+]
+
+# name -> what makes the task.
 TASKS = {
     "arithmetic": Arithmetic,
     **{name: partial(Arithmetic, preset=name) for name in PRESETS},
@@ -52,182 +95,101 @@ TASKS = {
 
 
 def get_task(name, split="train", **settings):
-    """A task by name, a user's own by path.py:Class, or a mixture, 'sum3=50,counting=50'. In a mixture a setting goes to
-    every task, or to one when it is written name.setting. Raises ValueError for what is not there or does not fit."""
-    task = (
-        _mixture(name, split, settings)
-        if "," in name or re.search(r"=\d+$", name)
-        else _single(name, split, settings)
-    )
+    """A task by its name, a user's own by path.py:Class, or a mixture, 'sum3=50,counting=50'.
+
+    In a mixture a setting goes to every task, or to one when it is written name.setting. Raises
+    ValueError for what is not there or does not fit.
+    """
+    if is_mixture(name):
+        task = make_mixture(name, split, settings)
+    else:
+        task = make_task(name, split, settings)
     task._recipe = (name, split, settings)  # from which a worker process makes the same task
     return task
 
 
-def _single(name, split, settings):
+def get_stages(text, split="train", **settings):
+    """A task's name, or a curriculum '0-20 until 20; 2-digit until 50; sum3'.
+
+    -> [(first step, task)]. Raises ValueError for what is not there or does not fit.
+    """
+    return [(first, get_task(name, split, **settings)) for first, name in parse_curriculum(text)]
+
+
+def make_mixture(text, split, settings):
+    """'sum3=50,counting=50' -> a Mixture."""
+    weights = parse_mixture(text)
+    own_settings = settings_by_task(text, list(weights), settings)
+    tasks = {name: get_task(name, split, **own_settings[name]) for name in weights}
+    return Mixture(tasks, weights, split)
+
+
+def make_task(name, split, settings):
+    """One task, checked. Raises ValueError for what is not there or does not fit."""
     if ":" in name:
-        make = _load_class(name)
+        make = load_class(name)
     elif name in TASKS:
         make = TASKS[name]
     else:
         near = difflib.get_close_matches(name, TASKS, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"no task {name!r}: {f'did you mean {near[0]}? ' if near else ''}there are {', '.join(TASKS)}, and path.py:Class for your own"
+            f"no task {name!r}: {guess}there are {', '.join(TASKS)}, and path.py:Class for your own"
         )
+
+    # `template` and what belongs to it are not the task's settings, but those of Templated.
+    own_settings, template_settings = dict(settings), {}
+    if "template" in settings:
+        for key in ("template", "format_weight"):
+            if key in settings:
+                template_settings[key] = own_settings.pop(key)
+
     try:
-        template = (
-            {key: settings[key] for key in ("template", "format_weight") if key in settings}
-            if "template" in settings
-            else {}
-        )
-        task = make(
-            split=split, **{key: value for key, value in settings.items() if key not in template}
-        )
-        if template:
+        task = make(split=split, **own_settings)
+        if template_settings:
             if not hasattr(task, "marker"):
                 raise ValueError(
-                    f"task {name} has no `marker` before its answers, so template={template['template']} does not know where they are"
+                    f"task {name} has no `marker` before its answers, "
+                    f"so template={settings['template']} does not know where they are"
                 )
-            task = Templated(task, **template)
+            task = Templated(task, **template_settings)
     except TypeError as error:
+        # A setting that the task's __init__ does not take, above all.
         raise ValueError(f"task {name}: {error}") from None
-    missing = [method for method in ("__len__", "problem", "reward") if not hasattr(task, method)]
-    if missing:
-        raise ValueError(
-            f"task {name} has no {', '.join(missing)}: nanorl/tasks/__init__.py shows what a task needs"
-        )
-    if len(task) < 1 or not isinstance(task.problem(0), Problem):
-        raise ValueError(
-            f"task {name}, split {split}: "
-            + (
-                "there are no problems in it"
-                if len(task) < 1
-                else f"problem(0) gave {task.problem(0)!r}, not a nanorl.tasks.Problem"
-            )
-        )
+    check_task(task, name, split)
     return task
 
 
-def _mixture(text, split, settings):
-    weights = {}
-    for item in text.split(","):
-        name, _, weight = (part.strip() for part in item.rpartition("="))
-        if not name or not weight.isdecimal() or int(weight) < 1 or name in weights:
-            raise ValueError(
-                f"mixture {text!r}: {item.strip()!r} must be a task and its weight, each task once, as in sum3=50,counting=50"
-            )
-        weights[name] = int(weight)
-    own = {name: {} for name in weights}
-    for key, value in settings.items():
-        name, dot, setting = key.rpartition(".")
-        if dot and name not in weights:
-            raise ValueError(f"task setting {key!r}: the mixture {text!r} has no task {name!r}")
-        for task in [name] if dot else weights:
-            own[task][setting] = value
-    return Mixture({name: get_task(name, split, **own[name]) for name in weights}, weights, split)
-
-
-class FewShot:
-    """A task whose every prompt begins with `shots` solved problems of another split, as turns of a chat: its first ones, of the same subject where the
-    problems have one, and never the problem itself. Raises ValueError when there are too few, or no solution() to show."""
-
-    def __init__(self, task, source, shots):
-        if not hasattr(source, "solution"):
-            raise ValueError(f"--shots={shots}: this task has no solution() to show")
-        self.task, self.source, self.shots, self.shown = task, source, shots, {}
-
-    def __len__(self):
-        return len(self.task)
-
-    def __getattr__(self, name):  # reward, timeout and whatever else the task has
-        return getattr(self.task, name)
-
-    def problem(self, index):
-        problem = self.task.problem(index)
-        subject = problem.meta.get("subject", "")
-        if subject not in self.shown:
-            alike = (
-                p
-                for p in map(self.source.problem, range(len(self.source)))
-                if p.meta.get("subject", "") == subject
-            )
-            self.shown[subject] = [
-                (p.prompt, [*p.prompt, {"role": "assistant", "content": self.source.solution(p)}])
-                for p in islice(alike, self.shots + 1)
-            ]
-        others = [turns for prompt, turns in self.shown[subject] if prompt != problem.prompt][
-            : self.shots
-        ]
-        if len(others) < self.shots:
-            raise ValueError(
-                f"--shots={self.shots}: there are only {len(others)} solved problems to show{f' of {subject}' if subject else ''}"
-            )
-        return replace(
-            problem, prompt=[turn for turns in others for turn in turns] + problem.prompt
-        )
-
-
-def get_stages(text, split="train", **settings):
-    """A task's name, or a curriculum '0-20 until 20; 2-digit until 50; sum3' -> [(first step, task)]."""
-    stages, first = [], 0
-    *early, last = text.split(";")
-    if re.search(r"\suntil\s+\d+\s*$", last):
+def check_task(task, name, split):
+    """Raise ValueError where a task lacks a method, has no problems, or gives what is none."""
+    missing = [method for method in ("__len__", "problem", "reward") if not hasattr(task, method)]
+    if missing:
         raise ValueError(
-            f"curriculum {text!r}: the last stage, {last.strip()!r}, goes on to the end of the run: write it without a step"
+            f"task {name} has no {', '.join(missing)}: "
+            "nanorl/tasks/__init__.py shows what a task needs"
         )
-    for item in early:
-        match = re.fullmatch(r"\s*(.+?)\s+until\s+(\d+)\s*", item)
-        if match is None or int(match[2]) <= first:
-            raise ValueError(
-                f"curriculum {text!r}: {item.strip()!r} must be a task and the step it ends at, later than the one before, "
-                "as in '0-20 until 20; sum3'"
-            )
-        stages.append((first, get_task(match[1], split, **settings)))
-        first = int(match[2])
-    return stages + [(first, get_task(last.strip(), split, **settings))]
+    if len(task) < 1:
+        raise ValueError(f"task {name}, split {split}: there are no problems in it")
+    first = task.problem(0)
+    if not isinstance(first, Problem):
+        raise ValueError(
+            f"task {name}, split {split}: problem(0) gave {first!r}, not a nanorl.tasks.Problem"
+        )
 
 
-def parse_settings(text):
-    """'demonstrations=worked; instruction=Be brief' -> {'demonstrations': 'worked', 'instruction': 'Be brief'}."""
-    settings = {}
-    for item in filter(None, (part.strip() for part in text.split(";"))):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(
-                f"task setting {item!r} has no '=': write --task_args='name=value; name=value'"
-            )
-        if key.strip() == "split":
-            raise ValueError(
-                f"task setting {item!r}: the split is not one (training takes train, validation val; eval.py has --split)"
-            )
-        settings[key.strip()] = value.strip()
-    return settings
-
-
-def parse_weights(text):
-    """'correct=1; format=0.2' -> {'correct': 1.0, 'format': 0.2}: what each part of a reward counts."""
-    weights = {}
-    for name, value in parse_settings(text).items():
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            weights[name] = math.nan
-        if not math.isfinite(weights[name]):
-            raise ValueError(f"reward_weights: {name}={value}: the weight must be a finite number")
-    return weights
-
-
-def _load_class(name):
+def load_class(name):
+    """'path.py:Class' -> the class. Raises ValueError where there is none."""
     path, _, class_name = name.rpartition(":")
-    if not os.path.isfile(path) or not path.endswith(".py"):
-        raise ValueError(
-            f"task file {path!r} does not exist"
-            if path.endswith(".py")
-            else f"task file {path!r} is not a .py file"
-        )
-    spec = importlib.util.spec_from_file_location("task_" + os.path.basename(path)[:-3], path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(
-        spec
-    )  # known by name, as dataclasses need
+    if not path.endswith(".py"):
+        raise ValueError(f"task file {path!r} is not a .py file")
+    if not os.path.isfile(path):
+        raise ValueError(f"task file {path!r} does not exist")
+
+    # The module is known by its name before it runs, as dataclasses need.
+    module_name = "task_" + os.path.basename(path)[:-3]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
     spec.loader.exec_module(module)
     if not hasattr(module, class_name):
         raise ValueError(f"{path} has no class {class_name!r}")

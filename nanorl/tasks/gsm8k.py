@@ -11,8 +11,12 @@ VAL_ROWS = 473  # taken out of the 7,473 training rows, for tuning; `test` is on
 
 
 class GSM8K:
-    """Splits: `val` is a fixed 473 rows of the published train file, `train` the other 7,000, `test` the
-    published test file. Reward 1 for the right number after the last '####', else 0 (rewards=signed: -1)."""
+    """rewards: binary or signed.
+
+    The split `val` is a fixed 473 rows of the published train file, `train` the other 7,000, `test`
+    the published test file. The right number after the last '####' earns 1, anything else 0
+    (signed: -1).
+    """
 
     marker = MARKER  # what templates.py needs
 
@@ -20,22 +24,23 @@ class GSM8K:
         check_split(split)
         one_of("rewards", rewards, REWARDS)
         self.rewards = rewards
-        rows = load_rows("gsm8k", "test" if split == "test" else "train", "openai/gsm8k", "main")
+        file = "test" if split == "test" else "train"
+        self.rows = load_rows("gsm8k", file, "openai/gsm8k", "main")
         if split != "test":
-            by_hash = sorted(rows, key=lambda row: content_hash(row["question"]))
+            # `val` is the rows with the smallest hashes, in whatever order the file has them.
+            by_hash = sorted(self.rows, key=lambda row: content_hash(row["question"]))
             val = {row["question"] for row in by_hash[:VAL_ROWS]}
-            rows = [row for row in rows if (row["question"] in val) == (split == "val")]
-        self.rows = rows
+            wanted = split == "val"
+            self.rows = [row for row in self.rows if (row["question"] in val) == wanted]
 
     def __len__(self):
         return len(self.rows)
 
     def problem(self, index):
         row = self.rows[index]
+        prompt = [{"role": "user", "content": row["question"]}]
         answer = number_after(row["answer"], MARKER)
-        return Problem(
-            [{"role": "user", "content": row["question"]}], str(answer), {"solution": row["answer"]}
-        )
+        return Problem(prompt, str(answer), {"solution": row["answer"]})
 
     def solution(self, problem):
         """The data set's own solution, without its calculator notes (<<48/2=24>>)."""
@@ -47,9 +52,6 @@ class GSM8K:
 
     def reward(self, problem, completion):
         value = number_after(completion, MARKER)
-        return judged(
-            is_close(value, problem.answer),
-            self.rewards,
-            format=MARKER in completion,
-            answered=value is not None,
-        )
+        correct = is_close(value, problem.answer)
+        has_marker = MARKER in completion
+        return judged(correct, self.rewards, format=has_marker, answered=value is not None)

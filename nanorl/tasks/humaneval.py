@@ -1,4 +1,7 @@
-"""HumanEval: Python functions to write from their signature and docstring, judged by hidden tests (Chen et al. 2021)."""
+"""HumanEval: Python functions to write, judged by hidden tests (Chen et al. 2021).
+
+A problem shows a function's signature and docstring.
+"""
 
 import re
 import textwrap
@@ -7,22 +10,32 @@ from nanorl.tasks.files import load_rows
 from nanorl.tasks.problem import Problem, judged, one_of
 from nanorl.tasks.sandbox import run
 
-YES, NO = ("true", "yes", "1"), ("false", "no", "0")  # settings come from the command line as words
+# Settings come from the command line as words.
+YES = ("true", "yes", "1")
+NO = ("false", "no", "0")
 
 
 class HumanEval:
-    """Only split `test`. Reward 1 for a function that passes the tests, else 0. Parts: format (the code is in a fence), answered (there is code), correct."""
+    """The only split is `test`. A function that passes the tests earns 1, anything else 0.
 
-    timeout = 30.0  # rewards run in worker processes, side by side; each run's own limit is sandbox.run's 10 seconds
+    allow_code: the code that the model writes may run; without it ValueError is raised. Parts of a
+    reward: format (the code is in a fence), answered (there is code), correct.
+    """
+
+    # Rewards run in worker processes, side by side. Each run's own limit is sandbox.run's 10
+    # seconds.
+    timeout = 30.0
 
     def __init__(self, split="test", allow_code=False):
         if split != "test":
             raise ValueError(f"split is {split!r}: humaneval has one split, --split=test")
-        one_of("allow_code", str(allow_code).lower(), YES + NO)
-        if str(allow_code).lower() in NO:
+        allowed = str(allow_code).lower()
+        one_of("allow_code", allowed, YES + NO)
+        if allowed in NO:
             raise ValueError(
-                "humaneval runs code that the model writes: --allow_code in eval.py (elsewhere --task_args='allow_code=true') permits it, inside "
-                "nanorl/tasks/sandbox.py, which is a guard and not a jail"
+                "humaneval runs code that the model writes: --allow_code in eval.py "
+                "(elsewhere --task_args='allow_code=true') permits it, "
+                "inside nanorl/tasks/sandbox.py, which is a guard and not a jail"
             )
         self.rows = load_rows("humaneval", "test", "openai/openai_humaneval")
 
@@ -31,68 +44,99 @@ class HumanEval:
 
     def problem(self, index):
         row = self.rows[index]
-        question = f"Complete this Python function. Answer with the whole function in a ```python block.\n\n```python\n{row['prompt'].strip()}\n```"
-        return Problem(
-            [{"role": "user", "content": question}],
-            row["entry_point"],
-            {key: row[key] for key in ("prompt", "canonical_solution", "test")},
+        question = (
+            "Complete this Python function. Answer with the whole function in a ```python block.\n"
+            f"\n```python\n{row['prompt'].strip()}\n```"
         )
+        prompt = [{"role": "user", "content": question}]
+        meta = {key: row[key] for key in ("prompt", "canonical_solution", "test")}
+        return Problem(prompt, row["entry_point"], meta)
 
     def solution(self, problem):
-        return f"```python\n{(problem.meta['prompt'] + problem.meta['canonical_solution']).strip()}\n```"
+        whole = problem.meta["prompt"] + problem.meta["canonical_solution"]
+        return f"```python\n{whole.strip()}\n```"
 
     def reward(self, problem, completion):
         code, fenced = find_code(completion, problem.answer)
-        prompt = problem.meta["prompt"]
-        # The prompt comes first: its imports and helper functions are the program's, and the tests may use them too.
-        correct = (
-            bool(code)
-            and run(
-                f"{prompt}\n{code}\n", problem.answer, problem.meta["test"], helpers=prompt
-            ).passed
-        )
+        correct = bool(code) and self._passes(problem, code)
         return judged(correct, format=fenced, answered=bool(code))
+
+    def _passes(self, problem, code):
+        # The prompt comes first: its imports and helper functions are the program's, and the tests
+        # may use them too.
+        prompt = problem.meta["prompt"]
+        program = f"{prompt}\n{code}\n"
+        return run(program, problem.answer, problem.meta["test"], helpers=prompt).passed
+
+
+# ---- a completion -> its code --------------------------------------------------------------------
+
+FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
 def find_code(text, name):
-    """A completion -> (what to put after the prompt, whether it was in a fence): the last fenced block that defines the function (an outline or the question may
-    come before), else the first block, else the whole text. Code that does not define the function is the rest of the prompt's: see body(). Of a text
-    without a fence, the words before and after the code are left out."""
-    blocks = re.findall(
-        r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE
-    )
-    defines = re.compile(rf"^def {re.escape(name)}\b", re.MULTILINE)
-    code = next(
-        filter(defines.search, map(textwrap.dedent, reversed(blocks))),
-        blocks[0] if blocks else text,
-    )
-    if not defines.search(code):
-        return textwrap.indent(code, "    ") if blocks and re.search(
-            r"^return\b", code, re.MULTILINE
-        ) else body(code), bool(blocks)
-    return code if blocks else without_words(code), bool(blocks)
+    """A completion -> (what to put after the prompt, whether it was in a fence).
+
+    It is the last fenced block that defines the function `name`: an outline or the question may
+    come before it. Of a text without a fence it is the code, without the words around it.
+
+    Code that does not define the function counts as the rest of the prompt's function. It is then
+    the first block, or the whole text without a fence.
+    """
+    blocks = FENCED.findall(text)
+    definition = re.compile(rf"^def {re.escape(name)}\b", re.MULTILINE)
+
+    for block in reversed(blocks):
+        code = textwrap.dedent(block)
+        if definition.search(code):
+            return code, True
+
+    if blocks:
+        first = blocks[0]
+        if re.search(r"^return\b", first, re.MULTILINE):
+            # The function's body alone, at column 0.
+            return textwrap.indent(first, "    "), True
+        return body(first), True
+
+    if definition.search(text):
+        return without_words(text), False
+    return body(text), False
 
 
+# How code begins that imports or defines something, and how any line of code begins at column 0.
+BEGINNING = re.compile(r"(import|from|def|class)\b|@")
 CODE = re.compile(
-    r"(import|from|def|async|class|if|elif|else|for|while|try|except|finally|with)\b|[@#)\]}]|\w+\s*[=(\[.]"
-)  # how a line of code begins at column 0
+    r"(import|from|def|async|class|if|elif|else|for|while|try|except|finally|with)\b"
+    r"|[@#)\]}]"
+    r"|\w+\s*[=(\[.]"
+)
 
 
 def without_words(text):
-    """From the first line that imports or defines something up to the next line at column 0 that does not begin as code does."""
-    lines = text.split("\n")
-    lines = lines[
-        next(i for i, line in enumerate(lines) if re.match(r"(import|from|def|class)\b|@", line)) :
-    ]
-    end = next(
-        (i for i, line in enumerate(lines) if re.match(r"\S", line) and not CODE.match(line)),
-        len(lines),
-    )
-    return "\n".join(lines[:end])
+    """The code in a text, from the first line that imports or defines something.
+
+    It ends before the next line at column 0 that does not begin as code does.
+    """
+    code = []
+    for line in text.split("\n"):
+        has_begun = code or BEGINNING.match(line)
+        if not has_begun:
+            continue
+        at_column_0 = re.match(r"\S", line)
+        if at_column_0 and not CODE.match(line):
+            break
+        code.append(line)
+    return "\n".join(code)
 
 
 def body(code):
-    """The lines up to the first at column 0 that is not a closing bracket: there a base model has gone on to something else."""
-    lines = code.strip("\n").split("\n")
-    end = next((i for i, line in enumerate(lines) if re.match(r"[^\s)\]}]", line)), len(lines))
-    return "\n".join(lines[:end]).rstrip()
+    """The lines before the first at column 0 that is not a closing bracket.
+
+    There a base model has gone on to something else.
+    """
+    kept = []
+    for line in code.strip("\n").split("\n"):
+        if re.match(r"[^\s)\]}]", line):
+            break
+        kept.append(line)
+    return "\n".join(kept).rstrip()

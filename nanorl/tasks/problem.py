@@ -1,4 +1,4 @@
-"""What a task gives and takes, which split a problem belongs to, and what several tasks share."""
+"""What a task gives and takes, and what several tasks share: splits, styles, forms of rewards."""
 
 import hashlib
 import re
@@ -9,6 +9,8 @@ import numpy as np
 
 @dataclass
 class Problem:
+    """What a task asks."""
+
     prompt: list  # chat messages: [{"role": "user", "content": "Calculate: 15 + 8 = "}]
     answer: str  # the right answer
     meta: dict = field(default_factory=dict)  # what else the task's solution() and reward() need
@@ -17,20 +19,44 @@ class Problem:
 
 @dataclass
 class Reward:
+    """What a completion earns."""
+
     total: float
-    parts: dict = field(
-        default_factory=dict
-    )  # named parts, each logged: {"correct": 1.0, "answered": 1.0}
+    parts: dict = field(default_factory=dict)  # each is logged: {"correct": 1.0, "answered": 1.0}
+
+
+def one_of(name, value, choices):
+    """Raise ValueError for a setting that is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(choices)}")
+
+
+# ---- splits --------------------------------------------------------------------------------------
+# A problem's content decides its split. So a problem that was trained on is never validated on.
+
+SPLITS = ("train", "val", "test")
+
+
+def check_split(split):
+    """Raise ValueError for a split that is none of the three."""
+    one_of("split", split, SPLITS)
 
 
 def content_hash(text):
-    """str -> 63-bit integer, the same in every process and on every machine (Python's hash() is not)."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
+    """str -> an integer of 63 bits, the same in every process and on every machine.
+
+    Python's own hash() of a text is not.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def hash_columns(columns):
-    """int array (N, n) -> uint64 (N,): a stable hash of each row (splitmix64 over the columns)."""
-    h = np.zeros(len(columns), np.uint64)
+    """Integers (problems, columns) -> uint64 (problems,), a stable hash of each row.
+
+    It is splitmix64, over one column after the other.
+    """
+    h = np.zeros(len(columns), np.uint64)  # (problems,)
     for column in columns.T:
         h = (h + column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -39,75 +65,87 @@ def hash_columns(columns):
     return h
 
 
-SPLITS = ("train", "val", "test")
-
-
-def one_of(name, value, choices):
-    """Raises ValueError for a setting that is none of its choices."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(choices)}")
-
-
-def check_split(split):
-    one_of("split", split, SPLITS)
-
-
 def in_split(hashes, split):
-    """Hashes -> which are in the split: val has 20%, test 10%, train the rest. A problem's content decides, so a
-    problem trained on can never be validated on."""
+    """Hashes -> bool, which of them are in the split: val has 20%, test 10%, train the rest."""
     check_split(split)
     tenth = hashes % np.uint64(10)
-    return tenth < 2 if split == "val" else tenth == 2 if split == "test" else tenth > 2
+    if split == "val":
+        return tenth < 2
+    if split == "test":
+        return tenth == 2
+    return tenth > 2
 
 
 def split_rows(table, content, split):
-    """Problems as rows of integers (N, n) -> those of the split, in a fixed random order. Rows of equal `content`
-    (N, m) share a split, such as a + b and b + a."""
+    """Problems as rows of integers -> those of the split, in a fixed random order.
+
+    table: (problems, columns). content: (problems, any columns); rows of equal content share a
+    split, such as a + b and b + a.
+    """
     table = table[in_split(hash_columns(content), split)]
     return table[np.random.default_rng(0).permutation(len(table))]
 
 
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+# ---- thought and answer in tags ------------------------------------------------------------------
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def think_and_answer(text):
-    """'<think>...</think><answer>18</answer>' -> (whether that is the text's form, each tag once and nothing around them; what stands between the last
-    <answer> and its </answer>, or None)."""
-    well_formed = all(text.count(tag) == 1 for tag in _TAGS) and bool(
-        re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL)
-    )
+    """'<think>...</think><answer>18</answer>' -> (True, '18').
+
+    The first is whether the text has that form: each tag once, and nothing around them. The second
+    is what stands between the last <answer> and its </answer>, or None.
+    """
+    form = r"\s*<think>.*</think>\s*<answer>.*</answer>\s*"
+    each_once = all(text.count(tag) == 1 for tag in TAGS)
+    well_formed = each_once and bool(re.fullmatch(form, text, re.DOTALL))
+
     _, opened, rest = text.rpartition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
-    return well_formed, answer if opened and closed else None
+    if not (opened and closed):
+        answer = None
+    return well_formed, answer
 
 
-# ---- demonstrations and rewards ------------------------------------------------------------------------------
+# ---- demonstrations and rewards ------------------------------------------------------------------
 
-STYLES = (
-    "direct",
-    "worked",
-    "mixed",
-)  # of demonstrations: the answer at once, worked out before it, half of the problems each
-REWARDS = ("binary", "signed")  # right is 1; wrong is 0, or -1
+# A demonstration gives the answer at once (direct), or works it out before (worked). With mixed,
+# half of the problems have the one and half the other.
+STYLES = ("direct", "worked", "mixed")
+# What is right earns 1. What is wrong earns 0 (binary) or -1 (signed).
+REWARDS = ("binary", "signed")
 
 
 def coin(question, problem):
-    """True or False, half of the time each, fixed by the problem: which of two writers had it."""
+    """A coin flip that the problem fixes: True for half of all problems, always the same ones.
+
+    question: what the coin decides. Another question has another coin.
+    """
     return content_hash(question + problem.prompt[-1]["content"]) % 2 == 1
 
 
 def shows_working(style, problem):
-    return style == "worked" or style == "mixed" and coin("style", problem)
+    """Whether the problem's demonstration works the answer out, by one of STYLES."""
+    if style == "mixed":
+        return coin("style", problem)
+    return style == "worked"
 
 
 def judged(correct, rewards="binary", **parts):
-    """Whether it is right -> Reward, with `correct` after the parts that lead to it (format, answered)."""
+    """Whether a completion is right, and one of REWARDS -> Reward.
+
+    parts: what leads to a right answer, such as format and answered; `correct` is put after them.
+    """
     total = float(correct) if rewards == "binary" else 2.0 * correct - 1.0
-    return Reward(
-        total, {**{name: float(value) for name, value in parts.items()}, "correct": float(correct)}
-    )
+    logged = {name: float(value) for name, value in parts.items()}
+    logged["correct"] = float(correct)
+    return Reward(total, logged)
 
 
 def is_correct(reward):
-    """Whether a Reward says that the problem was solved: its `correct` part, or a full reward where a task names none."""
+    """Whether a Reward says that the problem is solved.
+
+    Its `correct` part says it; where a task names none, a total of at least 1 does.
+    """
     return bool(reward.parts.get("correct", reward.total >= 1))
