@@ -4,8 +4,8 @@ import ast
 
 import pytest
 import torch
-from conftest import toy_model
 
+from conftest import toy_model
 from nanorl import grpo
 from nanorl.gpt import token_logprobs
 from nanorl.tools import selfcheck
@@ -23,21 +23,24 @@ from nanorl.tools import selfcheck
 def test_the_naive_forward_is_the_model(heads):
     model = toy_model(n_tokens=60, **heads)
     ids = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6])
-    w = {name: p.detach() for name, p in model.named_parameters()}
-    naive = selfcheck.row_logprobs(w, model.config, ids, 0.7)
-    assert (naive - token_logprobs(model(ids[None])[0, :-1], ids[1:], 0.7)).abs().max() < 1e-12
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    naive = selfcheck.row_logprobs(weights, model.config, ids, 0.7)
+    expected = token_logprobs(model(ids[None])[0, :-1], ids[1:], 0.7)
+    assert (naive - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["mean", "loo", "zscore"])
 def test_the_naive_advantages(kind):
     for r in ([1.0, 0.0, 0.5, 0.0], [0.1] * 4):
-        assert selfcheck.group_advantages(r, kind) == pytest.approx(
-            grpo.advantages(torch.tensor([r], dtype=torch.float64), kind)[0].tolist(), abs=1e-15
-        )
+        expected = grpo.advantages(torch.tensor([r], dtype=torch.float64), kind)[0].tolist()
+        assert selfcheck.group_advantages(r, kind) == pytest.approx(expected, abs=1e-15)
 
 
 def test_it_does_not_share_code_with_what_it_checks():
-    """But for dist, by which ranks agree on the verdict. Wherever in the file an import stands."""
+    """The exception is dist, by which ranks agree on the verdict.
+
+    An import counts wherever in the file it stands.
+    """
     with open(selfcheck.__file__, encoding="utf-8") as f:
         tree = ast.parse(f.read())
     imported = set()

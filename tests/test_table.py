@@ -5,28 +5,22 @@ import subprocess
 import sys
 
 import pytest
-from scripts import ROOT
 
 from nanorl.tools import table
+from scripts import ROOT
 
 
 def run(folder, name, rewards, before, after):
-    (folder / name / "rl").mkdir(parents=True)
+    """Write the metrics of a run: a row a step, and the accuracy before and after training."""
     rows = [{"step": 0, "val/accuracy": before, "val/length": 5.0}]
-    rows += [
-        {
-            "step": i + 1,
-            "reward": 9.0,
-            "reward/correct": r,
-            "frac_reward_zero_std": 0.5,
-            "time/step": 2.0,
-        }
-        for i, r in enumerate(rewards)
-    ]
+    for i, r in enumerate(rewards):
+        row = {"step": i + 1, "reward": 9.0, "reward/correct": r}
+        row.update({"frac_reward_zero_std": 0.5, "time/step": 2.0})
+        rows.append(row)
     rows[-1].update({"val/accuracy": after, "val/length": 7.0})
-    (folder / name / "rl" / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
+    stage = folder / name / "rl"
+    stage.mkdir(parents=True)
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_means_over_seeds_with_each_seed_beside_them(tmp_path):
@@ -34,10 +28,12 @@ def test_means_over_seeds_with_each_seed_beside_them(tmp_path):
     run(tmp_path / "kl", "beta=0.1-1", [0.0] * 8, 0.25, 0.5)
     run(tmp_path / "base", "defaults-0", [1.0], 0.0, 1.0)
     lines = table.table(table.read([str(tmp_path / "base"), str(tmp_path / "kl")]))
-    assert len(lines) == 4 and all(line.count("|") == lines[0].count("|") for line in lines)
+    assert len(lines) == 4
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
     assert lines[2].startswith("| defaults | 1 | 0.0% (0.0) | 100.0% (100.0) | 100.0%")
     assert lines[3].startswith(
-        "| beta=0.1 | 8 | 25.0% (25.0, 25.0) | 62.5% (75.0, 50.0) | 40.6% (81.2, 0.0) | 50.0% (100.0, 0.0) | 50.0% (50.0, 50.0) | 7 | 16 |"
+        "| beta=0.1 | 8 | 25.0% (25.0, 25.0) | 62.5% (75.0, 50.0) | 40.6% (81.2, 0.0) "
+        "| 50.0% (100.0, 0.0) | 50.0% (50.0, 50.0) | 7 | 16 |"
     )
 
 
@@ -46,18 +42,19 @@ def test_differences_are_paired_by_seed_with_an_interval(tmp_path):
     for seed, (a, b) in enumerate([(0.5, 0.6), (0.7, 0.75), (0.2, 0.35)]):
         run(tmp_path / "x", f"none-{seed}", [a], 0.0, a)
         run(tmp_path / "x", f"some-{seed}", [b], 0.0, b)
-    run(tmp_path / "x", "some-7", [0.0], 0.0, 0.0)  # a seed that the other has not
+    run(tmp_path / "x", "some-7", [0.0], 0.0, 0.0)  # a seed that the other lacks
     (line,) = table.differences(table.read([str(tmp_path / "x")]))
     low, high = stats.t.interval(0.95, 2, 10.0, stats.sem([10.0, 5.0, 15.0]))
-    assert f"greedy after +10.0 [{low:+.1f}, {high:+.1f}]" in line and line.endswith("3 seeds")
+    assert f"greedy after +10.0 [{low:+.1f}, {high:+.1f}]" in line
+    assert line.endswith("3 seeds")
 
 
 def test_runs_that_have_not_made_a_step_are_left_out_and_names_must_differ(tmp_path):
     run(tmp_path / "a", "n=1-0", [1.0], 0.0, 1.0)
-    (tmp_path / "a" / "n=2-0" / "rl").mkdir(parents=True)
-    (tmp_path / "a" / "n=2-0" / "rl" / "metrics.jsonl").write_text(
-        json.dumps({"step": 0, "val/accuracy": 0.5}) + "\n"
-    )
+    before_any_step = tmp_path / "a" / "n=2-0" / "rl"
+    before_any_step.mkdir(parents=True)
+    row = {"step": 0, "val/accuracy": 0.5}
+    (before_any_step / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert len(table.table(table.read([str(tmp_path / "a")]))) == 3
     with pytest.raises(SystemExit, match="n=1-0 is in two"):
         table.read([str(tmp_path / "a")] * 2)
@@ -70,8 +67,6 @@ def test_a_folder_that_is_not_there_gets_one_line(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert (
-        ended.returncode == 1
-        and ended.stderr.startswith("usage:")
-        and "Traceback" not in ended.stderr
-    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("usage:")
+    assert "Traceback" not in ended.stderr

@@ -1,4 +1,7 @@
-"""RL or more SFT: the statistics over seeds and problems, SFT for as many FLOPs, and the report of a small experiment."""
+"""RL or more SFT.
+
+The statistics over seeds and problems, SFT for as many FLOPs, and the report of a small experiment.
+"""
 
 import json
 import math
@@ -8,65 +11,74 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from scripts import RL, call, rows
 
-from nanorl.runtime import checkpoint
 from nanorl.evaluate.seeds import holm, over_seeds, student_p, student_t, verdict_over_seeds
+from nanorl.runtime import checkpoint
 from nanorl.tools import versus
+from scripts import RL, call, rows
 
 
 @pytest.mark.parametrize("df", range(1, 13))
 def test_students_t(df):
     stats = pytest.importorskip("scipy.stats")
     for t in (0.0, 0.1, 0.8, 2.0, 4.3, 30.0, 1000.0):
-        assert student_p(t, df) == pytest.approx(2 * stats.t.sf(t, df), abs=1e-11) and student_p(
-            -t, df
-        ) == student_p(t, df)
+        assert student_p(t, df) == pytest.approx(2 * stats.t.sf(t, df), abs=1e-11)
+        assert student_p(-t, df) == student_p(t, df)
     for p in (0.5, 0.4, 0.05, 0.001):
         assert student_t(p, df) == pytest.approx(stats.t.isf(p / 2, df), rel=1e-6)
 
 
 def test_holm():
     """His procedure on a hand-made case: 0.01 x 4, 0.02 x 3, then never less than before."""
-    assert (
-        holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-        and holm([0.9, 0.8]) == [1.0, 1.0]
-        and holm([]) == []
-    )
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def outcomes(solved):
+    """What an evaluation keeps: one sample a problem, solved or not."""
     return [dict(index=i, prompt=[i], answer="", solved=[bool(s)]) for i, s in enumerate(solved)]
 
 
 def arm(*seeds):
+    """{seed: outcomes} of an arm. seeds: for each, whether each problem is solved."""
     return {seed: outcomes(solved) for seed, solved in enumerate(seeds)}
 
 
 def test_over_seeds_means_and_intervals():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(0)
-    a, b = rng.random((3, 200)) < 0.4, rng.random((3, 200)) < np.array([[0.5], [0.7], [0.9]])
+    a = rng.random((3, 200)) < 0.4
+    b = rng.random((3, 200)) < np.array([[0.5], [0.7], [0.9]])
     d = over_seeds(arm(*b), arm(*a))
+
+    # Over seeds: Student's t of the three differences.
     differences = b.mean(1) - a.mean(1)
     low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
-    assert d["difference"] == pytest.approx(differences.mean()) and (
-        d["seeds_low"],
-        d["seeds_high"],
-    ) == (pytest.approx(low), pytest.approx(high))
-    assert d["p_seeds"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue) and d["p"] < 1e-3
+    assert d["difference"] == pytest.approx(differences.mean())
+    assert d["seeds_low"] == pytest.approx(low)
+    assert d["seeds_high"] == pytest.approx(high)
+    assert d["p_seeds"] == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
+    assert d["p"] < 1e-3
     assert [d["each"][s]["difference"] for s in range(3)] == pytest.approx(differences.tolist())
+
+    # Over problems: each problem's difference is a mean over seeds.
     share = b.mean(0) - a.mean(0)
-    assert d["low"] < share.mean() < d["high"] and d["high"] - d["low"] == pytest.approx(
-        2 * 1.96 * share.std() / math.sqrt(200), rel=0.05
-    )
+    width = 2 * 1.96 * share.std() / math.sqrt(200)
+    assert d["low"] < share.mean() < d["high"]
+    assert d["high"] - d["low"] == pytest.approx(width, rel=0.05)
+
     with pytest.raises(ValueError, match="a comparison needs the same"):
         over_seeds(arm(a[0]), arm(*b))
 
 
 def test_the_smallest_visible_effect_is_seen_in_four_of_five_cases():
-    """Seeds whose true differences scatter by s: an experiment at the stated smallest effect finds it in about 80% of the cases."""
-    rng, s = np.random.default_rng(1), 0.05
+    """The true differences of seeds scatter by s.
+
+    An experiment at the stated smallest effect finds it in about 80% of the cases.
+    """
+    rng = np.random.default_rng(1)
+    s = 0.05
     smallest = (student_t(0.05, 4) + student_t(0.4, 4)) * s / math.sqrt(5)
     draws = rng.normal(smallest, s, (4000, 5))
     t = draws.mean(1) / (draws.std(1, ddof=1) / math.sqrt(5))
@@ -78,82 +90,77 @@ def words(of, against):
 
 
 def test_verdicts():
-    bad, good, half = [0] * 60, [1] * 55 + [0] * 5, [1] * 30 + [0] * 30
-    assert words(arm(good, good[::-1], good), arm(bad, bad, bad)).startswith(
-        "A > B: by +91.7 points, over seeds 95% [+"
+    none = [0] * 60
+    one = [1] + [0] * 59
+    half = [1] * 30 + [0] * 30
+    most = [1] * 55 + [0] * 5
+
+    # Every seed says the same.
+    said = words(arm(most, most[::-1], most), arm(none, none, none))
+    assert said.startswith("A > B: by +91.7 points, over seeds 95% [+")
+    said = words(arm(none, none, none), arm(most, most[::-1], most))
+    assert said.startswith("A < B: by -91.7 points")
+
+    # A single seed.
+    said = words(arm(most), arm(half))
+    assert said.startswith("A > B with this seed: by +41.7 points, p = ")
+    assert "one seed cannot speak for others" in said
+
+    # Better with each, by very different amounts.
+    scattered = arm([1] * 60, [1] * 10 + [0] * 50, [1] * 7 + [0] * 53)
+    said = words(scattered, arm(none, none, none))
+    assert said.startswith(
+        "A > B with each of these 3 seeds (p at most 0.02 each, over 60 problems)"
     )
-    assert words(arm(bad, bad, bad), arm(good, good[::-1], good)).startswith(
-        "A < B: by -91.7 points"
-    )
-    assert words(arm(good), arm(half)).startswith(
-        "A > B with this seed: by +41.7 points, p = "
-    ) and "one seed cannot speak for others" in words(arm(good), arm(half))
-    scattered = arm(
-        [1] * 60, [1] * 10 + [0] * 50, [1] * 7 + [0] * 53
-    )  # better with each, by very different amounts
-    said = words(scattered, arm(bad, bad, bad))
-    assert (
-        said.startswith("A > B with each of these 3 seeds (p at most 0.02 each, over 60 problems)")
-        and "how much it is with other seeds, 3 cannot say" in said
-    )
-    assert words(arm(good, bad), arm(half, half)).startswith(
-        "no difference that 2 seeds of 60 problems can see"
-    )  # the seeds disagree
-    assert words(arm([1] + bad[1:], [1] + bad[1:]), arm(bad, bad)).startswith(
-        "no difference that 2 seeds"
-    )  # they agree, and neither shows anything
-    assert (
-        words(arm(half, half), arm(half, half))
-        == "no difference that 2 seeds of 60 problems can see (+0.0 points); one below about 6.5 points would likely not show"
+    assert "how much it is with other seeds, 3 cannot say" in said
+
+    # The seeds disagree.
+    said = words(arm(most, none), arm(half, half))
+    assert said.startswith("no difference that 2 seeds of 60 problems can see")
+
+    # They agree, and neither shows anything.
+    said = words(arm(one, one), arm(none, none))
+    assert said.startswith("no difference that 2 seeds")
+
+    assert words(arm(half, half), arm(half, half)) == (
+        "no difference that 2 seeds of 60 problems can see (+0.0 points); one below about "
+        "6.5 points would likely not show"
     )
 
 
 def test_seeds_that_agree_by_chance_are_not_certain():
-    """Two seeds that each gain one and the same problem of 60: equal differences, and yet no proof."""
-    d = over_seeds(arm([1] + [0] * 59, [1] + [0] * 59), arm([0] * 60, [0] * 60))
-    assert d["p_seeds"] > 0.3 and d["p"] > 0.3
-    few = lambda n: [1] * n + [0] * (200 - n)
-    d = over_seeds(
-        arm(few(5), few(6), few(5)), arm(few(0), few(0), few(0))
-    )  # nearly equal; by the seeds alone p would be 0.004
+    """Two seeds that each gain one and the same problem of 60: equal differences, yet no proof."""
+    none = [0] * 60
+    one = [1] + [0] * 59
+    d = over_seeds(arm(one, one), arm(none, none))
+    assert d["p_seeds"] > 0.3
+    assert d["p"] > 0.3
+
+    def few(n):
+        return [1] * n + [0] * (200 - n)
+
+    # Nearly equal: by the seeds alone p would be 0.004.
+    d = over_seeds(arm(few(5), few(6), few(5)), arm(few(0), few(0), few(0)))
     assert d["p_seeds"] > 0.1
 
 
-# ---- SFT for as many FLOPs -------------------------------------------------------------------------------------
+# ---- SFT for as many FLOPs -----------------------------------------------------------------------
+
+
+def rl_options(out):
+    """RL from the SFT model of `out`, on the task of that model."""
+    return [*RL[:2], "--task=0-20", *RL[4:], f"--model={out / 'a' / 'sft'}"]
 
 
 @pytest.fixture(scope="module")
 def arms(out):
     """A run of RL from the SFT model of `out`, on its task, and the SFT that follows it."""
-    rl = [
-        *RL[:2],
-        "--task=0-20",
-        *RL[4:],
-        f"--model={out / 'a' / 'sft'}",
-        "--run_name=arms",
-        "--max_new_tokens=12",
-        "--seed=0",
-    ]
-    assert (
-        call(
-            "train_rl.py",
-            *rl,
-            "--prompts_per_step=8",
-            "--problems=300",
-            "--device_rows=32",
-            "--steps=8",
-        )
-        is None
-    )
-    assert (
-        call(
-            "train_sft.py",
-            f"--match_flops={out / 'arms' / 'rl'}",
-            "--save_every=2",
-            "--eval_problems=10",
-        )
-        is None
-    )
+    rl = [*rl_options(out), "--run_name=arms", "--max_new_tokens=12", "--seed=0"]
+    rl += ["--prompts_per_step=8", "--problems=300", "--device_rows=32", "--steps=8"]
+    assert call("train_rl.py", *rl) is None
+
+    sft = [f"--match_flops={out / 'arms' / 'rl'}", "--save_every=2", "--eval_problems=10"]
+    assert call("train_sft.py", *sft) is None
     return out / "arms"
 
 
@@ -166,73 +173,60 @@ def test_as_many_flops_from_the_same_start(arms):
     assert sft["start"]["hash"] == rl["start"]["hash"] and sft["step"] > 1
     assert sft["flops"]["train"] == pytest.approx(rl["flops"]["train"], rel=0.01)
     logged = rows(arms / "sft_more")
-    assert (
-        logged[-1]["flops_total"] == sft["flops"]["train"]
-        and logged[0]["step"] == 0
-        and "val/accuracy" in logged[0]
-        and "val/accuracy" in logged[-1]
-    )
-    assert sft["settings"]["dtype"] == rl["settings"]["dtype"] == "fp64"
-    assert (
-        sft["settings"]["task"],
-        sft["settings"]["examples"],
-        sft["settings"]["batch_tokens"],
-        sft["settings"]["seq_len"],
-    ) == ("0-20", 300, 512, 64)
+    assert logged[-1]["flops_total"] == sft["flops"]["train"]
+    assert logged[0]["step"] == 0
+    assert "val/accuracy" in logged[0]
+    assert "val/accuracy" in logged[-1]
+
+    settings = sft["settings"]
+    assert settings["dtype"] == rl["settings"]["dtype"] == "fp64"
+    assert settings["task"] == "0-20"
+    assert settings["examples"] == 300
+    assert settings["batch_tokens"] == 512
+    assert settings["seq_len"] == 64
 
 
 def test_killed_and_resumed_it_ends_the_same(arms, out):
     shutil.copytree(arms / "sft_more", out / "arms" / "again")
     for path in sorted((arms / "again").glob("step_*"))[1:]:
         shutil.rmtree(path)
-    for name in ("trainer.pt",):  # it is another stage by name, which is a constant like others
-        path = checkpoint.latest(arms / "again") + "/" + name
-        state = torch.load(path)
-        state["settings"]["stage"] = "again"
-        torch.save(state, path)
-    assert (
-        call(
-            "train_sft.py",
-            f"--match_flops={arms / 'rl'}/",
-            "--save_every=2",
-            "--eval_problems=10",
-            "--stage=again",
-        )
-        is None
-    )
-    assert (
-        rows(arms / "again") == rows(arms / "sft_more")
-        and state_of(arms / "again")["flops"] == state_of(arms / "sft_more")["flops"]
-    )
+
+    # It is another stage by name, which is a constant like others.
+    path = checkpoint.latest(arms / "again") + "/trainer.pt"
+    state = torch.load(path)
+    state["settings"]["stage"] = "again"
+    torch.save(state, path)
+
+    options = [f"--match_flops={arms / 'rl'}/", "--save_every=2", "--eval_problems=10"]
+    assert call("train_sft.py", *options, "--stage=again") is None
+    assert rows(arms / "again") == rows(arms / "sft_more")
+    assert state_of(arms / "again")["flops"] == state_of(arms / "sft_more")["flops"]
 
 
 def test_it_goes_on_in_the_data_where_sft_stopped(out, tmp_path, capsys):
     """On all of SFT's own examples: its cursor. On other ones: from the first pass."""
     capsys.readouterr()
-    options = [
-        *RL[:2],
-        "--task=0-20",
-        *RL[4:],
-        f"--model={out / 'a' / 'sft'}",
-        "--steps=8",
-        "--prompts_per_step=8",
-        "--eval_every=0",
-    ]
-    assert (
-        call("train_rl.py", *options, "--run_name=some", "--problems=400") is None
-    )  # as many as SFT had
+    options = [*rl_options(out), "--steps=8", "--prompts_per_step=8", "--eval_every=0"]
+
+    # As many problems as SFT had.
+    assert call("train_rl.py", *options, "--run_name=some", "--problems=400") is None
     assert call("train_sft.py", f"--match_flops={out / 'some' / 'rl'}", "--dtype=fp64") is None
     assert "after what that SFT has seen" in capsys.readouterr().out
+
+    # Fewer.
     assert call("train_rl.py", *options, "--run_name=other", "--problems=300") is None
     assert call("train_sft.py", f"--match_flops={out / 'other' / 'rl'}", "--dtype=fp64") is None
     said = capsys.readouterr().out
-    assert "from the first pass on" in said and "every pass in another order" in said
-    before, after = state_of(out / "a" / "sft")["data"], state_of(out / "some" / "sft_more")["data"]
+    assert "from the first pass on" in said
+    assert "every pass in another order" in said
+
+    before = state_of(out / "a" / "sft")["data"]
+    after = state_of(out / "some" / "sft_more")["data"]
     assert (after["position"], after["offset"]) > (before["position"], before["offset"])
 
 
 @pytest.mark.parametrize(
-    "mistake, words",
+    "mistake, message",
     [
         (["--task=sum3"], "--task=sum3 with --match_flops="),
         (["--steps=7"], "--steps=7 with --match_flops="),
@@ -240,116 +234,98 @@ def test_it_goes_on_in_the_data_where_sft_stopped(out, tmp_path, capsys):
         (["--examples=3"], "--examples=3 with"),
     ],
 )
-def test_what_the_rl_run_gives_cannot_be_set(arms, mistake, words):
-    assert words in call(
-        "train_sft.py", f"--match_flops={arms / 'rl'}", "--run_name=mistake", *mistake
-    )
+def test_what_the_rl_run_gives_cannot_be_set(arms, mistake, message):
+    options = [f"--match_flops={arms / 'rl'}", "--run_name=mistake"]
+    assert message in call("train_sft.py", *options, *mistake)
 
 
 def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):
     assert "is no checkpoint of RL" in call("train_sft.py", f"--match_flops={out / 'a' / 'sft'}")
     assert "no checkpoint there" in call("train_sft.py", f"--match_flops={tmp_path}")
+
     shutil.copytree(arms / "rl", tmp_path / "rl")
+    match = f"--match_flops={tmp_path / 'rl'}"
     path = os.path.join(checkpoint.latest(tmp_path / "rl"), "trainer.pt")
-    for change, words in (
+    cases = [
         (dict(steps=100), "is at step 8 of 100: let it end first"),
         (dict(steps=8, task="0-20 until 2; sum3"), "its task is a curriculum"),
-    ):
+    ]
+    for change, message in cases:
         state = torch.load(path)
         state["settings"].update(change)
         torch.save(state, path)
-        assert words in call("train_sft.py", f"--match_flops={tmp_path / 'rl'}")
+        assert message in call("train_sft.py", match)
+
+    # One step of SFT is more than all of this RL run.
     state["settings"]["task"] = "0-20"
     state["flops"]["train"] /= 100
     torch.save(state, path)
-    assert "too much to match them within 1%: lower --seq_len" in call(
-        "train_sft.py", f"--match_flops={tmp_path / 'rl'}", "--run_name=tiny"
-    )
+    message = "too much to match them within 1%: lower --seq_len"
+    assert message in call("train_sft.py", match, "--run_name=tiny")
 
 
-# ---- the report ------------------------------------------------------------------------------------------------
+# ---- the report ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def experiment(arms, out, tmp_path_factory):
     """The arms as two seeds of an experiment, each model evaluated."""
     for model in (out / "a" / "sft", arms / "rl", arms / "sft_more"):
-        assert (
-            call(
-                "eval.py",
-                "--device=cpu",
-                "--dtype=fp64",
-                f"--model={model}",
-                "--task=0-20",
-                "--problems=20",
-                "--samples=2",
-                "--sample_problems=10",
-                "--max_new_tokens=12",
-            )
-            is None
-        )
-        assert (
-            call(
-                "eval.py",
-                "--device=cpu",
-                "--dtype=fp64",
-                f"--model={model}",
-                "--task=spelling",
-                "--problems=10",
-                "--how=greedy",
-            )
-            is None
-        )
+        common = ["--device=cpu", "--dtype=fp64", f"--model={model}"]
+        task = ["--task=0-20", "--problems=20", "--samples=2", "--sample_problems=10"]
+        assert call("eval.py", *common, *task, "--max_new_tokens=12") is None
+        spelling = ["--task=spelling", "--problems=10", "--how=greedy"]
+        assert call("eval.py", *common, *spelling) is None
     folder = tmp_path_factory.mktemp("experiment")
     for seed in (0, 1):
         shutil.copytree(arms, folder / f"seed{seed}")
     return folder
 
 
+def summary_of(stage):
+    return os.path.join(checkpoint.latest(stage), "eval", "summary.json")
+
+
 def test_the_report(experiment, arms, out, capsys):
     versus.main(str(experiment))
     said = capsys.readouterr().out
-    text, numbers = (
-        (experiment / "report.md").read_text(),
-        json.loads((experiment / "report.json").read_text()),
-    )
-    assert (
-        numbers["verdict"] in said
-        and numbers["verdict"][1:] in text
-        and "# RL or more SFT? 0-20" in text
-    )
-    summaries = [
-        json.load(open(os.path.join(checkpoint.latest(stage), "eval", "summary.json")))
-        for stage in (out / "a" / "sft", arms / "rl", arms / "sft_more")
-    ]
-    cells = [f"{s['0-20']['greedy']['accuracy']:.1%} [" for s in summaries]
+    text = (experiment / "report.md").read_text()
+    numbers = json.loads((experiment / "report.json").read_text())
+    assert numbers["verdict"] in said
+    assert numbers["verdict"][1:] in text
+    assert "# RL or more SFT? 0-20" in text
+
+    # The row of seed 1 has each model's greedy accuracy.
+    accuracies = []
+    for stage in (out / "a" / "sft", arms / "rl", arms / "sft_more"):
+        with open(summary_of(stage)) as f:
+            accuracies.append(json.load(f)["0-20"]["greedy"]["accuracy"])
     line = next(line for line in text.splitlines() if line.startswith("| 1 | "))
-    assert [cell.strip().startswith(c) for cell, c in zip(line.split("|")[2:5], cells)] == [
-        True
-    ] * 3
-    assert numbers["comparison"]["0-20 greedy"]["A - B"]["difference"] == pytest.approx(
-        summaries[1]["0-20"]["greedy"]["accuracy"] - summaries[2]["0-20"]["greedy"]["accuracy"]
-    )
-    assert "| spelling | greedy | 10 |" in text and numbers["regression"] in text
-    a, b = (state_of(stage)["flops"]["train"] for stage in (arms / "rl", arms / "sft_more"))
+    cells = line.split("|")[2:5]
+    assert len(cells) == 3
+    for cell, accuracy in zip(cells, accuracies):
+        assert cell.strip().startswith(f"{accuracy:.1%} [")
+    comparison = numbers["comparison"]["0-20 greedy"]["A - B"]
+    assert comparison["difference"] == pytest.approx(accuracies[1] - accuracies[2])
+
+    assert "| spelling | greedy | 10 |" in text
+    assert numbers["regression"] in text
+    a = state_of(arms / "rl")["flops"]["train"]
+    b = state_of(arms / "sft_more")["flops"]["train"]
     assert f"| 0 | {a:.4g} | {b:.4g} | {b / a - 1:+.2%} |" in text
+
     for name, curve in numbers["curves"].items():
-        logged = rows(arms / versus.ARMS[name])
-        assert (
-            curve[0]
-            == [
-                [row["flops_total"], row["val/accuracy"]] for row in logged if "val/accuracy" in row
-            ]
-            and len(curve[0]) >= 2
-        )
+        evaluated = [row for row in rows(arms / versus.ARMS[name]) if "val/accuracy" in row]
+        assert curve[0] == [[row["flops_total"], row["val/accuracy"]] for row in evaluated]
+        assert len(curve[0]) >= 2
     assert ("accuracy.png)" in text) == (experiment / "accuracy.png").exists()
 
 
 def damaged(experiment, tmp_path, change):
+    """The error of a report on the experiment, after a change to the state of an arm of seed 1."""
     shutil.copytree(experiment, tmp_path / "damaged")
-    path = os.path.join(
-        checkpoint.latest(tmp_path / "damaged" / "seed1" / "sft_more"), "trainer.pt"
-    )
+    stage = tmp_path / "damaged" / "seed1" / "sft_more"
+    path = os.path.join(checkpoint.latest(stage), "trainer.pt")
     state = torch.load(path)
     change(state)
     torch.save(state, path)
@@ -359,24 +335,26 @@ def damaged(experiment, tmp_path, change):
 
 
 def test_unequal_flops_are_refused(experiment, tmp_path):
-    assert "seed 1: RL took" in damaged(
-        experiment,
-        tmp_path,
-        lambda state: state["flops"].update(train=state["flops"]["train"] * 1.02),
-    )
+    def two_percent_more(state):
+        state["flops"]["train"] *= 1.02
+
+    assert "seed 1: RL took" in damaged(experiment, tmp_path, two_percent_more)
 
 
 def test_another_start_is_refused(experiment, tmp_path):
-    assert "which are not the same weights" in damaged(
-        experiment, tmp_path, lambda state: state["start"].update(hash="other")
-    )
+    def another_start(state):
+        state["start"]["hash"] = "other"
+
+    assert "which are not the same weights" in damaged(experiment, tmp_path, another_start)
 
 
 def test_what_is_missing_is_said(experiment, tmp_path):
     with pytest.raises(ValueError, match="no seed0, seed1"):
         versus.main(str(tmp_path))
+
+    # A model was evaluated, but not on the task.
     shutil.copytree(experiment, tmp_path / "b")
-    path = os.path.join(checkpoint.latest(tmp_path / "b" / "seed1" / "rl"), "eval", "summary.json")
+    path = summary_of(tmp_path / "b" / "seed1" / "rl")
     with open(path) as f:
         summary = json.load(f)
     del summary["0-20"]
@@ -384,12 +362,14 @@ def test_what_is_missing_is_said(experiment, tmp_path):
         json.dump(summary, f)
     with pytest.raises(ValueError, match="were evaluated on 0-20, greedily"):
         versus.main(str(tmp_path / "b"))
+
+    # A model was not evaluated at all.
     shutil.copytree(experiment, tmp_path / "a")
-    os.remove(
-        os.path.join(checkpoint.latest(tmp_path / "a" / "seed0" / "rl"), "eval", "summary.json")
-    )
+    os.remove(summary_of(tmp_path / "a" / "seed0" / "rl"))
     with pytest.raises(ValueError, match="has not been evaluated"):
         versus.main(str(tmp_path / "a"))
+
+    # An arm is missing.
     shutil.rmtree(tmp_path / "a" / "seed1" / "sft_more")
     shutil.rmtree(tmp_path / "a" / "seed0")
     with pytest.raises(ValueError, match="no checkpoint in"):
