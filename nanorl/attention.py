@@ -81,7 +81,7 @@ class CausalAttention:
             allowed = (same & causal)[:, None]  # (B, 1, T, T)
         self.masked = MaskedAttention(allowed)
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, _layer, q, k, v):
         y = self.masked(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return y.transpose(1, 2)
 
@@ -143,7 +143,7 @@ class SharedPrefixAttention:
             self.blocks.append(block)
         self.output_at = output_at.to(device)
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, _layer, q, k, v):
         outputs = []
         for block in self.blocks:
             # (b, heads, t or u + t, D) each

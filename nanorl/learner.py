@@ -38,8 +38,8 @@ def with_reference(batches, policy, objective, temperature, meter):
         for batch in batches:
             outputs = forward(model, batch, temperature)
             meter.reference(batch, outputs)
-            batch = replace(batch, reference_logprobs=outputs.logprobs.double())
-            found.append(grpo.lowered(batch, objective))
+            scored = replace(batch, reference_logprobs=outputs.logprobs.double())
+            found.append(grpo.lowered(scored, objective))
     return found
 
 

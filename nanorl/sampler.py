@@ -83,7 +83,7 @@ class Cache:
     def __init__(self, length):
         self.length, self.keys, self.values = length, [], []
 
-    def prefill(self, layer, q, k, v):
+    def prefill(self, _layer, q, k, v):
         """Causal attention over the prompts, (P, longest, heads, D). No token sees the padding."""
         room = (0, 0, 0, 0, 0, self.length - k.size(1))  # zeros after the last token
         self.keys.append(F.pad(k, room))

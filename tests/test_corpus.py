@@ -1,4 +1,7 @@
-"""Files -> documents and conversations: nothing lost, nothing on two sides, and what is broken is named; and the scripts on them."""
+"""Files -> documents and conversations, and the scripts on them.
+
+Nothing is lost, nothing is on two sides, and what is broken is named.
+"""
 
 import gzip
 import json
@@ -11,7 +14,6 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from scripts import assert_same_run, call, rows
 
 from nanorl.data import corpus
 from nanorl.data import tokens as data
@@ -23,6 +25,7 @@ from nanorl.hf import load_model
 from nanorl.tasks.files import find_files
 from nanorl.tasks.problem import content_hash
 from nanorl.tokenizer import Tokenizer
+from scripts import assert_same_run, call, rows
 
 
 def texts_of(patterns, **settings):
@@ -33,13 +36,10 @@ def texts_of(patterns, **settings):
 def write_rows(path, rows):
     """Rows in the kind of file that the name asks for."""
     if path.suffix == ".parquet":
-        parquet, table = (
-            pytest.importorskip("pyarrow.parquet"),
-            pytest.importorskip("pyarrow").table,
-        )
-        parquet.write_table(
-            table({key: [row.get(key) for row in rows] for key in rows[0]}), path, row_group_size=2
-        )
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = {key: [row.get(key) for row in rows] for key in rows[0]}
+        table = pytest.importorskip("pyarrow").table(columns)
+        parquet.write_table(table, path, row_group_size=2)
     elif path.suffix == ".csv":
         import csv
 
@@ -79,14 +79,15 @@ def paragraphs(n, seed=0, words=60):
     ]
 
 
-# ---- documents ------------------------------------------------------------------------------------------------
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def test_lines_of_endoftext_end_documents(tmp_path):
     (tmp_path / "a.txt").write_text(
         "one\n\n"
         + "long " * 3000
-        + "\n\nstill one\n<|endoftext|>\ntwo <|endoftext|> of it\n <|endoftext|> \r\n\n<|endoftext|>\nthree"
+        + "\n\nstill one\n<|endoftext|>\ntwo <|endoftext|> of it\n"
+        + " <|endoftext|> \r\n\n<|endoftext|>\nthree"
     )
     texts, bad, empty = texts_of(tmp_path / "a.txt")
     assert texts == [
@@ -105,9 +106,8 @@ def test_without_them_a_blank_line_does_once_there_is_enough(tmp_path, newline):
     parts = paragraphs(200)
     (tmp_path / "a.md").write_bytes((2 * newline).join(parts).encode())
     texts = texts_of(tmp_path / "a.md")[0]
-    assert (2 * newline).join(texts) == (2 * newline).join(
-        parts
-    )  # nothing lost but the blank lines between documents
+    # Nothing is lost but the blank lines between documents.
+    assert (2 * newline).join(texts) == (2 * newline).join(parts)
     sizes = [len(text.encode()) for text in texts]
     assert all(MIN_BYTES - 2 <= size < MIN_BYTES + 600 for size in sizes[:-1]) and len(sizes) > 5
 
@@ -128,9 +128,9 @@ def test_cut_never_splits_a_character():
         pieces = list(cut(text.encode()))
         assert b"".join(pieces) == text.encode() and all(0 < len(p) <= MAX_BYTES for p in pieces)
         assert "".join(p.decode() for p in pieces) == text
-    assert [len(p) for p in cut(b"\x80" * 200_000)] == [MAX_BYTES] * 3 + [
-        200_000 - 3 * MAX_BYTES
-    ]  # no character anywhere
+    # There is no character anywhere in this.
+    rest = 200_000 - 3 * MAX_BYTES
+    assert [len(p) for p in cut(b"\x80" * 200_000)] == [MAX_BYTES] * 3 + [rest]
     assert list(cut(b"")) == [b""]
 
 
@@ -178,9 +178,8 @@ def test_bytes_that_are_not_utf8_become_fffd_and_are_counted(tmp_path, name):
         (tmp_path / name).write_bytes(b"\n".join(b'{"text": "%s"}' % text for text in raw))
     else:
         pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-        strings = pa.Array.from_buffers(
-            pa.string(), 4, pa.array(raw, pa.binary()).buffers()
-        )  # as some writers leave them
+        # Strings that are not UTF-8, as some writers leave them.
+        strings = pa.Array.from_buffers(pa.string(), 4, pa.array(raw, pa.binary()).buffers())
         parquet.write_table(pa.table({"text": strings}), tmp_path / name)
     texts, bad, _ = texts_of(tmp_path / name)
     assert texts == [text.decode(errors="replace") for text in raw] and len(bad) == 2
@@ -255,7 +254,7 @@ def test_patterns_find_files_in_order_and_each_once(tmp_path, monkeypatch):
             find_files(patterns)
 
 
-# ---- which validate, and the tokenizer's sample ---------------------------------------------------------------
+# ---- which validate, and the tokenizer's sample --------------------------------------------------
 
 
 def corpus_of(path, texts):
@@ -278,9 +277,8 @@ def test_a_document_that_occurs_twice_is_on_one_side(tmp_path):
     share = sum(splits == {"val"} for splits in found.values()) / len(found)
     assert 0.012 < share < 0.03
     alone = sides(corpus_of(tmp_path / "b.txt", texts[1000:2000]))
-    assert all(
-        found[text] == splits for text, splits in alone.items()
-    )  # whatever else is in the corpus
+    # Whatever else is in the corpus.
+    assert all(found[text] == splits for text, splits in alone.items())
 
 
 def test_the_smallest_of_corpora_has_both_sides(tmp_path):
@@ -304,42 +302,37 @@ def test_the_tokenizer_sees_a_bounded_sample_spread_over_the_corpus_and_nothing_
     source = corpus_of(tmp_path / "a.txt", texts + texts[:500])
     sample, facts = source.survey()
     drawn = [text for text in sample if text in set(texts)]
-    assert 0.9 * size / 10 < len("".join(drawn).encode()) <= size / 10 and len(set(drawn)) == len(
-        drawn
-    )
+    assert 0.9 * size / 10 < len("".join(drawn).encode()) <= size / 10
+    assert len(set(drawn)) == len(drawn)
     assert 30 < sum(text in set(texts[:500]) for text in drawn) < 80  # a quarter of about 200
     val = {text for split, text in source.documents(facts) if split == "val"}
     monkeypatch.setattr(corpus, "SAMPLE_BYTES", 10 * size)  # all of it is wanted
     sample, facts = source.survey()
     assert val and set(texts) - set(sample) == val and not val & set(drawn)
     assert sample[-1] == "system\nuser\nassistant\n"  # the words of chat headers
-    assert sorted(corpus_of(tmp_path / "a.txt", texts[::-1]).survey()[0]) == sorted(
-        sample
-    )  # not by where it stands
+    # A text is not chosen by where it stands.
+    backwards = corpus_of(tmp_path / "a.txt", texts[::-1])
+    assert sorted(backwards.survey()[0]) == sorted(sample)
 
 
 def test_words_of_any_length_are_cut_for_the_tokenizer(tmp_path):
     texts = ["short words " * 500, "a" * 5000, "one " + "b" * 5000, "word " * 2000]
     sample, facts = corpus_of(tmp_path / "a.txt", texts).survey()
-    val = {
-        text
-        for split, text in corpus_of(tmp_path / "a.txt", texts).documents(facts)
-        if split == "val"
-    }
+    documents = corpus_of(tmp_path / "a.txt", texts).documents(facts)
+    val = {text for split, text in documents if split == "val"}
     assert max(len(word) for text in sample for word in text.split()) == 1024
-    assert sorted(sample[:-500]) == sorted(
-        part
-        for text in texts
-        if text not in val
-        for part in (
-            [text[i : i + 1024] for i in range(0, len(text), 1024)]
-            if "aa" in text or "bb" in text
-            else [text]
-        )
-    )
+    expected = []
+    for text in texts:
+        if text in val:
+            continue
+        if "aa" in text or "bb" in text:
+            expected += [text[i : i + 1024] for i in range(0, len(text), 1024)]
+        else:
+            expected.append(text)
+    assert sorted(sample[:-500]) == sorted(expected)
 
 
-# ---- conversations --------------------------------------------------------------------------------------------
+# ---- conversations -------------------------------------------------------------------------------
 
 U, A, S = (
     {"role": role, "content": content}
@@ -362,10 +355,11 @@ U, A, S = (
             [S, U, A],
         ),
         ({"conversations": [U, A]}, [U, A]),
+        # Parquet fills what is missing with None.
         (
             {"messages": None, "conversations": [{**U, "from": None}, {**A, "from": None}]},
             [U, A],
-        ),  # as parquet fills what is missing
+        ),
         ({"instruction": "Hi?", "input": "", "output": "Yes."}, [U, A]),
         ({"instruction": "Hi?", "output": "Yes."}, [U, A]),
         (
@@ -416,31 +410,23 @@ def test_rows_that_are_no_conversation_are_named(row, words, tmp_path, tokenizer
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
 def test_conversations_of_every_kind_of_file(tmp_path, tokenizer, name):
-    path = write_rows(
-        tmp_path / name, [{"prompt": f"{i} + 1?", "completion": str(i + 1)} for i in range(300)]
-    )
+    sums = [{"prompt": f"{i} + 1?", "completion": str(i + 1)} for i in range(300)]
+    path = write_rows(tmp_path / name, sums)
     train, val, note = read_conversations(str(path), tokenizer, 64)
     assert len(train) + len(val) == 300 and 1 <= len(val) < 20 and note == ""
-    rendered = [
-        tokenizer.render_chat(
-            [{"role": "user", "content": f"{i} + 1?"}, {"role": "assistant", "content": str(i + 1)}]
-        )
-        for i in range(300)
-    ]
+    rendered = []
+    for i in range(300):
+        question = {"role": "user", "content": f"{i} + 1?"}
+        answer = {"role": "assistant", "content": str(i + 1)}
+        rendered.append(tokenizer.render_chat([question, answer]))
     found = [(ids.tolist(), mask.astype(int).tolist()) for ids, mask in train]
     assert found == [example for example in rendered if example in found]  # in the file's order
-    assert sorted(
-        found + [(ids.tolist(), mask.astype(int).tolist()) for ids, mask in val]
-    ) == sorted(rendered)
-    again = read_conversations(
-        f"{path},{write_rows(tmp_path / 'again.jsonl', [{'prompt': f'{i} + 1?', 'completion': str(i + 1)} for i in range(300)])}",
-        tokenizer,
-        64,
-    )
-    assert [len(part) for part in again[:2]] == [
-        2 * len(train),
-        2 * len(val),
-    ]  # a conversation that occurs twice is on one side
+    held_out = [(ids.tolist(), mask.astype(int).tolist()) for ids, mask in val]
+    assert sorted(found + held_out) == sorted(rendered)
+    # A conversation that occurs twice is on one side.
+    second = write_rows(tmp_path / "again.jsonl", sums)
+    again = read_conversations(f"{path},{second}", tokenizer, 64)
+    assert [len(part) for part in again[:2]] == [2 * len(train), 2 * len(val)]
 
 
 def test_every_turn_of_the_assistant_is_in_the_loss(tmp_path, tokenizer):
@@ -452,27 +438,24 @@ def test_every_turn_of_the_assistant_is_in_the_loss(tmp_path, tokenizer):
         {"role": "assistant", "content": "the cat"},
     ]
     path = write_rows(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": [U, A]}])
-    ((ids, mask),) = [
-        e
-        for part in read_conversations(str(path), tokenizer, 128)[:2]
-        for e in part
-        if len(e[0]) > 30
-    ]
+    train, val, _ = read_conversations(str(path), tokenizer, 128)
+    ((ids, mask),) = [example for example in train + val if len(example[0]) > 30]
     assert tokenizer.decode(ids[mask].tolist()) == "12 + 34<|im_end|>the cat<|im_end|>"
 
 
 def test_conversations_that_fit_no_row_are_left_out_and_counted(tmp_path, tokenizer):
-    words = lambda n: {"prompt": "the", "completion": "cat" * n}
+    def words(n):
+        return {"prompt": "the", "completion": "cat" * n}
+
     longest = len(tokenizer.render_chat(messages_of(words(90)))[0])
-    fits = (
-        len(tokenizer.render_chat(messages_of(words(9)))[0]) - 1
-    )  # a row has one token more than inputs
+    # A row has one token more than inputs.
+    fits = len(tokenizer.render_chat(messages_of(words(9)))[0]) - 1
     path = write_rows(tmp_path / "a.jsonl", [words(n) for n in (1, 9, 10, 90, 2)])
     train, val, note = read_conversations(str(path), tokenizer, fits)
     assert len(train) + len(val) == 3 and max(len(ids) for ids, _ in train + val) == fits + 1
-    assert (
-        note
-        == f"2 of 5 conversations are longer than --seq_len={fits} tokens and are left out; the longest has {longest}"
+    assert note == (
+        f"2 of 5 conversations are longer than --seq_len={fits} tokens and are left out; "
+        f"the longest has {longest}"
     )
     with pytest.raises(
         ValueError,
@@ -483,7 +466,7 @@ def test_conversations_that_fit_no_row_are_left_out_and_counted(tmp_path, tokeni
         read_conversations(str(write_rows(tmp_path / "b.jsonl", [words(1)] * 3)), tokenizer, 64)
 
 
-# ---- the scripts ----------------------------------------------------------------------------------------------
+# ---- the scripts ---------------------------------------------------------------------------------
 
 SMALL = [
     "--depth=1",
@@ -555,8 +538,8 @@ def test_base_learns_from_files_and_says_what_it_made_of_them(out, capsys):
         total["documents"] == 300 and total["bytes"] == size and 0 < shard["val"]["documents"] < 20
     )
     assert (
-        f"corpus  2 files, 300 documents ({shard['val']['documents']} to validate), 0.1 MB -> {total['tokens']:,} tokens, "
-        f"{size / total['tokens']:.2f} bytes a token"
+        f"corpus  2 files, 300 documents ({shard['val']['documents']} to validate), "
+        f"0.1 MB -> {total['tokens']:,} tokens, {size / total['tokens']:.2f} bytes a token"
     ) in said
     val = [
         text
@@ -628,7 +611,10 @@ def test_tokenizing_in_shards_goes_on_where_it_was_killed(out, monkeypatch):
 
 
 def test_base_resumes_with_the_text_it_began_with(out):
-    """Also when its files are gone; when its token files are gone, from the same files, and not from others."""
+    """It resumes also when its files are gone.
+
+    When its token files are gone, it resumes from the same files, and not from others.
+    """
     source = out / "gone.txt"
     shutil.copy(out / "a.txt", source)
     arguments = [*BASE, f"--data={source}", "--run_name=r", "--save_every=2"]
@@ -662,7 +648,10 @@ def test_token_files_of_changed_files_are_made_again(out, tmp_path):
     a, b = tmp_path / "a.txt", tmp_path / "b.txt"
     a.write_text("one\n<|endoftext|>\ntwo")
     b.write_text("three")
-    made_from = lambda patterns, field="text": Corpus(patterns, field).made_from
+
+    def made_from(patterns, field="text"):
+        return Corpus(patterns, field).made_from
+
     first = made_from(str(a))
     assert made_from(str(a)) == first == json.loads(json.dumps(first))
     assert (
@@ -692,29 +681,26 @@ def test_sft_learns_from_conversations_and_validates_on_others(out, capsys):
     )
     said = capsys.readouterr().out
     assert (
-        "1 of 301 conversations are longer than --seq_len=64 tokens and are left out; the longest has"
-        in said
-    )
+        "1 of 301 conversations are longer than --seq_len=64 tokens and are left out; "
+        "the longest has"
+    ) in said
     found = rows(out / "a" / "chat")
-    assert [r["step"] for r in found if "val/loss" in r] == [0, 2, 4] and [
-        r["step"] for r in found
-    ] == list(range(5))
+    assert [r["step"] for r in found if "val/loss" in r] == [0, 2, 4]
+    assert [r["step"] for r in found] == list(range(5))
     tokenizer = Tokenizer.from_pretrained(out / "a" / "base" / "tokens")
     train, val, _ = read_conversations(f"{out}/chats.jsonl", tokenizer, 64)
     assert f"{len(train)} conversations" in said and f"{len(val)} held out" in said
     for step, name in [(0, "base/step_000004"), (2, "chat/step_000002"), (4, "chat/step_000004")]:
-        model, nats, n = load_model(out / "a" / name, torch.float64), 0.0, 0
+        model = load_model(out / "a" / name, torch.float64)
         model.compute_dtype = torch.float64
-        for ids, mask in val:  # one by one
+        nats, n = 0.0, 0
+        for example, mask in val:  # one by one
+            ids = torch.tensor(example.astype(np.int64))
             with torch.no_grad():
-                logp = model.head(model.hidden(torch.tensor(ids[None, :-1].astype(np.int64))))[
-                    0
-                ].log_softmax(-1)
-            places = np.flatnonzero(mask[1:])
-            nats, n = (
-                nats - float(logp[places, ids[1:][places].astype(np.int64)].sum()),
-                n + len(places),
-            )
+                logp = model.head(model.hidden(ids[None, :-1]))[0].log_softmax(-1)
+            said_at = np.flatnonzero(mask[1:])
+            nats -= float(logp[said_at, ids[1:][said_at]].sum())
+            n += len(said_at)
         row = next(r for r in found if r["step"] == step)
         assert row["val/loss"] == pytest.approx(nats / n, rel=1e-9)
     assert found[-1]["val/loss"] < found[0]["val/loss"]
@@ -784,7 +770,7 @@ def test_a_mistake_with_files_gets_one_line(out, script, mistake, words):
     assert isinstance(message, str) and words in message and "\n" not in message
 
 
-# ---- real files -----------------------------------------------------------------------------------------------
+# ---- real files ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["brown", "tinystories", "tinyshakespeare"])

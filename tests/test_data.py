@@ -14,7 +14,7 @@ from nanorl.data.packing import PackedRows, pack_rows
 from nanorl.data.tokens import Windows, read_index, shard_path, tokenize
 from nanorl.tokenizer import Tokenizer
 
-# ---- tokenize -------------------------------------------------------------------------------------------------
+# ---- tokenize ------------------------------------------------------------------------------------
 
 TEXTS = [
     ("train", "the cat sat"),
@@ -26,16 +26,17 @@ TEXTS = [
 
 
 class Source:
-    """Documents for tokenize(); `dies` before the document of that number, as a process does. Counts what is asked of it."""
+    """Documents for tokenize(). It counts what it is asked for.
+
+    dies: the number of the document before which it dies, as a process does.
+    """
 
     def __init__(self, documents, dies=None, **made_from):
-        self.pairs, self.dies, self.made_from, self.surveys, self.given = (
-            documents,
-            dies,
-            made_from,
-            0,
-            0,
-        )
+        self.pairs = documents
+        self.dies = dies
+        self.made_from = made_from
+        self.surveys = 0
+        self.given = 0
 
     def survey(self):
         self.surveys += 1
@@ -68,28 +69,28 @@ def test_documents_go_to_their_split_each_with_its_boundary(tmp_path, monkeypatc
     monkeypatch.setattr(data, "SHARD_BYTES", shard_bytes)
     monkeypatch.setattr(data, "BATCH_BYTES", 4)
     index = tokenize(Source(TEXTS), 280, tmp_path)
-    assert (
-        index == read_index(tmp_path) and index["whole"] and index["dtype"] == "uint16"
-    )  # half the disk, as long as the ids fit
+    # uint16 takes half the disk, as long as the ids fit.
+    assert index == read_index(tmp_path) and index["whole"] and index["dtype"] == "uint16"
     assert (len(index["shards"]) == 1) == (shard_bytes > 8)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     for split in ("train", "val"):
         texts = [text for s, text in TEXTS if s == split]
         ids = [i for text in texts for i in tokenizer.encode(text) + [tokenizer.document_end]]
-        total = lambda name: data.total(index, name, [split])
-        assert stored(tmp_path, split) == ids and total("tokens") == len(ids)
-        assert total("bytes") == sum(len(text.encode()) for text in texts) and total(
-            "documents"
-        ) == len(texts)
+        total = {
+            name: data.total(index, name, [split]) for name in ("documents", "bytes", "tokens")
+        }
+        assert stored(tmp_path, split) == ids and total["tokens"] == len(ids)
+        size = sum(len(text.encode()) for text in texts)
+        assert total["bytes"] == size and total["documents"] == len(texts)
 
 
 def test_documents_are_written_as_they_come(tmp_path, monkeypatch):
     written = []
 
     class Watching(Source):
-        def documents(
-            self, facts
-        ):  # far more than a batch and the file's buffer hold; a list of all would be written only at the end
+        # Far more than a batch and the file's buffer hold. A list of all would be written only at
+        # the end.
+        def documents(self, facts):
             for pair in super().documents(facts):
                 yield pair
                 written.append(os.path.getsize(tmp_path / "train_00000.bin"))
@@ -122,9 +123,8 @@ def test_killed_and_started_again_gives_the_same_bytes(tmp_path, monkeypatch):
         whole_shards = len(read_index(tmp_path / "killed")["shards"])
         again = Source(documents)
         tokenize(again, 280, tmp_path / "killed")
-        assert (
-            files_in(tmp_path / "killed") == expected and again.surveys == 0
-        )  # the tokenizer was there
+        # No second survey: the tokenizer was there.
+        assert files_in(tmp_path / "killed") == expected and again.surveys == 0
         kept = ["tokenizer.json"] + [
             f"{split}_{i:05d}.bin" for split in ("train", "val") for i in range(whole_shards)
         ]
@@ -148,9 +148,9 @@ def test_what_is_whole_is_left_and_what_was_made_from_something_else_is_made_aga
             and other.given == len(documents)
             and not (tmp_path / "train_00007.bin").exists()
         )
-    (tmp_path / "tokens.json").write_text(
-        json.dumps({"made_from": {"text": "b", "vocab_size": 270}, "tokens": {}})
-    )  # of an earlier nanorl
+    # The index of an earlier nanorl.
+    earlier = {"made_from": {"text": "b", "vocab_size": 270}, "tokens": {}}
+    (tmp_path / "tokens.json").write_text(json.dumps(earlier))
     older = Source(TEXTS[:2], text="b")
     assert tokenize(older, 270, tmp_path)["whole"] and older.given == 2
 
@@ -172,13 +172,16 @@ def test_a_vocabulary_beyond_16_bits(tmp_path, monkeypatch):
     assert stored(tmp_path, "train") == [97, 98, 65536] and stored(tmp_path, "val") == [99, 65536]
 
 
-# ---- windows --------------------------------------------------------------------------------------------------
+# ---- windows -------------------------------------------------------------------------------------
 
 T = 8
 
 
 def shards_of(directory, *counts):
-    """Token files of `counts` tokens: 0, 1, 2, ... in the first, 1000, 1001, ... in the second, and so on; 2.5 bytes a token."""
+    """Token files of `counts` tokens, with 2.5 bytes a token.
+
+    The first holds 0, 1, 2, ..., the second 1000, 1001, ..., and so on.
+    """
     for i, n in enumerate(counts):
         np.arange(1000 * i, 1000 * i + n, dtype="uint16").tofile(shard_path(directory, "train", i))
     index = {
@@ -192,12 +195,15 @@ def shards_of(directory, *counts):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Tokens 0, 1, 2, ...: ten windows of 8 and a rest, so that a window's first token tells which it is."""
+    """Tokens 0, 1, 2, ...: ten windows of 8 and a rest. A window's first token tells its number."""
     return shards_of(tmp_path, 10 * T + 4)
 
 
 def starts(windows, batches):
-    """Which windows come, in order; checks that each is a stretch of the text and its targets the next tokens."""
+    """The first tokens of the windows that come, in order.
+
+    It checks that each window is a stretch of the text and that its targets are the next tokens.
+    """
     found = []
     for _ in range(batches):
         inputs, targets = windows.next()
@@ -219,9 +225,8 @@ def test_every_window_once_an_epoch_in_an_order_of_its_own(corpus):
 
 
 def test_windows_over_shards_each_once_and_none_in_two(tmp_path):
-    corpus = shards_of(
-        tmp_path, 3 * T + 1, T, 0, 4 * T + T, T + 1
-    )  # 3 windows; T tokens are none, for want of a target; none; 4; 1
+    # 3 windows, none (T tokens lack a target), none, 4 and 1.
+    corpus = shards_of(tmp_path, 3 * T + 1, T, 0, 4 * T + T, T + 1)
     expected = [*range(0, 3 * T, T), *range(3000, 3000 + 4 * T, T), 4000]
     windows = Windows(corpus, "train", T, rows=2)
     assert (
@@ -281,7 +286,7 @@ def test_too_small_a_corpus_is_refused(corpus):
         Windows(corpus, "train", T, rows=11)
 
 
-# ---- packing --------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------
 
 
 def test_packing_keeps_examples_whole_and_fills_rows():
@@ -309,7 +314,10 @@ N, WIDTH, PAD = 50, 63, 9
 
 
 def example(i):
-    """Ids that tell the example and the place in it; a mask with holes, like a conversation of several turns."""
+    """Ids that tell the example and the position in it, and a mask with holes.
+
+    A conversation of several turns has such a mask.
+    """
     n = random.Random(i).randrange(5, 31)
     return [100 * (i + 1) + k for k in range(n)], [int(k > 1 and (k + i) % 4 > 0) for k in range(n)]
 
@@ -319,12 +327,13 @@ def make_rows(**settings):
 
 
 def examples_in(batch):
-    """Takes rows apart again, and checks every entry of them. Returns the examples' numbers, row by row."""
+    """Takes rows apart again, and checks every entry. Returns the examples' numbers, row by row."""
     found = []
     for inputs, targets, mask, document, positions in zip(*(t.tolist() for t in batch)):
         assert len(inputs) == len(targets) == len(mask) == len(document) == WIDTH
         tokens = inputs + targets[-1:]
-        at, expected_mask, expected_document, expected_positions, row = 0, [], [], [], []
+        expected_mask, expected_document, expected_positions = [], [], []
+        at, row = 0, []
         while at < len(tokens) and tokens[at] != PAD:
             i = tokens[at] // 100 - 1
             ids, m = example(i)
@@ -336,7 +345,7 @@ def examples_in(batch):
             at += len(ids)
         rest = WIDTH + 1 - at
         assert tokens[at:] == [PAD] * rest and targets == tokens[1:]
-        assert mask == (expected_mask + [0] * rest)[1:]  # of the target at each place
+        assert mask == (expected_mask + [0] * rest)[1:]  # of the target in each slot
         assert document == (expected_document + [0] * rest)[:-1]  # of the input
         assert positions == (expected_positions + list(range(rest)))[:-1]
         found.append(row)
@@ -354,12 +363,12 @@ def test_rows_hold_examples_mask_and_document_aligned():
         all(sorted(epoch) == list(range(N)) for epoch in epochs)
         and len({tuple(e) for e in epochs}) == 3
     )
-    other = sum(
-        (examples_in(source.next()) for source in [make_rows(seed=1)] for _ in range(9)), []
-    )
-    chunks = [
-        set(order[:16]) for order in [*epochs, sum(other, [])]
-    ]  # what is packed together differs, not only its order
+    source, other = make_rows(seed=1), []
+    for _ in range(9):
+        for row in examples_in(source.next()):
+            other += row
+    # What is packed together differs, and not only its order.
+    chunks = [set(order[:16]) for order in [*epochs, other]]
     assert all(a != b for i, a in enumerate(chunks) for b in chunks[:i])
 
 
@@ -373,11 +382,8 @@ def test_packed_rows_resume_in_a_chunk_and_across_an_epoch():
         again.next()  # wherever it stood
         again.load_state_dict(state)
         assert all(torch.equal(a, b) for a, b in zip(source.next(), again.next(), strict=True))
-    assert {
-        (0, True, True),
-        (1, False, True),
-        (1, True, True),
-    } <= positions  # it was tried where it is hard
+    # It was tried where it is hard.
+    assert {(0, True, True), (1, False, True), (1, True, True)} <= positions
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -5,14 +5,13 @@ import os
 import sys
 
 import pytest
+
+from nanorl.tasks import TASKS, Problem
 from scripts import BASE, ROOT, SFT, TOY, call, finish_ranks, ranks
 from toy_task import Toy
 
-from nanorl.tasks import TASKS, Problem
-
-TOY_FILE = (
-    TOY.removeprefix("--task=").replace("/", "_").replace(":", "_")
-)  # how the toy task is called in file names
+# What the toy task is called in file names.
+TOY_FILE = TOY.removeprefix("--task=").replace("/", "_").replace(":", "_")
 EVAL = ["--device=cpu", "--max_new_tokens=12", "--dtype=fp64"]
 FEW = ["--problems=30", "--samples=4", "--sample_problems=8"]
 
@@ -32,9 +31,9 @@ def models(tmp_path_factory):
 def written(stage, name):
     """What eval.py has written for the stage's one or newest checkpoint."""
     text = (sorted(stage.glob("step_*"))[-1] / "eval" / name).read_text()
-    return (
-        [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
-    )
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
 
 
 def test_one_model(models, capsys):
@@ -61,10 +60,8 @@ def test_one_model(models, capsys):
         greedy["format"] == sum(p["format"] for p in parts) / 30 > 0
         and result["sampled"]["format"] < 1
     )
-    assert (
-        f"format {greedy['format']:.1%}, answered given format {greedy['answered_given_format']:.1%}"
-        in said
-    )
+    answered = greedy["answered_given_format"]
+    assert f"format {greedy['format']:.1%}, answered given format {answered:.1%}" in said
 
 
 def test_compare(models, capsys):
@@ -72,8 +69,8 @@ def test_compare(models, capsys):
     assert call("eval.py", *EVAL, *FEW, TOY, f"--compare={base},{sft}", "--examples=0") is None
     said = capsys.readouterr().out
     assert said.startswith(
-        "with 30 problems a greedy difference below 26.2 points (if 10% of the answers change) to 36.2 points (if 50%) "
-        "will likely not show\n"
+        "with 30 problems a greedy difference below 26.2 points (if 10% of the answers change) "
+        "to 36.2 points (if 50%) will likely not show\n"
     )
     results = [written(stage, "summary.json")[TOY.removeprefix("--task=")] for stage in models]
     both = written(sft, f"compare.{TOY_FILE}.json")
@@ -208,7 +205,10 @@ runpy.run_path("eval.py", run_name="__main__")
 
 
 def test_two_ranks_give_the_results_of_one(models, monkeypatch):
-    """One problem for two ranks: the one without any takes part in what they do together. What one cannot load, both skip."""
+    """With one problem for two ranks, the idle rank takes part in what they do together.
+
+    A task that one rank cannot load is skipped by both.
+    """
     few = [*EVAL, "--examples=0", "--samples=2", "--sample_problems=1"]
     runs = [
         [*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"],
@@ -286,7 +286,10 @@ def test_file_names_are_safe(models):
 
 @pytest.fixture
 def few_files(tmp_path, monkeypatch):
-    """NANORL_DATA with a few problems of arc_easy and mmlu, and nothing of the other benchmarks but spelling, which has words of its own."""
+    """NANORL_DATA with a few problems of arc_easy and mmlu.
+
+    It has nothing of the other benchmarks. Spelling needs nothing: it has words of its own.
+    """
     from test_choice import write_files
 
     write_files(tmp_path)

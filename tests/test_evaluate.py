@@ -119,7 +119,7 @@ def test_half_width_is_that_of_the_widest_interval():
     assert half_width(100) == pytest.approx(max(widths) / 2) == pytest.approx(0.0961, abs=1e-4)
 
 
-# ---- where samples fail ------------------------------------------------------------------------------------
+# ---- where samples fail --------------------------------------------------------------------------
 
 
 def of_parts(*parts):
@@ -242,7 +242,7 @@ def test_describe_says_what_there_is():
     ]
 
 
-# ---- two models --------------------------------------------------------------------------------------------
+# ---- two models ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,8 +311,11 @@ def test_p_of_sign_flips_equals_all_sign_flips():
 
 @pytest.mark.parametrize("n, samples", [(12, 4), (60, 8)])
 def test_intervals_cover_and_tests_stay_at_their_level(n, samples):
-    """Problems of differing difficulty; B solves each more often, by 0.1 or (for p) by nothing. Over 4000 data sets instead of these
-    400: 0.902 and 0.939 covered (a percentile interval is short for few problems, 0.950 for 200), 0.023 and 0.046 rejected."""
+    """Problems differ in difficulty. B solves each more often, by 0.1 or (for p) by nothing.
+
+    Over 4000 data sets instead of these 400, 0.902 and 0.939 are covered, and 0.023 and 0.046 are
+    rejected. (A percentile interval is short for few problems; for 200 it covers 0.950.)
+    """
     rng, covered, rejected = np.random.default_rng(3), 0, 0
     for i in range(400):
         p = rng.uniform(0, 0.9, n)
@@ -327,9 +330,8 @@ def test_intervals_cover_and_tests_stay_at_their_level(n, samples):
 def test_bootstrap_of_no_or_of_equal_differences():
     assert paired_bootstrap([0.3, 0.7, 1.0], [0.3, 0.7, 1.0]) == (0.0, 0.0, 0.0, 1.0)
     mean, low, high, p = paired_bootstrap([0, 0, 0, 0], [1, 1, 1, 1])
-    assert (mean, low, high) == (1.0, 1.0, 1.0) and p == pytest.approx(
-        1 / 8, abs=0.02
-    )  # four coins alike: no proof, whatever the interval
+    # Four coins that fall alike are no proof, whatever the interval.
+    assert (mean, low, high) == (1.0, 1.0, 1.0) and p == pytest.approx(1 / 8, abs=0.02)
     with pytest.raises(ValueError, match="2 shares for A and 3 for B"):
         paired_bootstrap([0, 1], [0, 1, 1])
 
@@ -356,7 +358,10 @@ def test_bootstrap_is_fixed_by_its_seed_and_bounded_in_memory():
 
 @pytest.mark.parametrize("n, changed", [(200, 0.1), (200, 0.5), (60, 0.3), (60, 0.01)])
 def test_smallest_effect_is_found_in_four_of_five_cases(n, changed):
-    """The exact power of the exact test: over the number of discordant problems, and how many of them B solves."""
+    """The exact power of the exact test.
+
+    It sums over the number of discordant problems, and over how many of them B solves.
+    """
     stats = pytest.importorskip("scipy.stats")
     effect = smallest_effect(n, changed)
     changed = max(changed, effect)  # a difference needs as many changes
@@ -378,9 +383,8 @@ def test_smallest_effect_is_found_in_four_of_five_cases(n, changed):
 def test_smallest_effect_of_samples_is_found_in_four_of_five_cases():
     rng, n, found = np.random.default_rng(5), 50, 0
     p = np.full(n, 0.5)
-    effect = smallest_effect(
-        n, 2 * 0.25 / 8, samples=8
-    )  # the variance of a difference of two shares of 8, at one half
+    variance = 2 * 0.25 / 8  # of a difference of two shares of 8, at one half
+    effect = smallest_effect(n, variance, samples=8)
     for i in range(300):
         found += (
             paired_bootstrap(
@@ -468,7 +472,8 @@ def test_compare_finds_nothing_where_nothing_is():
 def test_compare_refuses_other_problems(b):
     with pytest.raises(
         ValueError,
-        match="problem 0 of A is not problem 0 of B, or has another number of samples: evaluate both",
+        match="problem 0 of A is not problem 0 of B, or has another number of samples: "
+        "evaluate both",
     ):
         compare(answers([1, 1]), b)
     with pytest.raises(ValueError, match="2 shares for A and 3 for B"):

@@ -49,9 +49,8 @@ def test_cut_drops_later_rows_rollouts_and_a_torn_line(tmp_path):
         log.row(step, reward=step / 10)
         log.rollouts(step, [{"text": str(step)}])
     with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write(
-            '{"step": 3, "rew'
-        )  # what a killed process leaves: of a step that stays, so only its tear can drop it
+        # What a killed process leaves. The step stays, so that only the tear can drop this line.
+        f.write('{"step": 3, "rew')
     log.cut(9)
     assert [r["step"] for r in rows(log)] == list(range(1, 10))
     assert stored(tmp_path) == ["metrics.jsonl"] + [
@@ -70,7 +69,7 @@ def test_rollouts_are_records_and_equal_ones_give_equal_bytes(tmp_path, monkeypa
     records = [{"text": "#5 ✓", "reward": 1.0}, {"text": "", "reward": 0.0}]
     written = []
     for name, now in [("a", 1.8e9), ("b", 1.9e9)]:
-        monkeypatch.setattr("time.time", lambda: now)  # gzip's header would hold it
+        monkeypatch.setattr("time.time", lambda now=now: now)  # gzip's header would hold it
         log = RunLog(str(tmp_path / name))
         log.rollouts(120, records)
         written.append((tmp_path / name / "rollouts" / "step_000120.jsonl.gz").read_bytes())

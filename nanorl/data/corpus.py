@@ -1,4 +1,4 @@
-"""Files that --data names -> documents for pretraining, some of them held out, by their content."""
+"""Files that --data names -> documents for pretraining, some of them held out by their content."""
 
 import heapq
 import json
@@ -11,57 +11,83 @@ from nanorl.tasks.problem import content_hash
 
 VAL_ONE_IN = 50  # documents or conversations of which one validates
 MIN_BYTES = 8192  # from here on a blank line ends a document of plain text
-MAX_BYTES = 65536  # a longer document is cut, so that neither memory nor the tokenizer's time grows with one long line
+# A longer document is cut. One long line then costs neither much memory nor much of the
+# tokenizer's time.
+MAX_BYTES = 65536
 SAMPLE_BYTES = 16_000_000  # of text, at most, to train the tokenizer on
 END = b"<|endoftext|>"  # alone on a line of plain text: the end of a document
 
 
 def val_bound(least_hash):
-    """Texts whose content_hash is below this validate: one in VAL_ONE_IN, and at least the one with the least hash. A text that
-    occurs twice is therefore never on both sides."""
+    """Texts validate whose content_hash is below this: one in VAL_ONE_IN, and at least one text.
+
+    least_hash: the least one of all the texts. A text that occurs twice is on one side only,
+    because both times it has the same hash.
+    """
     return max(2**63 // VAL_ONE_IN, least_hash + 1)
 
 
-# ---- documents -----------------------------------------------------------------------------------------------
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def cut(data):
-    """Yield bytes in pieces of at most MAX_BYTES: up to the last white space or, where there is none, between two characters."""
+    """Yield bytes in pieces of at most MAX_BYTES that end at white space or between characters."""
     start = 0
     while len(data) - start > MAX_BYTES:
-        end = start + MAX_BYTES
-        at = 1 + max(data.rfind(b" ", start, end), data.rfind(b"\n", start, end))
-        at = at or next(
-            (i for i in range(end, end - 4, -1) if data[i] & 0xC0 != 0x80), end
-        )  # never before a continuation byte
-        yield data[start:at]
-        start = at
+        end = _end_of_piece(data, start)
+        yield data[start:end]
+        start = end
     yield data[start:]
 
 
+def _end_of_piece(data, start):
+    """The end of the piece that starts at `start`, where more than MAX_BYTES follow."""
+    limit = start + MAX_BYTES
+    # It ends after its last white space, if it has any.
+    space = max(data.rfind(b" ", start, limit), data.rfind(b"\n", start, limit))
+    if space >= 0:
+        return space + 1
+    # Otherwise the next piece begins with a character's first byte. A character of UTF-8 has at
+    # most four bytes, and all but its first are 10xxxxxx.
+    for end in range(limit, limit - 4, -1):
+        if data[end] & 0xC0 != 0x80:
+            return end
+    return limit  # this is not UTF-8
+
+
 def word_bounded(text, longest=1024):
-    """The text, in slices where a word in it is longer than this many characters: training BPE takes time with a word's square."""
-    return (
-        [text]
-        if max(map(len, text.split())) <= longest
-        else [text[i : i + longest] for i in range(0, len(text), longest)]
-    )
+    """A text -> [text], or its slices of `longest` characters if a word in it is longer than that.
+
+    The time to train BPE grows with the square of a word's length.
+    """
+    if max(map(len, text.split())) <= longest:
+        return [text]
+    return [text[i : i + longest] for i in range(0, len(text), longest)]
 
 
 def plain_documents(path):
-    """Yield the documents (bytes) of a plain text: what stands between lines of <|endoftext|> alone; in a file without such a
-    line, what stands up to the first blank line after MIN_BYTES. Long ones are cut; a line may be of any length."""
+    """Yield the documents (bytes) of a file of plain text.
+
+    A line that holds <|endoftext|> alone ends a document. In a file without such a line, the first
+    blank line after MIN_BYTES does. Long documents are cut. A line may be of any length. Raises
+    ValueError for a file that is not text.
+    """
     with open_bytes(path) as f:
         if b"\0" in f.peek(1024)[:1024]:
             raise ValueError(
-                f"{path} is not UTF-8 text (it holds zero bytes): convert it to .txt, .jsonl, .parquet or .csv"
+                f"{path} is not UTF-8 text (it holds zero bytes): "
+                "convert it to .txt, .jsonl, .parquet or .csv"
             )
-        lines = lambda: iter(lambda: f.readline(MAX_BYTES), b"")
-        marked = any(line.strip() == END for line in lines())
+        has_end_lines = any(line.strip() == END for line in _lines(f))
         f.seek(0)
-        document, size = [], 0
-        for line in lines():
-            if line.strip() == END if marked else size >= MIN_BYTES and not line.strip():
+        document, size = [], 0  # the lines so far, and their bytes
+        for line in _lines(f):
+            stripped = line.strip()
+            if has_end_lines:
+                ends = stripped == END
+            else:
+                ends = not stripped and size >= MIN_BYTES
+            if ends:
                 yield b"".join(document).strip(b"\r\n")
                 document, size = [], 0
                 continue
@@ -75,91 +101,158 @@ def plain_documents(path):
             yield b"".join(document).strip(b"\r\n")
 
 
-def row_documents(path, field, bad):
-    """Yield the documents (bytes) of a file of rows: their text fields. Long ones are cut. bad: see files.decode."""
-    for place, row in read_rows(path, only=field, bad=bad):
+def _lines(f):
+    """Yield the lines of a file, one longer than MAX_BYTES in parts."""
+    while line := f.readline(MAX_BYTES):
+        yield line
+
+
+def row_documents(path, field, not_utf8):
+    """Yield the documents (bytes) of a file of rows: the text under `field`. Long ones are cut.
+
+    The list `not_utf8` gets the names of rows with bytes that are not UTF-8 (files.decode). Raises
+    ValueError for a row that has no such field or no text in it.
+    """
+    for row_name, row in read_rows(path, only=field, bad=not_utf8):
         if field not in row:
+            fields = ", ".join(map(str, row)) or "none"
             raise ValueError(
-                f"{place}: no field {field!r}, only {', '.join(map(str, row)) or 'none'}: name the one with the text, --text_field="
+                f"{row_name}: no field {field!r}, only {fields}: "
+                "name the one with the text, --text_field="
             )
-        text = b"" if row[field] is None else row[field]
-        if not isinstance(text, (str, bytes)):
+        text = row[field]
+        if text is None:
+            text = b""
+        if isinstance(text, str):
+            # JSON may hold half of a surrogate pair. Its bytes are not UTF-8, as decode() finds.
+            text = text.encode("utf-8", "surrogatepass")
+        if not isinstance(text, bytes):
+            shown = json.dumps(text, default=str)[:40]
             raise ValueError(
-                f"{place}: {field!r} is {json.dumps(text, default=str)[:40]}, not text: name the field with the text, --text_field="
+                f"{row_name}: {field!r} is {shown}, not text: "
+                "name the field with the text, --text_field="
             )
-        yield from cut(text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text)
+        yield from cut(text)
+
+
+# ---- the corpus ----------------------------------------------------------------------------------
 
 
 class Corpus:
-    """The documents of the files that `patterns` find (files.find_files). made_from: files and rules that they depend on."""
+    """The documents of the files that `patterns` find (files.find_files).
+
+    It is a source for tokens.tokenize. made_from: the files and rules that the documents depend on.
+    """
 
     def __init__(self, patterns, text_field="text"):
-        self.files, self.text_field = find_files(patterns), text_field
-        stats = [os.stat(path) for path in self.files]
+        self.files = find_files(patterns)
+        self.text_field = text_field
+        versions = []
+        for path in self.files:
+            stat = os.stat(path)
+            versions.append([path, stat.st_size, stat.st_mtime_ns])
         self.made_from = {
-            "files": [[path, s.st_size, s.st_mtime_ns] for path, s in zip(self.files, stats)],
+            "files": versions,
             "text_field": text_field,
             "rules": [VAL_ONE_IN, MIN_BYTES, MAX_BYTES, SAMPLE_BYTES],
         }
 
-    def _texts(self, bad, empty):
-        """Yield the documents (str), all but the empty ones. `bad` gets the place of each that was not UTF-8, `empty` of each left out."""
+    def survey(self):
+        """Read everything once -> (texts to train the tokenizer on, facts for documents()).
+
+        The texts are the documents of the greatest hashes. They are therefore spread over the
+        corpus and always the same, and none of them validates. Raises ValueError where there are
+        not two different documents.
+        """
+        not_utf8, empty = [], []
+        nbytes = 0
+        least_hash = 2**63
+        sample = Sample()
+        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+            for text in self._texts(not_utf8, empty):
+                text_hash = content_hash(text)
+                text_bytes = len(text.encode())
+                nbytes += text_bytes
+                least_hash = min(least_hash, text_hash)
+                sample.add(text_hash, text_bytes, text)
+                bar.update(text_bytes)
+
+        bound = val_bound(least_hash)
+        texts = []
+        for text_hash, _, text in sorted(sample.heap):
+            if text_hash >= bound:
+                texts += word_bounded(text)
+        plural = "s" if len(self.files) > 1 else ""
+        name = f"{len(self.files)} file{plural}"
+        if not texts:
+            raise ValueError(
+                f"--data: {len(sample.heap)} different documents in {name}: there must be two or "
+                "more, one of which validates: give more text, or end documents with a line "
+                f"{END.decode()}"
+            )
+        # The words of chat headers are to be tokens too, where the vocabulary has room for them.
+        texts += ["system\nuser\nassistant\n"] * 500
+        facts = {
+            "name": name,
+            "bytes": nbytes,
+            "val_bound": bound,
+            "notes": _notes(not_utf8, empty),
+        }
+        return texts, facts
+
+    def documents(self, facts):
+        """Yield (split, text) of every document. facts: the survey's."""
+        for text in self._texts([], []):
+            validates = content_hash(text) < facts["val_bound"]
+            yield "val" if validates else "train", text
+
+    def _texts(self, not_utf8, empty):
+        """Yield the documents (str) but for the empty ones.
+
+        The list `not_utf8` gets the file or row of each that was not UTF-8, and `empty` the file of
+        each that is left out.
+        """
         for path in self.files:
-            for data in (
-                row_documents(path, self.text_field, bad)
-                if kind(path) in READERS
-                else plain_documents(path)
-            ):
-                text = decode(data, path, bad)
+            if kind(path) in READERS:
+                documents = row_documents(path, self.text_field, not_utf8)
+            else:
+                documents = plain_documents(path)
+            for data in documents:
+                text = decode(data, path, not_utf8)
                 if text.strip():
                     yield text
                 else:
                     empty.append(path)
 
-    def survey(self):
-        """Read everything once -> (texts to train the tokenizer on, what documents() has to know). The texts are the documents of
-        the greatest hashes: spread over the corpus, always the same, and none that validates."""
-        bad, empty, total, least = [], [], 0, 2**63
-        sample, hashes, size = [], set(), 0  # a heap, the least hash first
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
-            for text in self._texts(bad, empty):
-                h, nbytes = content_hash(text), len(text.encode())
-                total, least = total + nbytes, min(least, h)
-                bar.update(nbytes)
-                if h not in hashes:
-                    hashes.add(h)
-                    heapq.heappush(sample, (h, nbytes, text))
-                    size += nbytes
-                while size > SAMPLE_BYTES:
-                    h, nbytes, _ = heapq.heappop(sample)
-                    hashes.remove(h)
-                    size -= nbytes
-        name, bound = f"{len(self.files)} file{'s' * (len(self.files) > 1)}", val_bound(least)
-        texts = [part for h, _, text in sorted(sample) if h >= bound for part in word_bounded(text)]
-        if not texts:
-            raise ValueError(
-                f"--data: {len(sample)} different documents in {name}: there must be two or more, one of which validates: give more text, "
-                f"or end documents with a line {END.decode()}"
-            )
-        notes = (
-            [
-                f"{len(bad):,} documents held bytes that are not UTF-8; they became U+FFFD (first: {bad[0]})"
-            ]
-            if bad
-            else []
-        )
-        notes += (
-            [f"{len(empty):,} empty documents were left out (first: {empty[0]})"] if empty else []
-        )
-        # The words of chat headers are to be tokens too, where the vocabulary has room for them.
-        return texts + ["system\nuser\nassistant\n"] * 500, {
-            "name": name,
-            "bytes": total,
-            "val_bound": bound,
-            "notes": notes,
-        }
 
-    def documents(self, facts):
-        """Yield (split, text)."""
-        for text in self._texts([], []):
-            yield "val" if content_hash(text) < facts["val_bound"] else "train", text
+class Sample:
+    """The texts of the greatest hashes, each once, with at most SAMPLE_BYTES in all."""
+
+    def __init__(self):
+        self.heap = []  # (hash, bytes, text), the least hash first
+        self.hashes = set()
+        self.size = 0  # bytes of all the texts
+
+    def add(self, text_hash, nbytes, text):
+        if text_hash in self.hashes:
+            return
+        self.hashes.add(text_hash)
+        heapq.heappush(self.heap, (text_hash, nbytes, text))
+        self.size += nbytes
+        while self.size > SAMPLE_BYTES:
+            least_hash, its_bytes, _ = heapq.heappop(self.heap)
+            self.hashes.remove(least_hash)
+            self.size -= its_bytes
+
+
+def _notes(not_utf8, empty):
+    """What the user is told of documents that were mended or left out."""
+    notes = []
+    if not_utf8:
+        notes.append(
+            f"{len(not_utf8):,} documents held bytes that are not UTF-8; "
+            f"they became U+FFFD (first: {not_utf8[0]})"
+        )
+    if empty:
+        notes.append(f"{len(empty):,} empty documents were left out (first: {empty[0]})")
+    return notes

@@ -100,7 +100,7 @@ class PackedRows:
     rows. A step has `rows` of them, of which every rank takes its share.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  a data source's usual settings; all but four have defaults
         self, example, n_examples, seq_len, rows, seed=0, rank=0, world_size=1, chunk=4096, pad=0
     ):
         if n_examples < 1:

@@ -28,7 +28,7 @@ class TaskText:
             texts.append(f"user\n{question}assistant\n")
         return texts, {"name": self.name, "notes": []}
 
-    def documents(self, facts):
+    def documents(self, _facts):
         """Yield (split, text)."""
         for i in range(self.n):
             validates = i % VAL_ONE_IN == VAL_ONE_IN - 1

@@ -1,6 +1,7 @@
 """Training tokens of base: documents -> token files -> windows.
 
-Order is a pure function of (seed, epoch), so a cursor, one integer, is all the state there is."""
+Order is a pure function of (seed, epoch), so a cursor, one integer, is all the state there is.
+"""
 
 import itertools
 import json
@@ -18,13 +19,20 @@ BATCH_BYTES = 1 << 20  # of text encoded at a time
 SPLITS = ("train", "val")
 
 
+# ---- the index -----------------------------------------------------------------------------------
+
+
 def shard_path(directory, split, number):
     return os.path.join(directory, f"{split}_{number:05d}.bin")
 
 
 def read_index(directory):
-    """tokens.json, what token files there are: `whole` when all of them, `made_from` (see tokenize), `facts` about the documents,
-    `dtype`, and for each of `shards` and each split its `documents`, `bytes` of text and `tokens`. {} where there is none."""
+    """tokens.json, which says what token files there are, or {} where there is no such file.
+
+    whole: whether all of them are written. made_from: see tokenize. facts: what the source says
+    about its documents. dtype: of the ids. shards: a list with, for each split, its `documents`,
+    `bytes` of text and `tokens`.
+    """
     path = os.path.join(directory, "tokens.json")
     if not os.path.exists(path):
         return {}
@@ -45,101 +53,145 @@ def total(index, name, splits=SPLITS):
 
 
 def describe(index):
-    """The index in words; a line for each note."""
-    nbytes, tokens = total(index, "bytes"), total(index, "tokens")
-    return (
-        f"{index['facts']['name']}, {total(index, 'documents'):,} documents ({total(index, 'documents', ['val']):,} to validate), "
+    """The index in words, with a line for each note."""
+    facts = index["facts"]
+    documents = total(index, "documents")
+    validating = total(index, "documents", ["val"])
+    nbytes = total(index, "bytes")
+    tokens = total(index, "tokens")
+    summary = (
+        f"{facts['name']}, {documents:,} documents ({validating:,} to validate), "
         f"{nbytes / 1e6:,.1f} MB -> {tokens:,} tokens, {nbytes / tokens:.2f} bytes a token"
-        + "".join(f"\n        {note}" for note in index["facts"]["notes"])
     )
+    return "\n        ".join([summary, *facts["notes"]])
+
+
+# ---- documents -> token files --------------------------------------------------------------------
 
 
 def tokenize(source, vocab_size, directory):
-    """Documents -> `directory`: a tokenizer trained on some of them, and shards train_00000.bin, val_00000.bin, ... of token ids,
-    each document followed by the boundary token. Returns the index (read_index), written after every shard: what a
-    process that died has left whole is gone on from, and what was made from something else is made again.
+    """Write a source's documents into `directory`, as token files. Returns the index (read_index).
 
-    source: survey() -> (texts to train on, facts); documents(facts) yields (split, text), always the same; made_from, a dict."""
+    The directory gets a tokenizer that is trained on some of the documents, and shards of token
+    ids, train_00000.bin, val_00000.bin and so on. Each document is followed by the boundary token.
+    The index is written after every shard. When a process has died, the next one goes on after
+    the shards that are whole. What was made from something else is made again.
+
+    source has
+        survey()          -> (texts to train the tokenizer on, facts)
+        documents(facts)  yields (split, text), always the same
+        made_from         a dict of what the documents depend on
+    """
     made_from = {**source.made_from, "vocab_size": vocab_size}
     index = read_index(directory)
     if index.get("made_from") != made_from or "shards" not in index:
-        texts, facts = source.survey()
-        shutil.rmtree(directory, ignore_errors=True)
-        os.makedirs(directory)
-        tokenizer = Tokenizer.train(texts, vocab_size)
-        tokenizer.save(directory)
-        index = {
-            "made_from": made_from,
-            "facts": facts,
-            "dtype": "uint16" if tokenizer.n_tokens <= 2**16 else "uint32",
-            "shards": [],
-            "whole": False,
-        }
-        _write_index(directory, index)
+        index = _train_tokenizer(source, vocab_size, directory, made_from)
     if not index["whole"]:
-        tokenizer = Tokenizer.from_pretrained(directory)
-        documents = itertools.islice(
-            source.documents(index["facts"]), total(index, "documents"), None
-        )
-        with tqdm(
-            desc="tokenizing",
-            initial=total(index, "bytes"),
-            total=index["facts"].get("bytes"),
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        ) as bar:
-            while not index["whole"]:
-                shard = _write_shard(
-                    documents, tokenizer, directory, len(index["shards"]), index["dtype"], bar
-                )
-                index["shards"].append(shard)
-                index["whole"] = (
-                    shard["train"]["bytes"] + shard["val"]["bytes"] < SHARD_BYTES
-                )  # the documents have run out
-                _write_index(directory, index)
+        _write_shards(source, directory, index)
     return index
 
 
+def _train_tokenizer(source, vocab_size, directory, made_from):
+    """Make the directory anew, with a tokenizer and an index of no shards. Returns the index."""
+    texts, facts = source.survey()
+    shutil.rmtree(directory, ignore_errors=True)
+    os.makedirs(directory)
+    tokenizer = Tokenizer.train(texts, vocab_size)
+    tokenizer.save(directory)
+    index = {
+        "made_from": made_from,
+        "facts": facts,
+        "dtype": "uint16" if tokenizer.n_tokens <= 2**16 else "uint32",
+        "shards": [],
+        "whole": False,
+    }
+    _write_index(directory, index)
+    return index
+
+
+def _write_shards(source, directory, index):
+    """Write the shards that are missing, and the index after each."""
+    tokenizer = Tokenizer.from_pretrained(directory)
+    # The documents that no shard holds yet.
+    documents = itertools.islice(source.documents(index["facts"]), total(index, "documents"), None)
+    with tqdm(
+        desc="tokenizing",
+        initial=total(index, "bytes"),
+        total=index["facts"].get("bytes"),
+        unit="B",
+        unit_scale=True,
+        disable=None,
+    ) as bar:
+        while not index["whole"]:
+            number = len(index["shards"])
+            shard = _write_shard(documents, tokenizer, directory, number, index["dtype"], bar)
+            index["shards"].append(shard)
+            # A shard that is not full is the last: the documents have run out.
+            index["whole"] = _text_bytes(shard) < SHARD_BYTES
+            _write_index(directory, index)
+
+
 def _write_shard(documents, tokenizer, directory, number, dtype, bar):
-    """Write one shard of the next (split, text) `documents`, until they hold SHARD_BYTES or run out. Returns its counts."""
-    counts = {split: dict(documents=0, bytes=0, tokens=0) for split in SPLITS}
+    """Write one shard of the next (split, text) `documents`. Returns its counts.
+
+    It ends when its documents hold SHARD_BYTES or run out.
+    """
+    counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
     with (
         open(shard_path(directory, "train", number), "wb") as train,
         open(shard_path(directory, "val", number), "wb") as val,
     ):
         files = {"train": train, "val": val}
-        while sum(c["bytes"] for c in counts.values()) < SHARD_BYTES and (
-            batch := _take(documents, BATCH_BYTES)
-        ):
-            for (split, nbytes, _), ids in zip(
-                batch, tokenizer.encode_many([text for _, _, text in batch])
-            ):
+        while _text_bytes(counts) < SHARD_BYTES:
+            batch = _take(documents, BATCH_BYTES)
+            if not batch:
+                break
+            encoded = tokenizer.encode_many([text for _, _, text in batch])
+            for (split, nbytes, _), ids in zip(batch, encoded):
                 ids.append(tokenizer.document_end)
                 files[split].write(np.array(ids, dtype).tobytes())
-                for name, n in zip(counts[split], (1, nbytes, len(ids))):
-                    counts[split][name] += n
+                counts[split]["documents"] += 1
+                counts[split]["bytes"] += nbytes
+                counts[split]["tokens"] += len(ids)
                 bar.update(nbytes)
+        # The shard is on disk before the index names it.
         for f in files.values():
             f.flush()
             os.fsync(f.fileno())
     return counts
 
 
+def _text_bytes(shard):
+    """Bytes of text in a shard, of both splits."""
+    return shard["train"]["bytes"] + shard["val"]["bytes"]
+
+
 def _take(documents, size):
-    """The next (split, text) documents that together hold `size` bytes or more, as (split, bytes, text)."""
-    batch, total = [], 0
-    while total < size and (document := next(documents, None)):
+    """The next documents that together hold `size` bytes or more, as (split, bytes, text)."""
+    batch = []
+    taken = 0
+    while taken < size:
+        document = next(documents, None)
+        if document is None:
+            break
         split, text = document
-        batch.append((split, len(text.encode()), text))
-        total += batch[-1][1]
+        nbytes = len(text.encode())
+        batch.append((split, nbytes, text))
+        taken += nbytes
     return batch
 
 
+# ---- token files -> windows ----------------------------------------------------------------------
+
+
 class Windows:
-    """Batches of (inputs, targets), both (rows, T), from token files: every epoch visits each window of T + 1 tokens, none of
-    which reaches into a second shard, once, in an order given by (seed, epoch). A global batch is the same whatever the
-    number of ranks; each rank takes its share of it."""
+    """Batches of (inputs, targets), both (rows, T), from token files.
+
+    A window is T + 1 tokens of one shard. Every epoch visits each window once, in an order given
+    by (seed, epoch). A global batch has `rows` windows and is the same for any number of ranks.
+    Each rank takes its share of it. Raises ValueError where the token files are not whole, or too
+    few for one batch.
+    """
 
     def __init__(self, directory, split, seq_len, rows, seed=0, rank=0, world_size=1):
         index = read_index(directory)
@@ -149,27 +201,29 @@ class Windows:
             )
         self.n_tokens = total(index, "tokens", [split])
         self.bytes_per_token = total(index, "bytes", [split]) / max(1, self.n_tokens)
-        windows = [max(0, shard[split]["tokens"] - 1) // seq_len for shard in index["shards"]]
-        self.ends = np.cumsum(windows)  # of the shards' windows, when all are numbered through
-        self.n = int(self.ends[-1])
+
+        # Windows are numbered through all shards. Every input needs a target, so a shard's last
+        # token is in no window's inputs.
+        counts = [max(0, shard[split]["tokens"] - 1) // seq_len for shard in index["shards"]]
+        self.ends = np.cumsum(counts)  # for each shard, the number after its last window
+        self.starts = self.ends - counts  # and the number of its first
+        self.n = int(self.ends[-1])  # windows of an epoch
         if self.n < rows:
             raise ValueError(
-                f"the {split} split has {self.n} windows of {seq_len} tokens, fewer than the {rows} of one "
-                f"batch: lower --batch_tokens or --seq_len, or give more text"
+                f"the {split} split has {self.n} windows of {seq_len} tokens, fewer than "
+                f"the {rows} of one batch: lower --batch_tokens or --seq_len, or give more text"
             )
-        self.shards = [
-            np.memmap(shard_path(directory, split, i), index["dtype"], "r") if n else None
-            for i, n in enumerate(windows)
-        ]
-        self.T, self.rows, self.seed, self.rank, self.world_size = (
-            seq_len,
-            rows,
-            seed,
-            rank,
-            world_size,
-        )
+        self.shards = []  # ids (tokens,), or None where there is no window
+        for number, count in enumerate(counts):
+            path = shard_path(directory, split, number)
+            self.shards.append(np.memmap(path, index["dtype"], "r") if count else None)
+
+        self.T = seq_len
+        self.rows = rows
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
         self.cursor = 0  # windows handed out so far
-        self.epoch = None
+        self.epoch = None  # the one that self.order belongs to
 
     def state_dict(self):
         return {"cursor": self.cursor, "n": self.n}
@@ -178,28 +232,32 @@ class Windows:
         check_same_data(state, self.n)
         self.cursor = state["cursor"]
 
+    def next(self):
+        """-> inputs, targets, this rank's share of the batch."""
+        end = self.cursor + self.rows
+        positions = range(self.cursor + self.rank, end, self.world_size)
+        windows = [self._window(position) for position in positions]
+        self.cursor = end
+        # A rank that has no share gets (0, T).
+        ids = torch.from_numpy(np.array(windows, np.int64).reshape(-1, self.T + 1))  # (rows, T + 1)
+        return ids[:, :-1], ids[:, 1:]
+
     def _window(self, position):
+        """The window at a position of the cursor, ids (T + 1,)."""
         epoch, i = divmod(position, self.n)
         if epoch != self.epoch:
-            self.epoch, self.order = (
-                epoch,
-                np.random.default_rng([self.seed, epoch]).permutation(self.n),
-            )
+            self.epoch = epoch
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
         window = self.order[i]
         shard = np.searchsorted(self.ends, window, side="right")
-        start = (window - self.ends[shard - 1] if shard else window) * self.T
+        start = (window - self.starts[shard]) * self.T
         return self.shards[shard][start : start + self.T + 1].astype(np.int64)
-
-    def next(self):
-        rows = [self._window(self.cursor + i) for i in range(self.rank, self.rows, self.world_size)]
-        self.cursor += self.rows
-        both = torch.from_numpy(np.array(rows, np.int64).reshape(-1, self.T + 1))  # (rows, T + 1)
-        return both[:, :-1], both[:, 1:]
 
 
 def check_same_data(state, n):
-    """A cursor means something only in the data it comes from."""
+    """Refuse a saved cursor of other data, where it means nothing. Raises ValueError."""
     if state["n"] != n:
         raise ValueError(
-            f"the data has changed: {n:,} windows or examples, {state['n']:,} when the run was saved; put it back, or start another --run_name"
+            f"the data has changed: {n:,} windows or examples, {state['n']:,} when the run was "
+            "saved; put it back, or start another --run_name"
         )

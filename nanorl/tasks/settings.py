@@ -31,7 +31,8 @@ def parse_settings(text):
 def parse_weights(text):
     """'correct=1; format=0.2' -> {'correct': 1.0, 'format': 0.2}.
 
-    It is what each part of a reward counts. Raises ValueError for a weight that is no finite number.
+    It is what each part of a reward counts. Raises ValueError for a weight that is not a finite
+    number.
     """
     weights = {}
     for name, value in parse_settings(text).items():
