@@ -1,5 +1,8 @@
-"""Hugging Face model directories, read and written. The parameter names already match; this is config, tying,
-dtypes and files."""
+"""Hugging Face model directories: read one into a GPT, and write one.
+
+The parameters of nanorl.gpt have Hugging Face's names, and their shapes are the same, so there is
+no table of weight names. What remains is config.json, the tied head, dtypes and files.
+"""
 
 import json
 import os
@@ -12,38 +15,83 @@ from safetensors.torch import save_file
 from nanorl.gpt import GPT, GPTConfig, rope_table
 from nanorl.tokenizer import Tokenizer, read_json
 
-LLAMA3_ROPE = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)  # GPTConfig.rope_scaling, as config.json names it
-# Each architecture's own flags; everything else is in config.json.
+# The files of a hub repository that are fetched. tokenizer.model is not read: nanorl only says so.
+FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
+
+# GPTConfig's flags for each architecture. Everything else is in config.json.
 ARCHITECTURES = {
     "LlamaForCausalLM": {},
     "Qwen2ForCausalLM": {"qkv_bias": True},
     "Qwen3ForCausalLM": {"qk_norm": True},
 }
 
+# GPTConfig's sizes, and their names in config.json.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "n_inner": "intermediate_size",
+    "context": "max_position_embeddings",
+}
 
-FILES = [
-    "*.json",
-    "*.jinja",
-    "*.safetensors",
-    "tokenizer.model",
-]  # of a hub repository, what is read (the last only to say that it is not)
+# GPTConfig.rope_scaling is a tuple of these four, as config.json names them.
+LLAMA3_ROPE = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+# What a config.json must have, and what it must have besides for each architecture.
+REQUIRED = [
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+]
+ALSO_REQUIRED = {
+    "LlamaForCausalLM": [],
+    "Qwen2ForCausalLM": ["num_key_value_heads"],
+    "Qwen3ForCausalLM": ["num_key_value_heads", "head_dim"],
+}
+
+# Options of config.json with the one value that nanorl implements. It is the default as well.
+IMPLEMENTED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+
+
+# ---- where a model is ----------------------------------------------------------------------------
 
 
 def local_model(name):
-    """A directory, or a hub id such as Qwen/Qwen2.5-0.5B -> a directory: what is on this machine, or in the hub's cache, is not fetched
-    again. Raises ValueError saying how to get the files where the hub cannot be reached."""
-    if (
-        os.path.exists(name)
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-        or os.path.isdir(name.split("/")[0])
-    ):  # out/typo is none
+    """A directory, or a hub id such as Qwen/Qwen2.5-0.5B -> a directory.
+
+    Files that are on this machine or in the hub's cache are not fetched again. Raises ValueError
+    that says how to get the files when the hub cannot be reached.
+    """
+    if os.path.exists(name):
         return name
-    import huggingface_hub  # comes with `datasets`; it takes a second to import
+    # A hub id is owner/model. Where the owner is a folder, as in out/typo, it is a path.
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return name
+    owner, model = name.split("/")
+    if os.path.isdir(owner):
+        return name
+
+    # huggingface_hub comes with `datasets`. It takes a second to import.
+    import huggingface_hub
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -55,189 +103,215 @@ def local_model(name):
         return huggingface_hub.snapshot_download(name, allow_patterns=FILES)
     except RepositoryNotFoundError:
         raise ValueError(
-            f"no model {name!r}: there is no such directory, and the hub has no such model that is open to you (`hf auth login` for gated ones)"
+            f"no model {name!r}: there is no such directory, and the hub has no such model that is "
+            "open to you (`hf auth login` for gated ones)"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"no model {name!r}: there is no such directory, and the hub cannot be reached ({type(error).__name__}): where there is a network "
-            f"run `hf download {name} --local-dir {name.split('/')[1]}`, bring that folder here and give it with --model="
+            f"no model {name!r}: there is no such directory, and the hub cannot be reached "
+            f"({type(error).__name__}): where there is a network run "
+            f"`hf download {name} --local-dir {model}`, bring that folder here and give it with "
+            "--model="
         ) from None
 
 
+# ---- config.json ---------------------------------------------------------------------------------
+
+
 def read_config(path):
-    """`path`/config.json -> GPTConfig. Raises ValueError naming what nanorl does not implement."""
-    c = read_json(os.path.join(path, "config.json"))
-    architecture = (c.get("architectures") or ["none"])[0]
+    """`path`/config.json -> GPTConfig.
+
+    Raises ValueError that names what nanorl does not implement, or what the file lacks.
+    """
+    settings = read_json(os.path.join(path, "config.json"))
+
+    # Refuse what would be computed wrongly.
+    architectures = settings.get("architectures") or ["none"]
+    architecture = architectures[0]
     if architecture not in ARCHITECTURES:
+        supported = ", ".join(ARCHITECTURES)
+        raise ValueError(f"architecture {architecture} is not supported: nanorl reads {supported}")
+    # RoPE's settings have two names, and so has their type: files differ in age.
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
         raise ValueError(
-            f"architecture {architecture} is not supported: nanorl reads {', '.join(ARCHITECTURES)}"
+            f"RoPE scaling {rope_type!r} is not supported: nanorl knows llama3's, or none"
         )
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"RoPE scaling {kind!r} is not supported: nanorl knows llama3's, or none")
-    others = {
-        "hidden_act": ("silu", "silu"),
-        "attention_bias": (False, False),
-        "mlp_bias": (False, False),
-        "use_sliding_window": (False, False),
-        "partial_rotary_factor": (1.0, 1.0),
-        "quantization_config": (None, None),
-    }
-    for key, (default, known) in others.items():
-        if c.get(key, default) != known:
-            raise ValueError(f"{path}: {key}={c[key]!r} is not supported")
-    needed = [
-        "vocab_size",
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "intermediate_size",
-        "max_position_embeddings",
-        "rms_norm_eps",
-    ]
-    needed += ["num_key_value_heads"] * (architecture != "LlamaForCausalLM") + ["head_dim"] * (
-        architecture == "Qwen3ForCausalLM"
-    )
-    lacking = [name for name in needed if c.get(name) is None] + [
-        name for name in LLAMA3_ROPE if kind == "llama3" and name not in rope
-    ]
+    for option, implemented in IMPLEMENTED.items():
+        value = settings.get(option, implemented)
+        if value != implemented:
+            raise ValueError(f"{path}: {option}={value!r} is not supported")
+
+    # Refuse a file with gaps.
+    required = REQUIRED + ALSO_REQUIRED[architecture]
+    lacking = [name for name in required if settings.get(name) is None]
+    if rope_type == "llama3":
+        lacking += [name for name in LLAMA3_ROPE if name not in rope]
     if lacking:
         raise ValueError(f"{path}: config.json lacks {', '.join(lacking)}")
-    heads = c["num_attention_heads"]
+
+    # A Llama may leave two sizes out: then no heads share a kv head, and all heads together are as
+    # wide as the model.
+    sizes = {field: settings.get(name) for field, name in SIZES.items()}
+    if not sizes["n_kv_head"]:
+        sizes["n_kv_head"] = sizes["n_head"]
+    if not sizes["head_dim"]:
+        sizes["head_dim"] = sizes["n_embd"] // sizes["n_head"]
+
+    rope_scaling = None
+    if rope_type == "llama3":
+        rope_scaling = tuple(rope[name] for name in LLAMA3_ROPE)
     return GPTConfig(
-        vocab_size=c["vocab_size"],
-        n_layer=c["num_hidden_layers"],
-        n_embd=c["hidden_size"],
-        n_head=heads,
-        n_kv_head=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        n_inner=c["intermediate_size"],
-        context=c["max_position_embeddings"],
-        tie_embeddings=c.get("tie_word_embeddings", False),
-        rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
-        rope_scaling=tuple(rope[name] for name in LLAMA3_ROPE) if kind == "llama3" else None,
-        norm_eps=c["rms_norm_eps"],
-        n_tokens=c.get("n_tokens", 0),
+        **sizes,
+        tie_embeddings=settings.get("tie_word_embeddings", False),
+        rope_theta=rope.get("rope_theta", settings.get("rope_theta", 10000.0)),
+        rope_scaling=rope_scaling,
+        norm_eps=settings["rms_norm_eps"],
+        n_tokens=settings.get("n_tokens", 0),
         **ARCHITECTURES[architecture],
     )
 
 
 def write_config(c, path, dtype):
-    architecture = (
-        "Qwen3ForCausalLM"
-        if c.qk_norm
-        else "Qwen2ForCausalLM"
-        if c.qkv_bias
-        else "LlamaForCausalLM"
-    )
-    config = dict(
-        architectures=[architecture],
-        model_type=architecture.removesuffix("ForCausalLM").lower(),
-        vocab_size=c.vocab_size,
-        num_hidden_layers=c.n_layer,
-        hidden_size=c.n_embd,
-        num_attention_heads=c.n_head,
-        num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_dim,
-        intermediate_size=c.n_inner,
-        max_position_embeddings=c.context,
-        hidden_act="silu",
-        tie_word_embeddings=c.tie_embeddings,
-        rope_theta=c.rope_theta,
-        rms_norm_eps=c.norm_eps,
-        dtype=str(dtype).removeprefix("torch."),
-        n_tokens=c.n_tokens,
-    )
+    """Write `path`/config.json for a GPTConfig and the dtype of the weights."""
+    if c.qk_norm:
+        architecture = "Qwen3ForCausalLM"
+    elif c.qkv_bias:
+        architecture = "Qwen2ForCausalLM"
+    else:
+        architecture = "LlamaForCausalLM"
+
+    settings = {}
+    settings["architectures"] = [architecture]
+    settings["model_type"] = architecture.removesuffix("ForCausalLM").lower()
+    for field, name in SIZES.items():
+        settings[name] = getattr(c, field)
+    settings["hidden_act"] = "silu"
+    settings["tie_word_embeddings"] = c.tie_embeddings
+    settings["rope_theta"] = c.rope_theta
+    settings["rms_norm_eps"] = c.norm_eps
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    settings["n_tokens"] = c.n_tokens  # nanorl's own: transformers does not know it
     if c.rope_scaling:
-        config["rope_scaling"] = dict(rope_type="llama3", **dict(zip(LLAMA3_ROPE, c.rope_scaling)))
-    with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as f:
-        json.dump(config, f, indent=2)
+        values = zip(LLAMA3_ROPE, c.rope_scaling)
+        settings["rope_scaling"] = {"rope_type": "llama3", **dict(values)}
+    _write_json(settings, os.path.join(path, "config.json"))
 
 
-def _weight_files(path):
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.exists(index):
-        return sorted(
-            {os.path.join(path, name) for name in read_json(index)["weight_map"].values()}
-        )
-    return [os.path.join(path, "model.safetensors")]
+def _write_json(value, file):
+    with open(file, "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=2)
+
+
+# ---- a whole model -------------------------------------------------------------------------------
 
 
 def load_model(path, dtype=None, device=None):
-    """A model directory or hub id -> GPT in `dtype` (default fp32) on `device`. Tensors are copied in one by one, so there is
-    no second copy of the weights. Raises ValueError when names or shapes do not fit."""
+    """A model directory or hub id -> GPT in `dtype` (default fp32) on `device` (default CPU).
+
+    Tensors are copied in one by one, so there is no second copy of the weights. Raises ValueError
+    when files are missing or damaged, or when names or shapes do not fit.
+    """
     path = local_model(path)
     if not os.path.exists(os.path.join(path, "config.json")):
         raise ValueError(f"no model in {path!r}: there is no config.json")
     config = read_config(path)
-    if os.path.exists(
-        os.path.join(path, "tokenizer.json")
-    ):  # published embeddings are often padded
-        n_tokens, trained_with = (
-            Tokenizer.from_pretrained(path).n_tokens,
-            read_json(os.path.join(path, "config.json")).get("n_tokens"),
-        )  # the latter is ours
-        if n_tokens > config.vocab_size or trained_with not in (None, n_tokens):
-            raise ValueError(
-                f"{path}: tokenizer.json has {n_tokens:,} tokens and the model was trained with {config.n_tokens:,}: "
-                "they do not belong together"
-            )
-        config.n_tokens = n_tokens
+    if os.path.exists(os.path.join(path, "tokenizer.json")):
+        # Published embeddings are often padded: the tokenizer knows how many rows are in use.
+        config.n_tokens = _count_tokens(path, config)
+
+    # On the meta device a model has shapes and no memory. Then it gets memory, without values.
     with torch.device("meta"):
         model = GPT(config)
     model = model.to_empty(device=device or "cpu").to(dtype or torch.float32)
-    model.tie()  # to_empty has made two of the one tensor
-    model.cos, model.sin = (
-        t.to(model.cos)
-        for t in rope_table(config.context, config.head_dim, config.rope_theta, config.rope_scaling)
-    )
-    ours = dict(model.named_parameters())  # a tied head appears once, under the embedding's name
-    missing = set(ours)
+    # to_empty has made the tied head a tensor of its own, and has lost RoPE's table.
+    model.tie()
+    rope = config.head_dim, config.rope_theta, config.rope_scaling
+    cos, sin = rope_table(config.context, *rope)
+    model.cos = cos.to(model.cos)
+    model.sin = sin.to(model.sin)
+
+    # A tied head is one parameter, under the embedding's name.
+    parameters = dict(model.named_parameters())
+    missing = set(parameters)
     for file in _weight_files(path):
         if not os.path.exists(file):
             raise ValueError(
                 f"{path} has a config.json and no {os.path.basename(file)}: the weights are missing"
             )
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():
-                    if name == "lm_head.weight" and config.tie_embeddings:
-                        continue
-                    if name not in ours:
-                        raise ValueError(f"{file} holds {name}, which this architecture has not")
-                    tensor = weights.get_tensor(name)
-                    if tensor.shape != ours[name].shape:
-                        raise ValueError(
-                            f"{file}: {name} is {tuple(tensor.shape)}, expected {tuple(ours[name].shape)}"
-                        )
-                    ours[name].data.copy_(tensor)
-                    missing.discard(name)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}): the file is damaged or cut short"
-            ) from None
+        missing -= _copy_weights(file, parameters, config.tie_embeddings)
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights, the first is {sorted(missing)[0]}")
+        raise ValueError(f"{path} lacks {len(missing)} weights, the first is {min(missing)}")
     return model
+
+
+def _count_tokens(path, config):
+    """How many tokens tokenizer.json has. Raises ValueError when it is not the model's own."""
+    n_tokens = Tokenizer.from_pretrained(path).n_tokens
+    # Only the models that nanorl writes say how many tokens they were trained with.
+    trained_with = read_json(os.path.join(path, "config.json")).get("n_tokens")
+    too_many = n_tokens > config.vocab_size
+    if too_many or trained_with not in (None, n_tokens):
+        raise ValueError(
+            f"{path}: tokenizer.json has {n_tokens:,} tokens and the model was trained with "
+            f"{config.n_tokens:,}: they do not belong together"
+        )
+    return n_tokens
+
+
+def _weight_files(path):
+    """The paths of the weights: one file, or those that the index names."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if not os.path.exists(index):
+        return [os.path.join(path, "model.safetensors")]
+    file_of_weight = read_json(index)["weight_map"]
+    return sorted({os.path.join(path, name) for name in file_of_weight.values()})
+
+
+def _copy_weights(file, parameters, tied):
+    """Copy the file's tensors into parameters {name: parameter}, and return their names.
+
+    Raises ValueError for a damaged file, a strange name or a wrong shape.
+    """
+    copied = set()
+    try:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():
+                # Some files hold a tied head a second time.
+                if tied and name == "lm_head.weight":
+                    continue
+                if name not in parameters:
+                    raise ValueError(f"{file} holds {name}, which this architecture has not")
+                tensor, parameter = weights.get_tensor(name), parameters[name]
+                if tensor.shape != parameter.shape:
+                    found, expected = tuple(tensor.shape), tuple(parameter.shape)
+                    raise ValueError(f"{file}: {name} is {found}, expected {expected}")
+                # copy_ converts to the parameter's dtype and device.
+                parameter.data.copy_(tensor)
+                copied.add(name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}): the file is damaged or cut short"
+        ) from None
+    return copied
 
 
 def save_model(model, tokenizer, path):
     """Write a directory that transformers' AutoModelForCausalLM and AutoTokenizer load as it is."""
     os.makedirs(path, exist_ok=True)
-    weights = {
-        name: p.detach().cpu().contiguous() for name, p in model.named_parameters()
-    }  # a tied head once
+
+    # A tied head is written once, as the embedding.
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weights[name] = parameter.detach().cpu().contiguous()
     save_file(weights, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
-    write_config(model.config, path, next(iter(weights.values())).dtype)
+
+    write_config(model.config, path, next(model.parameters()).dtype)
     tokenizer.save(path)
-    with open(os.path.join(path, "generation_config.json"), "w", encoding="utf-8") as f:
-        json.dump(
-            {
-                "eos_token_id": tokenizer.stop_ids,
-                "pad_token_id": tokenizer.document_end,
-                **tokenizer.bos_id,
-            },
-            f,
-            indent=2,
-        )
+    generation = {
+        "eos_token_id": tokenizer.stop_ids,
+        "pad_token_id": tokenizer.document_end,
+        **tokenizer.bos_id,
+    }
+    _write_json(generation, os.path.join(path, "generation_config.json"))

@@ -14,12 +14,16 @@ LARGEST = 4095  # twelve binary digits
 
 @lru_cache
 def _table(split):
+    """A split's numbers -> (problems, 1)."""
     table = np.arange(LARGEST + 1)[:, None]
     return split_rows(table, table, split)
 
 
 def halve(n):
-    """n and its halves, each with its remainder; read backwards they are the digits: 5 -> '5:1 2:0 1:1'"""
+    """n and its halves, each with its remainder: 5 -> '5:1 2:0 1:1'
+
+    The remainders, read backwards, are the binary digits.
+    """
     steps = []
     while n or not steps:
         steps.append(f"{n}:{n % 2}")
@@ -28,28 +32,34 @@ def halve(n):
 
 
 class Binary:
-    """The numbers 0 to 4,095. demonstrations: direct, worked or mixed. rewards: binary or signed."""
+    """The numbers 0 to 4,095.
 
-    marker, answer_words = MARKER, "[01]+"  # what templates.py needs
+    demonstrations: direct, worked or mixed. rewards: binary or signed.
+    """
+
+    # What templates.py needs.
+    marker = MARKER
+    answer_words = "[01]+"
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
         one_of("demonstrations", demonstrations, STYLES)
         one_of("rewards", rewards, REWARDS)
-        self.rows, self.demonstrations, self.rewards = _table(split), demonstrations, rewards
+        self.rows = _table(split)
+        self.demonstrations = demonstrations
+        self.rewards = rewards
 
     def __len__(self):
         return len(self.rows)
 
     def problem(self, index):
         n = int(self.rows[index, 0])
-        return Problem(
-            [{"role": "user", "content": f"Write {n} in binary: "}], f"{n:b}", {"number": n}
-        )
+        prompt = [{"role": "user", "content": f"Write {n} in binary: "}]
+        return Problem(prompt, f"{n:b}", {"number": n})
 
     def solution(self, problem):
-        worked = (
-            halve(problem.meta["number"]) if shows_working(self.demonstrations, problem) else ""
-        )
+        worked = ""
+        if shows_working(self.demonstrations, problem):
+            worked = halve(problem.meta["number"])
         return worked + MARKER + problem.answer
 
     def document(self, index):
@@ -57,8 +67,12 @@ class Binary:
         return f"{n}: {halve(n)} = {n:b}"
 
     def reward(self, problem, completion):
-        """Right when the right binary digits, and nothing else, follow the last '#'; leading zeros do not matter."""
+        """Right when the right binary digits, and nothing else, follow the last '#'.
+
+        Leading zeros do not matter.
+        """
         word = word_after(completion, MARKER)
-        digits = word is not None and bool(re.fullmatch("[01]+", word))
-        correct = digits and (word.lstrip("0") or "0") == problem.answer
-        return judged(correct, self.rewards, format=MARKER in completion, answered=digits)
+        is_binary = word is not None and re.fullmatch(self.answer_words, word) is not None
+        correct = is_binary and (word.lstrip("0") or "0") == problem.answer
+        has_marker = MARKER in completion
+        return judged(correct, self.rewards, format=has_marker, answered=is_binary)

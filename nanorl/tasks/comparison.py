@@ -13,39 +13,65 @@ PROBLEMS = 400_000
 
 @lru_cache
 def _table(split):
-    """(a, b) of one to four digits; a third of the pairs begin alike, so that the first digit does not settle them."""
+    """A split's pairs (a, b), each number of one to four digits -> (problems, 2).
+
+    A third of the pairs begin alike, so that the first digit does not settle them.
+    """
     rng = np.random.default_rng(20260103)
     digits = rng.integers(1, 5, (2, PROBLEMS))
-    a, b = rng.integers(0, 10**digits)
+    a, b = rng.integers(0, 10**digits)  # (PROBLEMS,) each
+
+    # Half of the b take over a's digits, except those below a random unit of 10, 100 or 1000. The
+    # unit leaves a its first digit, where a has more than one.
     alike = rng.random(PROBLEMS) < 0.5
-    place = 10 ** rng.integers(
-        1, np.maximum(digits[0], 2)
-    )  # digits below it differ, and never all of a's
-    b[alike] = (a // place * place + rng.integers(0, place))[alike]
+    unit = 10 ** rng.integers(1, np.maximum(digits[0], 2))
+    like_a = a // unit * unit + rng.integers(0, unit)
+    b[alike] = like_a[alike]
+
     table = np.unique(np.column_stack([a, b]), axis=0)
     return split_rows(table, np.sort(table, axis=1), split)
 
 
 def compare(a, b):
     """4821, 4830 -> '4=4 8=8 2<3'; of different length, the lengths: 12, 7 -> '2>1 digits'"""
-    sign = lambda x, y: f"{x}{'<' if x < y else '>' if x > y else '='}{y}"
     a, b = str(a), str(b)
     if len(a) != len(b):
-        return sign(len(a), len(b)) + " digits"
-    differ = next((i for i in range(len(a)) if a[i] != b[i]), len(a) - 1)
-    return " ".join(sign(int(x), int(y)) for x, y in zip(a[: differ + 1], b))
+        return with_sign(len(a), len(b)) + " digits"
+
+    # Digit by digit, up to the first that differs.
+    compared = []
+    for digit_a, digit_b in zip(a, b):
+        compared.append(with_sign(int(digit_a), int(digit_b)))
+        if digit_a != digit_b:
+            break
+    return " ".join(compared)
+
+
+def with_sign(x, y):
+    """2, 3 -> '2<3'"""
+    if x < y:
+        return f"{x}<{y}"
+    if x > y:
+        return f"{x}>{y}"
+    return f"{x}={y}"
 
 
 class Comparison:
-    """demonstrations: direct, worked or mixed. rewards: binary or signed (guessing is right half of the time, so
-    signed rewards make a guess worth nothing)."""
+    """demonstrations: direct, worked or mixed. rewards: binary or signed.
 
-    marker, answer_words = MARKER, "yes|no"  # what templates.py needs
+    Guessing is right half of the time, so signed rewards make a guess worth nothing.
+    """
+
+    # What templates.py needs.
+    marker = MARKER
+    answer_words = "yes|no"
 
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
         one_of("demonstrations", demonstrations, STYLES)
         one_of("rewards", rewards, REWARDS)
-        self.rows, self.demonstrations, self.rewards = _table(split), demonstrations, rewards
+        self.rows = _table(split)
+        self.demonstrations = demonstrations
+        self.rewards = rewards
 
     def __len__(self):
         return len(self.rows)
@@ -56,25 +82,23 @@ class Comparison:
         return Problem(prompt, "yes" if a > b else "no", {"numbers": [a, b]})
 
     def solution(self, problem):
-        worked = (
-            compare(*problem.meta["numbers"]) if shows_working(self.demonstrations, problem) else ""
-        )
+        worked = ""
+        if shows_working(self.demonstrations, problem):
+            worked = compare(*problem.meta["numbers"])
         return worked + MARKER + problem.answer
 
     def document(self, index):
         """Four pairs compared, with the result as a sign."""
-        problems = [self.problem((4 * index + k) % len(self)) for k in range(4)]
-        return "\n".join(
-            "{} and {}: {}".format(*p.meta["numbers"], compare(*p.meta["numbers"]))
-            for p in problems
-        )
+        lines = []
+        for k in range(4):
+            a, b = self.problem((4 * index + k) % len(self)).meta["numbers"]
+            lines.append(f"{a} and {b}: {compare(a, b)}")
+        return "\n".join(lines)
 
     def reward(self, problem, completion):
         """Right when exactly `yes` or `no` follows the last '#', and it is the right one."""
         word = word_after(completion, MARKER)
-        return judged(
-            word == problem.answer,
-            self.rewards,
-            format=MARKER in completion,
-            answered=word in ("yes", "no"),
-        )
+        correct = word == problem.answer
+        has_marker = MARKER in completion
+        answered = word in ("yes", "no")
+        return judged(correct, self.rewards, format=has_marker, answered=answered)

@@ -1,7 +1,9 @@
-"""Countdown: make a target from three or four numbers with + - * / (Gandhi et al. 2024, Stream of Search; Pan et al.
-2025, TinyZero), written as <think>...</think><answer>...</answer>.
+"""Countdown: make a target from three or four numbers with + - * /.
 
-An answer is checked by a grammar and computed in fractions: text is never evaluated."""
+The game is from Gandhi et al. 2024, Stream of Search, and Pan et al. 2025, TinyZero. A solution is
+written as <think>...</think><answer>...</answer>. An answer is checked by a grammar and computed in
+fractions: text is never evaluated.
+"""
 
 import random
 import re
@@ -28,45 +30,54 @@ _TOKEN = r"\s*([0-9]+|[-+*/()])"
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
 
 
-# ---- the checker -------------------------------------------------------------------------------------------
+# ---- the checker ---------------------------------------------------------------------------------
 
 
 def evaluate(text):
-    """'(3 + 9) * 2' -> (Fraction(24), [3, 9, 2]): the value and the numbers used. None for what is not
+    """'(3 + 9) * 2' -> (Fraction(24), [3, 9, 2]): the value and the numbers used.
 
-        sum := product (('+' | '-') product)*    product := item (('*' | '/') item)*    item := number | '(' sum ')'
+    None for a division by zero, and for what is not a sum by this grammar:
 
-    and for a division by zero."""
+        sum     := product (('+' | '-') product)*
+        product := item (('*' | '/') item)*
+        item    := number | '(' sum ')'
+    """
     if len(text) > LONGEST:
         return None
     text = text.translate(_SIGNS)
-    if re.sub(_TOKEN, "", text).strip():  # something is in it that is no token
+    not_tokens = re.sub(_TOKEN, "", text).strip()
+    if not_tokens:
         return None
+
     used = []
     try:
         value, rest = _sum(re.findall(_TOKEN, text), used)
-    except (
-        IndexError,
-        ValueError,
-        ZeroDivisionError,
-    ):  # it ended too soon, something else stood there, x / 0
+    except (IndexError, ValueError, ZeroDivisionError):
+        # It ended too soon, something else stood where a number must be, or x / 0.
         return None
     return None if rest else (value, used)
+
+
+# Each of these reads what it is named after from the front of a list of tokens. They return its
+# value and the tokens after it, and append the numbers to `used`. They raise IndexError where the
+# tokens end too soon, and ValueError where a token does not fit.
 
 
 def _sum(tokens, used):
     value, tokens = _product(tokens, used)
     while tokens and tokens[0] in "+-":
-        other, rest = _product(tokens[1:], used)
-        value, tokens = (value + other if tokens[0] == "+" else value - other), rest
+        sign = tokens[0]
+        other, tokens = _product(tokens[1:], used)
+        value = value + other if sign == "+" else value - other
     return value, tokens
 
 
 def _product(tokens, used):
     value, tokens = _item(tokens, used)
     while tokens and tokens[0] in "*/":
-        other, rest = _item(tokens[1:], used)
-        value, tokens = (value * other if tokens[0] == "*" else value / other), rest
+        sign = tokens[0]
+        other, tokens = _item(tokens[1:], used)
+        value = value * other if sign == "*" else value / other
     return value, tokens
 
 
@@ -76,74 +87,123 @@ def _item(tokens, used):
         if tokens[0] != ")":
             raise ValueError("a bracket is not closed")
         return value, tokens[1:]
-    used.append(int(tokens[0]))
-    return Fraction(used[-1]), tokens[1:]
+    number = int(tokens[0])
+    used.append(number)
+    return Fraction(number), tokens[1:]
+
+
+def _split_result(answer):
+    """'3*7+12=33' -> ('3*7+12', '33'); without an equals sign '3*7+12' -> ('3*7+12', None)."""
+    expression, equals, result = answer.rpartition("=")
+    return (expression, result) if equals else (answer, None)
 
 
 def solves(answer, numbers, target):
-    """Whether an answer, such as '3*7+12' or '3*7+12=33', uses each number exactly once and makes the target."""
-    left, equals, right = answer.rpartition("=")
-    result = evaluate(left if equals else answer)
-    if result is None or equals and right.strip() != str(target):
+    """Whether an answer uses each number exactly once and makes the target.
+
+    It may state its result: '3*7+12' or '3*7+12=33'.
+    """
+    expression, stated = _split_result(answer)
+    evaluated = evaluate(expression)
+    if evaluated is None:
         return False
-    return result[0] == target and Counter(result[1]) == Counter(numbers)
+    if stated is not None and stated.strip() != str(target):
+        return False
+    value, used = evaluated
+    return value == target and Counter(used) == Counter(numbers)
 
 
-# ---- the problems ------------------------------------------------------------------------------------------
+# ---- the problems --------------------------------------------------------------------------------
+
+# A sign -> an expression that stands before it needs brackets where its own outermost sign is one
+# of these: (2+3)*4.
+_BRACKETS_BEFORE = {"+": "", "-": "", "*": "+-", "/": "+-"}
+# The same for an expression that stands after it: 4-(2+3), 4*(6/3), 8/(2*2).
+_BRACKETS_AFTER = {"+": "", "-": "+-", "*": "+-/", "/": "+-*/"}
 
 
 def _attempt(rng, numbers):
-    """Join two of the numbers at a time until one is left -> (expression, steps, value), such as ('3*(9-2)', '9-2=7 3*7=21', 21).
-    None when a step is not a positive whole number, which the game does not allow."""
-    parts, steps = [(n, str(n), "") for n in numbers], []  # value, text, the text's outermost sign
+    """Join two random numbers at a time until one is left -> (expression, steps, value).
+
+    For example ('3*(9-2)', '9-2=7 3*7=21', 21). None when a step is not a positive whole number,
+    which the game does not allow.
+    """
+    # (value, expression, the expression's outermost sign or "")
+    parts = [(n, str(n), "") for n in numbers]
+    steps = []
     while len(parts) > 1:
-        (x, a, sign_a), (y, b, sign_b) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        x, a, sign_a = parts.pop(rng.randrange(len(parts)))
+        y, b, sign_b = parts.pop(rng.randrange(len(parts)))
         sign = rng.choice("++--**/")
-        if sign == "/" and x % y or sign == "-" and x <= y:
+        value = _join(x, sign, y)
+        if value is None:
             return None
-        value = {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[sign]
         steps.append(f"{x}{sign}{y}={value}")
-        if sign in "*/" and sign_a and sign_a in "+-":
+
+        if sign_a and sign_a in _BRACKETS_BEFORE[sign]:
             a = f"({a})"
-        if sign_b and (
-            sign == "/" or sign == "*" and sign_b in "+-/" or sign == "-" and sign_b in "+-"
-        ):
+        if sign_b and sign_b in _BRACKETS_AFTER[sign]:
             b = f"({b})"
         parts.append((value, a + sign + b, sign))
-    return parts[0][1], " ".join(steps), parts[0][0]
+
+    value, expression, _ = parts[0]
+    return expression, " ".join(steps), value
+
+
+def _join(x, sign, y):
+    """3, '*', 7 -> 21. None where that is not a positive whole number."""
+    if sign == "+":
+        return x + y
+    if sign == "-":
+        return x - y if x > y else None
+    if sign == "*":
+        return x * y
+    return x // y if x % y == 0 else None
 
 
 def _belong(contents, split):
-    """[(sorted numbers, target)] -> which are in the split: numbers and target decide it, in whatever order they are shown."""
-    return in_split(
-        np.array([content_hash(str(content)) for content in contents], np.uint64), split
-    )
+    """[(sorted numbers, target)] -> bool, which are in the split.
+
+    Numbers and target decide it, in whatever order the numbers are shown.
+    """
+    hashes = [content_hash(str(content)) for content in contents]
+    return in_split(np.array(hashes, np.uint64), split)
 
 
 @lru_cache
 def _problems(split, count, largest):
-    """(numbers, target, expression, steps) with one way that makes it, in a fixed random order."""
+    """A split's (numbers, target, expression, steps), in a fixed random order.
+
+    The target is at most 100. Expression and steps are one way to make it. count: how many numbers,
+    '3', '4' or '3-4'.
+    """
     rng = random.Random(f"countdown {count} {largest}")
-    found = {}
+    problems = {}  # (sorted numbers, target) -> the first problem with them
     for _ in range(DRAWS):
-        numbers = [
-            rng.randint(1, largest)
-            for _ in range(rng.choice([3, 4]) if count == "3-4" else int(count))
-        ]
+        size = rng.choice([3, 4]) if count == "3-4" else int(count)
+        numbers = [rng.randint(1, largest) for _ in range(size)]
         attempt = _attempt(rng, numbers)
-        if attempt and attempt[2] <= 100:
-            found.setdefault(
-                (tuple(sorted(numbers)), attempt[2]), (numbers, attempt[2], *attempt[:2])
-            )
-    rows = [row for row, mine in zip(found.values(), _belong(found, split)) if mine]
-    rng.shuffle(rows)  # those with many solutions were found first
+        if attempt is None:
+            continue
+        expression, steps, target = attempt
+        if target <= 100:
+            content = (tuple(sorted(numbers)), target)
+            problems.setdefault(content, (numbers, target, expression, steps))
+
+    in_this_split = _belong(problems, split)
+    rows = [row for row, belongs in zip(problems.values(), in_this_split) if belongs]
+    # Those with many solutions were found first.
+    rng.shuffle(rows)
     return rows
 
 
 class Countdown:
-    """numbers: 3, 4 or 3-4 of them, from 1 to `largest`. demonstrations: `direct` thinks nothing, `worked` tries a few
-    ways, step by step, until one hits, `mixed` half of the problems each. format_weight: the share of the reward that the
-    format alone earns."""
+    """numbers: 3, 4 or 3-4 of them, from 1 to `largest`.
+
+    demonstrations: `direct` thinks nothing, `worked` tries a few ways, step by step, until one
+    hits, `mixed` has half of the problems each. format_weight: the share of the reward that the
+    format alone earns.
+    """
 
     def __init__(
         self, split="train", numbers="3", largest="12", demonstrations="mixed", format_weight="0.1"
@@ -156,8 +216,10 @@ class Countdown:
             raise ValueError(
                 f"format_weight is {format_weight!r}: it must be a share below 1, such as 0.1"
             )
-        self.split, self.rows = split, _problems(split, str(numbers), int(largest))
-        self.demonstrations, self.format_weight = demonstrations, float(format_weight)
+        self.split = split
+        self.rows = _problems(split, str(numbers), int(largest))
+        self.demonstrations = demonstrations
+        self.format_weight = float(format_weight)
 
     def __len__(self):
         return len(self.rows)
@@ -169,49 +231,57 @@ class Countdown:
             f"Use {shown}, each once, and + - * / to make {target}. "
             "Think in <think> </think>, then write the expression in <answer> </answer>."
         )
-        return Problem(
-            [{"role": "user", "content": text}],
-            str(target),
-            {"numbers": numbers, "expression": expression, "steps": steps},
-        )
+        prompt = [{"role": "user", "content": text}]
+        meta = {"numbers": numbers, "expression": expression, "steps": steps}
+        return Problem(prompt, str(target), meta)
 
     def _search(self, problem):
-        """Up to four tries that miss, then the one that hits: '3+7=10 12+10=22, 3*7=21 21+12=33'. None that hits the target
-        of a problem of another split, with the same numbers: training must not show how that one is solved."""
+        """Up to four tries that miss, then the one that hits.
+
+        For example '3+7=10 12+10=22, 3*7=21 21+12=33'. No try hits the target of a problem of
+        another split that has the same numbers: training must not show how that one is solved.
+        """
         rng = random.Random(problem.prompt[-1]["content"])
         numbers = problem.meta["numbers"]
-        tries = filter(
-            None, [_attempt(rng, numbers) for _ in range(rng.randrange(12))]
-        )  # many are None
-        missed = [
-            steps
-            for _, steps, value in tries
-            if value != int(problem.answer)
-            and _belong([(tuple(sorted(numbers)), value)], self.split)[0]
-        ]
-        return ", ".join(missed[:4] + [problem.meta["steps"]])
+        attempts = [_attempt(rng, numbers) for _ in range(rng.randrange(12))]
+        missed = []
+        for attempt in attempts:
+            if attempt is None:
+                continue
+            _, steps, value = attempt
+            content = (tuple(sorted(numbers)), value)
+            if value != int(problem.answer) and _belong([content], self.split)[0]:
+                missed.append(steps)
+        return ", ".join([*missed[:4], problem.meta["steps"]])
 
     def solution(self, problem):
-        thought = self._search(problem) if shows_working(self.demonstrations, problem) else ""
+        thought = ""
+        if shows_working(self.demonstrations, problem):
+            thought = self._search(problem)
         return f"<think>{thought}</think><answer>{problem.meta['expression']}</answer>"
 
     def document(self, index):
-        """Searches with their targets."""
-        problems = [self.problem((2 * index + k) % len(self)) for k in range(2)]
-        return "\n".join(
-            f"{', '.join(map(str, p.meta['numbers']))} make {p.answer}: {self._search(p)}"
-            for p in problems
-        )
+        """Two searches with their targets."""
+        lines = []
+        for k in range(2):
+            problem = self.problem((2 * index + k) % len(self))
+            numbers = ", ".join(map(str, problem.meta["numbers"]))
+            lines.append(f"{numbers} make {problem.answer}: {self._search(problem)}")
+        return "\n".join(lines)
 
     def reward(self, problem, completion):
-        """format: think, then answer, each tag once. correct: the last answer solves the problem."""
+        """The format and the answer, weighted.
+
+        format: think, then answer, each tag once. correct: the last answer solves the problem.
+        """
         well_formed, answer = think_and_answer(completion)
         answer = answer or ""
-        answered = float(
-            evaluate(answer.rpartition("=")[0] if "=" in answer else answer) is not None
-        )
-        correct = float(solves(answer, problem.meta["numbers"], int(problem.answer)))
-        total = self.format_weight * well_formed + (1 - self.format_weight) * correct
-        return Reward(
-            total, {"format": float(well_formed), "answered": answered, "correct": correct}
-        )
+        expression, _ = _split_result(answer)
+        parts = {
+            "format": float(well_formed),
+            "answered": float(evaluate(expression) is not None),
+            "correct": float(solves(answer, problem.meta["numbers"], int(problem.answer))),
+        }
+        correct_weight = 1 - self.format_weight
+        total = self.format_weight * parts["format"] + correct_weight * parts["correct"]
+        return Reward(total, parts)

@@ -9,26 +9,33 @@ from nanorl.tasks.problem import REWARDS, STYLES, Problem, judged, one_of, shows
 
 MARKER = "#"
 LETTERS = "abcdef"
-LONGEST, PROBLEMS = 16, 200_000
+LONGEST = 16  # letters in a list
+PROBLEMS = 200_000
 
 
 def count_along(things, wanted):
     """What is counted carries its number: ['a', 'b', 'c', 'b'], 'b' -> 'a b1 c b2'"""
-    said, n = [], 0
+    written = []
+    count = 0
     for thing in things:
-        n += thing == wanted
-        said.append(f"{thing}{n}" if thing == wanted else thing)
-    return " ".join(said)
+        if thing == wanted:
+            count += 1
+            written.append(f"{thing}{count}")
+        else:
+            written.append(thing)
+    return " ".join(written)
 
 
 @lru_cache
 def _table(split):
-    """(wanted letter, length, letters padded with -1): 4 to 16 letters, drawn from endlessly many such lists."""
+    """A split's problems -> (problems, 2 + LONGEST).
+
+    A row is the wanted letter, the length of the list, and its 4 to 16 letters, padded with -1.
+    All such lists are too many, so these are random ones.
+    """
     rng = np.random.default_rng(20260102)
-    wanted, lengths = (
-        rng.integers(0, len(LETTERS), PROBLEMS),
-        rng.integers(4, LONGEST + 1, PROBLEMS),
-    )
+    wanted = rng.integers(0, len(LETTERS), PROBLEMS)
+    lengths = rng.integers(4, LONGEST + 1, PROBLEMS)
     letters = rng.integers(0, len(LETTERS), (PROBLEMS, LONGEST))
     letters[np.arange(LONGEST) >= lengths[:, None]] = -1
     table = np.unique(np.column_stack([wanted, lengths, letters]), axis=0)
@@ -43,43 +50,42 @@ class Counting:
     def __init__(self, split="train", demonstrations="mixed", rewards="binary"):
         one_of("demonstrations", demonstrations, STYLES)
         one_of("rewards", rewards, REWARDS)
-        self.rows, self.demonstrations, self.rewards = _table(split), demonstrations, rewards
+        self.rows = _table(split)
+        self.demonstrations = demonstrations
+        self.rewards = rewards
 
     def __len__(self):
         return len(self.rows)
 
     def problem(self, index):
-        wanted, length, *letters = self.rows[index].tolist()
-        letters = [LETTERS[i] for i in letters[:length]]
-        prompt = [
-            {"role": "user", "content": f"How many {LETTERS[wanted]} are in: {' '.join(letters)} ?"}
-        ]
-        return Problem(
-            prompt,
-            str(letters.count(LETTERS[wanted])),
-            {"letters": letters, "wanted": LETTERS[wanted]},
-        )
+        wanted, length, *padded = self.rows[index].tolist()
+        wanted = LETTERS[wanted]
+        letters = [LETTERS[i] for i in padded[:length]]
+        question = f"How many {wanted} are in: {' '.join(letters)} ?"
+        prompt = [{"role": "user", "content": question}]
+        answer = str(letters.count(wanted))
+        return Problem(prompt, answer, {"letters": letters, "wanted": wanted})
 
     def _worked(self, problem):
         return count_along(problem.meta["letters"], problem.meta["wanted"])
 
     def solution(self, problem):
-        return (
-            (self._worked(problem) if shows_working(self.demonstrations, problem) else "")
-            + MARKER
-            + problem.answer
-        )
+        worked = ""
+        if shows_working(self.demonstrations, problem):
+            worked = self._worked(problem)
+        return worked + MARKER + problem.answer
 
     def document(self, index):
         """Two lists counted along the way."""
-        problems = [self.problem((2 * index + k) % len(self)) for k in range(2)]
-        return "\n".join(f"{p.meta['wanted']}: {self._worked(p)} = {p.answer}" for p in problems)
+        lines = []
+        for k in range(2):
+            problem = self.problem((2 * index + k) % len(self))
+            wanted = problem.meta["wanted"]
+            lines.append(f"{wanted}: {self._worked(problem)} = {problem.answer}")
+        return "\n".join(lines)
 
     def reward(self, problem, completion):
         value = number_after(completion, MARKER)
-        return judged(
-            is_close(value, problem.answer),
-            self.rewards,
-            format=MARKER in completion,
-            answered=value is not None,
-        )
+        correct = is_close(value, problem.answer)
+        has_marker = MARKER in completion
+        return judged(correct, self.rewards, format=has_marker, answered=value is not None)
