@@ -1,4 +1,4 @@
-"""Chat formats: a model's own template, read and spliced as ids, against transformers' rendering of it."""
+"""Chat formats: a model's own template, spliced as ids, against transformers' rendering of it."""
 
 import copy
 import json
@@ -18,21 +18,45 @@ TEXTS = [
 ]
 # Templates in the manner of published models: what they put before the first turn differs.
 DEFAULT_SYSTEM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a lamp.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a lamp.<|im_end|>\n' }}"
+    "{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 DATED = (
-    "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- set date_string = '1 Apr 2020' %}\n{%- endif %}\n"
-    "{%- if messages[0]['role'] == 'system' %}\n    {%- set system_message = messages[0]['content']|trim %}\n    {%- set messages = messages[1:] %}\n"
-    "{%- else %}\n    {%- set system_message = '' %}\n{%- endif %}\n"
-    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}\n{{- 'Today is ' + date_string + '.\n\n' }}\n{{- system_message }}\n{{- '<|eot_id|>' }}\n"
-    "{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}\n"
-    "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n"
+    "{{- bos_token }}\n"
+    "{%- if not date_string is defined %}\n"
+    "    {%- set date_string = '1 Apr 2020' %}\n"
+    "{%- endif %}\n"
+    "{%- if messages[0]['role'] == 'system' %}\n"
+    "    {%- set system_message = messages[0]['content']|trim %}\n"
+    "    {%- set messages = messages[1:] %}\n"
+    "{%- else %}\n"
+    "    {%- set system_message = '' %}\n"
+    "{%- endif %}\n"
+    "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}\n"
+    "{{- 'Today is ' + date_string + '.\n\n' }}\n"
+    "{{- system_message }}\n"
+    "{{- '<|eot_id|>' }}\n"
+    "{%- for message in messages %}\n"
+    "    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n"
+    "{%- endif %}\n"
 )
 THINKING = (
-    "{%- for message in messages %}{%- if message.role == 'assistant' and loop.last %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + message.content + '<|im_end|>\n' }}"
-    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'assistant' and loop.last %}"
+    "{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' + message.content + '<|im_end|>\n' }}"
+    "{%- else %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endif %}"
+    "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
 SPECIALS = {
@@ -56,34 +80,38 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def spec():
-    return Tokenizer.train(
-        ["system user assistant You are a lamp. Today is 1 Apr 2020. Calculate: 15 + 8 = 23\n\n"]
-        * 20,
-        330,
-    ).spec
+    text = "system user assistant You are a lamp. Today is 1 Apr 2020. Calculate: 15 + 8 = 23\n\n"
+    return Tokenizer.train([text] * 20, 330).spec
 
 
 def with_style(spec, style):
     """The tokenizer.json of a model with this style's special tokens."""
-    spec, like = copy.deepcopy(spec), spec["added_tokens"][0]
-    vocab = spec["model"]["vocab"]
+    spec = copy.deepcopy(spec)
+    vocab, like = spec["model"]["vocab"], spec["added_tokens"][0]
+
+    # The style's tokens take the ids of those that the spec has, then new ones.
     free = [vocab.pop(token["content"]) for token in spec["added_tokens"]]
-    ids = dict(zip(SPECIALS[style.name], free + [len(vocab) + len(free) + i for i in range(9)]))
+    new = [len(vocab) + len(free) + i for i in range(9)]
+    ids = dict(zip(SPECIALS[style.name], free + new))
     vocab.update(ids)
-    spec["added_tokens"] = [{**like, "id": id, "content": name} for name, id in ids.items()]
+    spec["added_tokens"] = [{**like, "id": i, "content": name} for name, i in ids.items()]
     return spec
 
 
 @pytest.fixture(params=KINDS)
 def made(request, spec):
     style, template = KINDS[request.param]
-    return Tokenizer(
-        with_style(spec, style), template, bos="<|begin_of_text|>" if style is LLAMA3 else ""
-    )
+    bos = "<|begin_of_text|>" if style is LLAMA3 else ""
+    return Tokenizer(with_style(spec, style), template, bos=bos)
 
 
 def turns(*pairs):
     return [{"role": role, "content": said} for role, said in pairs]
+
+
+def rendered(theirs, chat):
+    """The ids that transformers' tokenizer gives for a prompt."""
+    return list(theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
 
 
 CHATS = [
@@ -107,16 +135,12 @@ def test_a_prompt_is_what_transformers_renders(made, tmp_path):
     made.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
     for chat in CHATS:
-        assert list(
-            theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        ) == made.render_prompt(chat)
+        assert rendered(theirs, chat) == made.render_prompt(chat)
     again = Tokenizer.from_pretrained(str(tmp_path))
-    assert (again.chat_template, again.opening, again.bos, again.stop_ids) == (
-        made.chat_template,
-        made.opening,
-        made.bos,
-        made.stop_ids,
-    )
+    assert again.chat_template == made.chat_template
+    assert again.opening == made.opening
+    assert again.bos == made.bos
+    assert again.stop_ids == made.stop_ids
 
 
 def test_no_text_becomes_a_special_token(made):
@@ -130,43 +154,36 @@ def test_no_text_becomes_a_special_token(made):
 
 
 def test_the_prompt_is_a_prefix_of_the_chat_and_the_loss_falls_on_the_answer(made):
+    def encode(said):
+        return made.encode(said.strip() if made.opening.strips else said)
+
+    tail = made.encode(made.style.tail)
     for said in ("#23", "\n\n 7", "", "assistant\n"):
         for chat in (CHATS[0], CHATS[1], CHATS[2]):
-            prompt, (ids, mask) = (
-                made.render_prompt(chat),
-                made.render_chat(chat + turns(("assistant", said))),
-            )
-            answer = made.encode(said.strip() if made.opening.strips else said) + [made.turn_end]
-            assert ids[: len(prompt)] == prompt and ids[len(prompt) :] == answer + made.encode(
-                made.style.tail
-            )
-            assert mask[len(prompt) :] == [1] * len(answer) + [0] * len(
-                made.encode(made.style.tail)
-            )
-            assert sum(mask[: len(prompt)]) == sum(
-                len(made.encode(m["content"].strip() if made.opening.strips else m["content"])) + 1
-                for m in chat
-                if m["role"] == "assistant"
-            )
+            prompt = made.render_prompt(chat)
+            ids, mask = made.render_chat(chat + turns(("assistant", said)))
+            answer = encode(said) + [made.turn_end]
+            assert ids[: len(prompt)] == prompt
+            assert ids[len(prompt) :] == answer + tail
+            assert mask[len(prompt) :] == [1] * len(answer) + [0] * len(tail)
+
+            # In the prompt, the loss falls on earlier answers and the ends of their turns.
+            earlier = [m["content"] for m in chat if m["role"] == "assistant"]
+            assert sum(mask[: len(prompt)]) == sum(len(encode(text)) + 1 for text in earlier)
 
 
 def test_what_a_template_opens_with():
     assert read_template(CHATML.template, CHATML).alone == ""
     opening = read_template(DEFAULT_SYSTEM, CHATML)
-    assert opening.alone == "<|im_start|>system\nYou are a lamp.<|im_end|>\n" and (
-        opening.before,
-        opening.inside,
-        opening.strips,
-    ) == ("", "", frozenset())
+    assert opening.alone == "<|im_start|>system\nYou are a lamp.<|im_end|>\n"
+    assert (opening.before, opening.inside, opening.strips) == ("", "", frozenset())
     opening = read_template(DATED, LLAMA3, "<|begin_of_text|>")
-    assert (
-        opening.before == "<|begin_of_text|>"
-        and opening.inside == "Today is 1 Apr 2020.\n\n"
-        and opening.strips == {"system", "user", "assistant"}
-    )
-    assert (
-        opening.alone
-        == "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nToday is 1 Apr 2020.\n\n<|eot_id|>"
+    assert opening.before == "<|begin_of_text|>"
+    assert opening.inside == "Today is 1 Apr 2020.\n\n"
+    assert opening.strips == {"system", "user", "assistant"}
+    assert opening.alone == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "Today is 1 Apr 2020.\n\n<|eot_id|>"
     )
 
 
@@ -182,9 +199,7 @@ def test_white_space_goes_role_by_role(spec, tmp_path):
         made.save(tmp_path)
         theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
         for chat in CHATS:
-            assert list(
-                theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-            ) == made.render_prompt(chat)
+            assert rendered(theirs, chat) == made.render_prompt(chat)
 
 
 def test_a_template_that_ends_turns_with_another_token_is_refused(spec):
@@ -212,10 +227,13 @@ def test_role_tokens_that_are_not_marked_special_come_from_no_text_either(spec):
     [
         (
             "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}",
-            r"writes '\[INST\] Hello \[/INST\]' is not supported: nanorl knows ChatML and Llama-3's",
+            r"writes '\[INST\] Hello \[/INST\]' is not supported: "
+            "nanorl knows ChatML and Llama-3's",
         ),
         (
-            "{% for m in messages %}<|im_start|>{{ m.role }} says {{ m.content }}<|im_end|>\n{% endfor %}",
+            "{% for m in messages %}"
+            "<|im_start|>{{ m.role }} says {{ m.content }}<|im_end|>\n"
+            "{% endfor %}",
             "is not supported",
         ),
         (CHATML.template.replace("'<|im_end|>\\n'", "' <|im_end|>\\n'"), "is not supported"),
@@ -226,15 +244,14 @@ def test_role_tokens_that_are_not_marked_special_come_from_no_text_either(spec):
             "is not supported",
         ),
         (
-            "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
-            + CHATML.template,
+            "{% for m in messages %}"
+            "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{% endfor %}" + CHATML.template,
             "it raises an exception",
         ),
         ("{% for m in messages %}", "cannot be rendered"),
-        (
-            "{{ ''.__class__.__mro__ }}" + CHATML.template,
-            "cannot be rendered",
-        ),  # the sandbox refuses
+        # The sandbox refuses.
+        ("{{ ''.__class__.__mro__ }}" + CHATML.template, "cannot be rendered"),
     ],
 )
 def test_other_templates_are_refused_by_what_they_write(template, words):
@@ -247,9 +264,7 @@ def test_qwens_own_template(real_data):
     path = os.path.join(real_data, "tokenizers", "qwen3")
     ours, theirs = Tokenizer.from_pretrained(path), transformers.AutoTokenizer.from_pretrained(path)
     for chat in CHATS:
-        assert list(
-            theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        ) == ours.render_prompt(chat)
+        assert rendered(theirs, chat) == ours.render_prompt(chat)
 
 
 def test_what_a_published_tokenizers_config_says_stays(spec, tmp_path):

@@ -1,12 +1,15 @@
-"""Multiple choice: what the files hold, labels in texts, likelihoods against one full forward pass a label, prompts that do not fit, solved problems shown before."""
+"""Multiple choice: what the files hold, labels in texts, likelihoods, few-shot prompts.
+
+Likelihoods are compared with one full forward pass a label. Prompts that do not fit are here too.
+"""
 
 import json
 import sys
 
 import pytest
 import torch
-from conftest import toy_model
 
+from conftest import toy_model
 from nanorl.engine import Engine
 from nanorl.evaluate.outcomes import Sampling, by_likelihood, by_sampling
 from nanorl.evaluate.statistics import summary
@@ -79,24 +82,15 @@ def files(tmp_path, monkeypatch):
 def test_three_to_five_choices_with_letters_or_numbers(files, monkeypatch):
     task = get_task("arc_easy", "val")
     problems = [task.problem(i) for i in range(len(task))]
-    assert [p.answer for p in problems] == ["A", "2", "E", "B"] and [
-        len(p.meta["labels"]) for p in problems
-    ] == [3, 4, 5, 4]
-    assert (
-        problems[1].prompt[0]["content"]
-        == "Which is a number?\n1. cat\n2. two\n3. sky\n4. sea\nAnswer with 1, 2, 3 or 4."
-    )
-    assert [p.answer for p in map(get_task("mmlu", "val").problem, range(5))] == [
-        "A",
-        "C",
-        "A",
-        "B",
-        "D",
-    ]  # the 1st, 3rd, 5th, and of the second subject 2nd, 4th
-    assert (
-        task.reward(problems[1], task.solution(problems[1])).total == 1
-        and task.reward(problems[1], "4").total == 0
-    )
+    assert [p.answer for p in problems] == ["A", "2", "E", "B"]
+    assert [len(p.meta["labels"]) for p in problems] == [3, 4, 5, 4]
+    prompt = "Which is a number?\n1. cat\n2. two\n3. sky\n4. sea\nAnswer with 1, 2, 3 or 4."
+    assert problems[1].prompt[0]["content"] == prompt
+    # The 1st, 3rd and 5th of the first subject, the 2nd and 4th of the second.
+    mmlu_answers = [p.answer for p in map(get_task("mmlu", "val").problem, range(5))]
+    assert mmlu_answers == ["A", "C", "A", "B", "D"]
+    assert task.reward(problems[1], task.solution(problems[1])).total == 1
+    assert task.reward(problems[1], "4").total == 0
     assert get_task("arc_easy", "val", rewards="signed").reward(problems[0], "B").total == -1
     monkeypatch.setitem(sys.modules, "datasets", None)  # no hub
     with pytest.raises(ValueError, match="arc_challenge.*not at hand.*allenai/ai2_arc"):
@@ -153,15 +147,12 @@ def test_labels_in_texts(text, label):
 
 
 def test_numbers_as_labels():
-    assert (
-        chosen_label("3", list("1234")) == "3"
-        and chosen_label("The answer is 2.", list("1234")) == "2"
-        and chosen_label("12", list("1234")) is None
-    )
-    assert [
-        chosen_label(text, list("1234"))
-        for text in ("1.5 grams", "2,000 m", "The answer is 3.5 m", "2. dog", "0.4")
-    ] == [None, None, None, "2", None]
+    assert chosen_label("3", list("1234")) == "3"
+    assert chosen_label("The answer is 2.", list("1234")) == "2"
+    assert chosen_label("12", list("1234")) is None
+    texts = ("1.5 grams", "2,000 m", "The answer is 3.5 m", "2. dog", "0.4")
+    chosen = [chosen_label(text, list("1234")) for text in texts]
+    assert chosen == [None, None, None, "2", None]
 
 
 @torch.no_grad()
@@ -176,38 +167,37 @@ def slow_logprobs(model, tokenizer, problem):
 
 @pytest.mark.parametrize("batch_tokens", [1, 400, 10**6])
 def test_likelihoods_are_those_of_a_forward_pass_a_label(files, tokenizer, batch_tokens):
-    task, model = get_task("arc_easy", "val"), toy_model(vocab=tokenizer.n_tokens, context=512)
-    engine, problems = Engine(model), [task.problem(i) for i in (2, 0, 3, 1)]
+    task = get_task("arc_easy", "val")
+    model = toy_model(vocab=tokenizer.n_tokens, context=512)
+    engine = Engine(model)
+    problems = [task.problem(i) for i in (2, 0, 3, 1)]
     prompts = [tokenizer.render_prompt(p.prompt) for p in problems]
     candidates = [[tokenizer.encode(label)[0] for label in p.meta["labels"]] for p in problems]
     done = []
     found = engine.next_logprobs(prompts, candidates, batch_tokens, done.append)
-    assert (
-        sum(done) == 4
-        and (len(done) == 4) == (batch_tokens == 1)
-        and (len(done) == 1) == (batch_tokens == 10**6)
-    )
+    # With the smallest budget each prompt is a batch, with the largest all are one.
+    assert sum(done) == 4
+    assert (len(done) == 4) == (batch_tokens == 1)
+    assert (len(done) == 1) == (batch_tokens == 10**6)
     for problem, logprobs in zip(problems, found):
         assert logprobs == pytest.approx(slow_logprobs(model, tokenizer, problem), abs=1e-9)
     results = by_likelihood(engine, tokenizer, task, range(4))
     for o, logprobs in zip(results, [found[i] for i in (1, 3, 0, 2)]):
         best = task.problem(o["index"]).meta["labels"][logprobs.index(max(logprobs))]
-        assert (
-            o["texts"] == [best]
-            and o["solved"] == [best == o["answer"]]
-            and list(o["logprobs"].values()) == pytest.approx(logprobs, abs=1e-9)
-        )
+        assert o["texts"] == [best]
+        assert o["solved"] == [best == o["answer"]]
+        assert list(o["logprobs"].values()) == pytest.approx(logprobs, abs=1e-9)
 
 
 def test_chance_is_of_each_problems_choices(files, tokenizer):
-    task, model = get_task("arc_easy", "val"), toy_model(vocab=tokenizer.n_tokens, context=512)
+    task = get_task("arc_easy", "val")
+    model = toy_model(vocab=tokenizer.n_tokens, context=512)
     results = by_likelihood(Engine(model), tokenizer, task, range(4))
     for o, right in zip(results, (True, True, False, False)):
         o["solved"] = [right]
     s = summary(results)
-    assert s["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4) and s[
-        "centred"
-    ] == pytest.approx((0.5 - s["chance"]) / (1 - s["chance"]))
+    assert s["chance"] == pytest.approx((1 / 3 + 1 / 4 + 1 / 5 + 1 / 4) / 4)
+    assert s["centred"] == pytest.approx((0.5 - s["chance"]) / (1 - s["chance"]))
     assert any("guessing gets 25.8%" in line for line in describe(s))
     said = by_sampling(Engine(model), tokenizer, task, range(4), Sampling(2, 4, 1.0))
     assert summary(said)["chance"] == s["chance"]
@@ -221,17 +211,12 @@ def test_a_prompt_that_does_not_fit_is_not_solved_and_told(files, tokenizer):
         by_likelihood(Engine(model), tokenizer, task, range(4)),
         by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0), leave_long=True),
     ):
-        assert (
-            [o.get("too_long", False) for o in results] == [False, False, False, True]
-            and results[3]["solved"] == [False]
-            and [o["index"] for o in results] == [0, 1, 2, 3]
-        )
+        assert [o.get("too_long", False) for o in results] == [False, False, False, True]
+        assert results[3]["solved"] == [False]
+        assert [o["index"] for o in results] == [0, 1, 2, 3]
         s = summary(results)
-        assert (
-            s["n"] == 4
-            and s["too_long"] == 1
-            and any(line.startswith("1 prompts do not fit") for line in describe(s))
-        )
+        assert s["n"] == 4 and s["too_long"] == 1
+        assert any(line.startswith("1 prompts do not fit") for line in describe(s))
     with pytest.raises(ValueError, match="do not fit the model's context"):
         by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0))
 
@@ -244,23 +229,20 @@ def test_a_label_of_several_tokens_is_refused(tokenizer):
 
 def test_solved_problems_come_before_of_the_same_subject(files):
     task = FewShot(get_task("mmlu", "val"), get_task("mmlu", "train"), 2)
-    law, logic = task.problem(0), task.problem(4)
-    assert [m["role"] for m in law.prompt] == ["user", "assistant"] * 2 + ["user"] and [
-        m["content"] for m in law.prompt[1::2]
-    ] == ["B", "C"]  # dev's first is this very one
-    assert all(m["content"].startswith("logic") for m in logic.prompt[::2]) and all(
-        m["content"].startswith("law") for m in law.prompt[::2]
-    )
-    assert (
-        task.reward(law, law.answer).total == 1
-        and len(task) == 5
-        and law.answer == get_task("mmlu", "val").problem(0).answer
-    )
+    law = task.problem(0)
+    logic = task.problem(4)
+    assert [m["role"] for m in law.prompt] == ["user", "assistant"] * 2 + ["user"]
+    # The first problem of dev is this very one, so the second and third are shown.
+    assert [m["content"] for m in law.prompt[1::2]] == ["B", "C"]
+    assert all(m["content"].startswith("logic") for m in logic.prompt[::2])
+    assert all(m["content"].startswith("law") for m in law.prompt[::2])
+    assert task.reward(law, law.answer).total == 1
+    assert len(task) == 5
+    assert law.answer == get_task("mmlu", "val").problem(0).answer
+    # A problem is never shown before itself.
     same = get_task("mmlu", "train")
-    assert all(
-        same.problem(i).prompt[0] not in FewShot(same, same, 2).problem(i).prompt[:-1]
-        for i in range(10)
-    )  # never the problem itself
+    for i in range(10):
+        assert same.problem(i).prompt[0] not in FewShot(same, same, 2).problem(i).prompt[:-1]
     with pytest.raises(ValueError, match="only 4 solved problems to show of law"):
         FewShot(get_task("mmlu", "val"), get_task("mmlu", "train"), 6).problem(0)
 
@@ -276,7 +258,7 @@ def test_the_published_files(real_data, monkeypatch):
     ):
         task = get_task(name, split)
         problems = [task.problem(i) for i in range(len(task))]
-        assert len(problems) == n and all(
-            p.answer in p.meta["labels"] and 3 <= len(p.meta["labels"]) <= 5 for p in problems
-        )
+        assert len(problems) == n
+        assert all(p.answer in p.meta["labels"] for p in problems)
+        assert all(3 <= len(p.meta["labels"]) <= 5 for p in problems)
         assert all(task.reward(p, task.solution(p)).total == 1 for p in problems)

@@ -1,15 +1,17 @@
-"""The FLOPs that the scripts log, computed from shapes, against torch's FlopCounterMode, which sees every product as it runs. It knows nothing of the fused
-attention on a CPU, so attention is spelled out here; whole squares are counted, masked or not."""
+"""The FLOPs that the scripts log, computed from shapes, against torch's FlopCounterMode.
+
+FlopCounterMode sees every product as it runs. It knows nothing of the fused attention on a CPU, so
+attention is spelled out here. Whole squares are counted, masked or not.
+"""
 
 import contextlib
 import json
 
 import pytest
 import torch
-from conftest import toy_model
-from scripts import RL, SMALL, call
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import toy_model
 from nanorl import grpo
 from nanorl.attention import CausalAttention, MaskedAttention, SharedPrefixAttention, pick
 from nanorl.batch import pack
@@ -17,6 +19,7 @@ from nanorl.engine import Engine
 from nanorl.lora import LoRA
 from nanorl.report.cost import causal_sampling_flops, forward_flops, learning_flops, sampling_flops
 from nanorl.rollout import Rollout
+from scripts import RL, SMALL, call
 
 BOUND = 0.02
 
@@ -25,9 +28,8 @@ BOUND = 0.02
 def attention_is_spelled_out(monkeypatch):
     monkeypatch.setattr(MaskedAttention, "__call__", MaskedAttention.by_matrix_products)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
-    monkeypatch.setattr(
-        torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad
-    )  # the optimizer's own products are not in the count
+    # The optimizer's own products are not in the count.
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda grad, *_: grad)
 
 
 @contextlib.contextmanager
@@ -46,9 +48,10 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [20, 21], [30, 31, 32, 33, 34, 35, 36, 37, 3
 
 @pytest.mark.parametrize("max_rows", [0, 8])
 def test_prefill_and_decode(max_rows):
-    """Ragged prompts, rows that stop, and (8 rows) others that take their places."""
+    """Ragged prompts, rows that stop, and (8 rows) others that take their slots."""
     model = toy_model()
-    engine, found = Engine(model, max_rows), []
+    engine = Engine(model, max_rows)
+    found = []
     with counted(found):
         engine.generate(PROMPTS, 4, 24, stop_ids=range(0, 70, 20))
     parts = sampling_flops(engine)
@@ -56,26 +59,26 @@ def test_prefill_and_decode(max_rows):
     with counted(found):
         engine.generate(PROMPTS, 4, 1)  # nothing to decode: prefill alone
     close(sampling_flops(engine)["prefill"], found[1])
-    assert sampling_flops(engine)["decode"] == 0 and 0 < causal_sampling_flops(engine) < found[1]
+    assert sampling_flops(engine)["decode"] == 0
+    assert 0 < causal_sampling_flops(engine) < found[1]
 
 
 @pytest.mark.parametrize("kind", ["all", "lora", "some lora"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_learner(kind, recompute):
-    model = toy_model(
-        vocab=200, n_layer=6 if kind == "some lora" else 2
-    )  # under a first layer without all adapters more products fall away: 3% of two layers
+    # Under a first layer without all adapters more products fall away: 3% of two layers.
+    model = toy_model(vocab=200, n_layer=6 if kind == "some lora" else 2)
     model.recompute = recompute
-    adapters = (
-        LoRA(model, 2, 4.0, *([("q", "down")] if kind == "some lora" else []))
-        if kind != "all"
-        else None
-    )
+    adapters = None
+    if kind == "lora":
+        adapters = LoRA(model, 2, 4.0)
+    elif kind == "some lora":
+        adapters = LoRA(model, 2, 4.0, ("q", "down"))
     groups = Engine(model).generate(PROMPTS, 4, 20, stop_ids=range(0, 70, 20))
     rollouts = [
         Rollout(None, prompt, group, None, None, None) for prompt, group in zip(PROMPTS, groups)
     ]
-    ones, found = torch.ones(4, 4, dtype=torch.float64), []
+    ones = torch.ones(4, 4, dtype=torch.float64)
     (batch,) = pack(rollouts, ones, ones, 10_000, "cpu")
 
     def forward():
@@ -83,6 +86,7 @@ def test_the_learner(kind, recompute):
         h = model.hidden(batch.ids, batch.positions, attend)
         return attend, model.logprobs(pick(h[0], batch.predicted_at), batch.targets)[0]
 
+    found = []
     with torch.no_grad(), counted(found):
         attend, logprobs = forward()
     work = learning_flops(
@@ -90,13 +94,11 @@ def test_the_learner(kind, recompute):
     )
     close(work["forward"], found[0])
     with counted(found):
-        grpo.policy_loss(
-            grpo.reinforce(forward()[1], batch.advantages), batch.token_weights, 1.0
-        ).backward()
+        objective = grpo.reinforce(forward()[1], batch.advantages)
+        grpo.policy_loss(objective, batch.token_weights, 1.0).backward()
     close(sum(work.values()), found[1])
-    assert (
-        attend.computed_pairs > batch.visible_pairs
-    )  # squares and padding, against what a token may see
+    # Squares and padding, against what a token may see.
+    assert attend.computed_pairs > batch.visible_pairs
 
 
 def test_padded_rows_of_documents_count_as_they_run():
@@ -147,24 +149,23 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("what", SCRIPTS)
 def test_what_a_script_logs(what, out):
-    """Two runs of one seed, one of them longer: what is done before the first step is the same in both, so the difference is that of the logged sums."""
-    found, logged, stage = [], [], what.split()[0]
-    model = (
-        [] if stage == "base" else [f"--model={out / 'a' / ('base' if stage == 'sft' else 'sft')}"]
-    )
+    """Two runs of one seed, one of them longer.
+
+    What is done before the first step is the same in both. So the counts differ by as much as the
+    logged sums.
+    """
+    stage = what.split()[0]
+    arguments = list(SCRIPTS[what])
+    if stage == "sft":
+        arguments.append(f"--model={out / 'a' / 'base'}")
+    elif stage == "rl":
+        arguments.append(f"--model={out / 'a' / 'sft'}")
+    found, logged = [], []
     for steps in (1, 3):
         run = f"flops-{what.replace(' ', '-')}-{steps}"
+        options = [f"--run_name={run}", f"--steps={steps}", "--save_every=0"]
         with counted(found):
-            assert (
-                call(
-                    *SCRIPTS[what],
-                    *model,
-                    f"--run_name={run}",
-                    f"--steps={steps}",
-                    "--save_every=0",
-                )
-                is None
-            )
+            assert call(*arguments, *options) is None
         row = last_row(out / run / stage)
         logged.append(row["flops_total"] + row["flops_eval_total"])
         assert 0 < row["flops_causal_total"] < row["flops_total"]

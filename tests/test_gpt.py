@@ -1,63 +1,72 @@
-"""The model: against an independent implementation written with loops, against transformers, and against itself."""
+"""The model: against an independent implementation written with loops, and against itself.
+
+Against transformers: test_hf.py.
+"""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import toy_model
 
+from conftest import toy_model
 from nanorl.gpt import GPT, GPTConfig, token_logprobs
 from nanorl.report.cost import forward_flops
 
 
 def slow_logits(model, ids):
-    """One row of ids, position by position and head by head; shares only the weights with nanorl.gpt."""
+    """One row of ids, position by position and head by head.
+
+    It shares only the weights with nanorl.gpt.
+    """
     c, w = model.config, model.state_dict()
-    norm = lambda x, name: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[name]
+    D = c.head_dim
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[name]
+
+    def linear(x, name):
+        return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
+
+    def turn(x):
+        y = torch.empty_like(x)
+        for t in range(len(x)):
+            for i in range(D // 2):
+                angle = t / c.rope_theta ** (2 * i / D)
+                cos, sin = math.cos(angle), math.sin(angle)
+                first, second = x[t, i], x[t, i + D // 2]
+                y[t, i] = first * cos - second * sin
+                y[t, i + D // 2] = first * sin + second * cos
+        return y
+
     x = w["model.embed_tokens.weight"][torch.tensor(ids)]  # (T, C)
     for layer in range(c.n_layer):
-        at = f"model.layers.{layer}."
-        linear = lambda x, name: F.linear(x, w[at + name + ".weight"], w.get(at + name + ".bias"))
-        h = norm(x, at + "input_layernorm.weight")
-        out = []
+        block = f"model.layers.{layer}."
+        attention, mlp = block + "self_attn.", block + "mlp."
+        h = norm(x, block + "input_layernorm.weight")
+        outputs = []
         for head in range(c.n_head):
-            kv = head // (c.n_head // c.n_kv_head)
-            q = linear(h, "self_attn.q_proj")[:, head * c.head_dim : (head + 1) * c.head_dim]
-            k = linear(h, "self_attn.k_proj")[:, kv * c.head_dim : (kv + 1) * c.head_dim]
-            v = linear(h, "self_attn.v_proj")[:, kv * c.head_dim : (kv + 1) * c.head_dim]
+            kv_head = head // (c.n_head // c.n_kv_head)
+            own, shared = slice(head * D, (head + 1) * D), slice(kv_head * D, (kv_head + 1) * D)
+            q = linear(h, attention + "q_proj")[:, own]  # (T, D)
+            k = linear(h, attention + "k_proj")[:, shared]
+            v = linear(h, attention + "v_proj")[:, shared]
             if c.qk_norm:
-                q, k = (
-                    norm(q, at + "self_attn.q_norm.weight"),
-                    norm(k, at + "self_attn.k_norm.weight"),
-                )
-
-            def turn(x):
-                y = torch.empty_like(x)
-                for t in range(len(x)):
-                    for i in range(c.head_dim // 2):
-                        a = t / c.rope_theta ** (2 * i / c.head_dim)
-                        u, z = x[t, i], x[t, i + c.head_dim // 2]
-                        y[t, i], y[t, i + c.head_dim // 2] = (
-                            u * math.cos(a) - z * math.sin(a),
-                            u * math.sin(a) + z * math.cos(a),
-                        )
-                return y
-
+                q = norm(q, attention + "q_norm.weight")
+                k = norm(k, attention + "k_norm.weight")
             q, k = turn(q), turn(k)
-            out.append(
-                torch.stack(
-                    [
-                        ((q[t] @ k[: t + 1].T) / math.sqrt(c.head_dim)).softmax(-1) @ v[: t + 1]
-                        for t in range(len(ids))
-                    ]
-                )
-            )
-        x = x + linear(torch.cat(out, -1), "self_attn.o_proj")
-        h = norm(x, at + "post_attention_layernorm.weight")
-        x = x + linear(
-            F.silu(linear(h, "mlp.gate_proj")) * linear(h, "mlp.up_proj"), "mlp.down_proj"
-        )
+
+            # Position t attends to itself and to those before it.
+            y = []
+            for t in range(len(ids)):
+                scores = q[t] @ k[: t + 1].T / math.sqrt(D)  # (t + 1)
+                y.append(scores.softmax(-1) @ v[: t + 1])
+            outputs.append(torch.stack(y))
+        x = x + linear(torch.cat(outputs, -1), attention + "o_proj")
+
+        h = norm(x, block + "post_attention_layernorm.weight")
+        inner = F.silu(linear(h, mlp + "gate_proj")) * linear(h, mlp + "up_proj")
+        x = x + linear(inner, mlp + "down_proj")
     return norm(x, "model.norm.weight") @ w["lm_head.weight"].T
 
 
@@ -84,26 +93,29 @@ def test_parameter_count_is_exact(depth, vocab):
     with torch.device("meta"):
         model = GPT(config)
     assert config.n_params()[0] == sum(p.numel() for p in model.parameters())
-    matrices = [
-        p for n, p in model.named_parameters() if p.dim() == 2 and ("proj" in n or "lm_head" in n)
-    ]
+    matrices = []
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and ("proj" in name or "lm_head" in name):
+            matrices.append(p)
     tied = config.tie_embeddings * config.vocab_size * config.n_embd
     assert config.n_params()[1] == sum(p.numel() for p in matrices) + tied
 
 
 def test_flops_equal_the_counter_of_torch():
-    """With attention as explicit matrix products, full squares counted: FlopCounterMode sees nothing of CPU SDPA."""
+    """With attention as explicit matrix products, full squares counted.
+
+    FlopCounterMode sees nothing of the fused attention on a CPU.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     model = toy_model(dtype=torch.float32)
 
     def explicit(layer, q, k, v):
-        q, k, v = (
-            q.transpose(1, 2),
-            k.repeat_interleave(2, 2).transpose(1, 2),
-            v.repeat_interleave(2, 2).transpose(1, 2),
-        )
-        return (((q @ k.transpose(-1, -2)).softmax(-1)) @ v).transpose(1, 2)
+        q = q.transpose(1, 2)  # (B, H, T, D)
+        k = k.repeat_interleave(2, 2).transpose(1, 2)
+        v = v.repeat_interleave(2, 2).transpose(1, 2)
+        weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        return (weights @ v).transpose(1, 2)
 
     B, T = 3, 20
     with FlopCounterMode(display=False) as counter:
@@ -114,20 +126,21 @@ def test_flops_equal_the_counter_of_torch():
 def test_right_padding_changes_nothing():
     model = toy_model()
     row = torch.tensor([[5, 6, 7]])
-    assert (
-        model(torch.cat([row, torch.zeros(1, 4, dtype=torch.long)], 1))[:, :3] - model(row)
-    ).abs().max() < 1e-12
+    padded = torch.tensor([[5, 6, 7, 0, 0, 0, 0]])
+    assert (model(padded)[:, :3] - model(row)).abs().max() < 1e-12
 
 
 def test_logprobs_and_their_gradients_equal_autograds_whatever_the_chunk():
-    model, h0 = toy_model(), torch.randn(11, 32, dtype=torch.float64)
+    model = toy_model()
+    h0 = torch.randn(11, 32, dtype=torch.float64)
     ids = torch.randint(0, 70, (11,))
     results = []
     for chunk in (1, 70 * 3, 2**24, "autograd"):
         model.zero_grad()
         h = h0.clone().requires_grad_()
         if chunk == "autograd":
-            logprobs, entropy = token_logprobs(model.head(h), ids, 0.7), results[0][1]
+            logprobs = token_logprobs(model.head(h), ids, 0.7)
+            entropy = results[0][1]
         else:
             logprobs, entropy = model.logprobs(h, ids, 0.7, with_entropy=True, chunk_elements=chunk)
         logprobs.square().sum().backward()
@@ -136,18 +149,17 @@ def test_logprobs_and_their_gradients_equal_autograds_whatever_the_chunk():
         for a, b in zip(other, results[-1]):
             assert (a - b).abs().max() < 1e-12
     p = (model.head(h0) / 0.7).softmax(-1)
-    assert (
-        results[0][1] - -(p * p.log()).sum(-1)
-    ).abs().max() < 1e-10  # entropy is of the distribution, not of the sample
-    assert (results[0][0] - p.log()[torch.arange(11), ids]).abs().max() < 1e-10
+    # The entropy is the distribution's, not the sample's.
+    logprobs, entropy = results[0][:2]
+    assert (entropy - -(p * p.log()).sum(-1)).abs().max() < 1e-10
+    assert (logprobs - p.log()[torch.arange(11), ids]).abs().max() < 1e-10
 
 
 def test_the_heads_gradient_is_summed_in_the_master_weights_precision():
     """In bf16, over many chunks: each chunk's part is rounded, their sum is not."""
-    model, (h, ids) = (
-        toy_model(dtype=torch.float32),
-        (torch.randn(4096, 32), torch.randint(0, 70, (4096,))),
-    )
+    model = toy_model(dtype=torch.float32)
+    h = torch.randn(4096, 32)
+    ids = torch.randint(0, 70, (4096,))
     grads = []
     for kind in (torch.float32, torch.bfloat16):
         model.zero_grad()

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, toy_model
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT, toy_model
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, local_model, save_model, write_config
@@ -36,9 +36,8 @@ def test_what_we_write_transformers_reads(kind, tmp_path, tokenizer):
         assert (a - b).abs().max() <= 5e-4
         assert (a.log_softmax(-1) - b.log_softmax(-1)).abs().max() <= 1e-4
         prompt = ids[:1, :8]
-        everything = torch.ones_like(
-            prompt
-        )  # or transformers guesses that a sampled pad token is padding
+        # Without a mask transformers guesses that a sampled pad token is padding.
+        everything = torch.ones_like(prompt)
         greedy = theirs.generate(
             prompt,
             attention_mask=everything,
@@ -47,7 +46,8 @@ def test_what_we_write_transformers_reads(kind, tmp_path, tokenizer):
             eos_token_id=None,
             pad_token_id=0,
         )[0, 8:].tolist()
-    assert Engine(load_model(tmp_path)).generate(prompt.tolist(), 1, 20, 0.0)[0][0].ids == greedy
+    (completion,) = Engine(load_model(tmp_path)).generate(prompt.tolist(), 1, 20, 0.0)[0]
+    assert completion.ids == greedy
     ours = load_model(tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), ours.parameters()))
 
@@ -84,21 +84,23 @@ def published(kind, path, max_shard_size="5GB", **settings):
     )
     torch.manual_seed(0)
     theirs = getattr(transformers, name + "ForCausalLM")(config).eval()
+    # Their initial weights are too small to tell mistakes apart.
     for p in theirs.parameters():
-        p.data = torch.randn_like(p) * 0.2 + (
-            p.dim() == 1
-        )  # their initial weights are too small to tell mistakes apart
+        p.data = torch.randn_like(p) * 0.2 + (p.dim() == 1)
     theirs.tie_weights()
     theirs.save_pretrained(path, max_shard_size=max_shard_size)
     return theirs
 
 
 def check_against(theirs, ours, ids, greedy=200):
-    """Issue's bounds in fp32: logits, log-probs of the text, and what is sampled greedily."""
+    """Bounds in fp32: logits, log-probs of the text, and what is sampled greedily."""
     with torch.no_grad():
         a, b = ours(ids), theirs(ids).logits
-        a_text, b_text = (z[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]) for z in (a, b))
-        assert (a - b).abs().max() <= 5e-4 and (a_text - b_text).abs().max() <= 1e-4
+        assert (a - b).abs().max() <= 5e-4
+        targets = ids[:, 1:, None]
+        a_text = a[:, :-1].log_softmax(-1).gather(-1, targets)
+        b_text = b[:, :-1].log_softmax(-1).gather(-1, targets)
+        assert (a_text - b_text).abs().max() <= 1e-4
         prompt = ids[:1, :20]
         said = theirs.generate(
             prompt,
@@ -108,17 +110,15 @@ def check_against(theirs, ours, ids, greedy=200):
             eos_token_id=None,
             pad_token_id=0,
         )
-    assert Engine(ours).generate(prompt.tolist(), 1, greedy, 0.0)[0][0].ids == said[0, 20:].tolist()
+    (completion,) = Engine(ours).generate(prompt.tolist(), 1, greedy, 0.0)[0]
+    assert completion.ids == said[0, 20:].tolist()
 
 
 @pytest.mark.parametrize("kind", THEIRS)
 def test_what_transformers_writes_we_read(kind, tmp_path):
     theirs = published(kind, tmp_path)
-    check_against(
-        theirs,
-        load_model(tmp_path),
-        torch.randint(0, 96, (1, 1000), generator=torch.Generator().manual_seed(0)),
-    )
+    ids = torch.randint(0, 96, (1, 1000), generator=torch.Generator().manual_seed(0))
+    check_against(theirs, load_model(tmp_path), ids)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
@@ -150,28 +150,22 @@ def test_all_stop_ids_are_in_the_generation_config(tmp_path, tokenizer):
 def test_shards(kind, tmp_path):
     theirs = published(kind, tmp_path, max_shard_size="50KB")
     assert len([f for f in os.listdir(tmp_path) if f.endswith(".safetensors")]) > 2
-    assert all(
-        torch.equal(p, theirs.state_dict()[name])
-        for name, p in load_model(tmp_path).named_parameters()
-    )
+    expected = theirs.state_dict()
+    for name, p in load_model(tmp_path).named_parameters():
+        assert torch.equal(p, expected[name])
 
 
 def test_llama3s_rope_scaling_goes_out_as_it_came_in(tmp_path, tokenizer):
     kinds = dict(rope_scaling=(8.0, 1.0, 4.0, 64), rope_theta=5e5, qk_norm=False, head_dim=16)
     model = toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32, **kinds)
-    plain = toy_model(
-        vocab=tokenizer.n_tokens, dtype=torch.float32, **{**kinds, "rope_scaling": None}
-    )
+    unscaled = {**kinds, "rope_scaling": None}
+    plain = toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32, **unscaled)
     save_model(model, tokenizer, tmp_path)
     assert load_model(tmp_path).config == model.config
     ids = torch.randint(0, 70, (1, 200))
     assert (model(ids) - plain(ids)).abs().max() > 0.1  # it matters
-    check_against(
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32),
-        load_model(tmp_path),
-        ids,
-        greedy=50,
-    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    check_against(theirs, load_model(tmp_path), ids, greedy=50)
 
 
 def test_rows_that_only_pad_a_published_embedding_get_no_probability(tmp_path, tokenizer):
@@ -188,9 +182,11 @@ def test_rows_that_only_pad_a_published_embedding_get_no_probability(tmp_path, t
     theirs = transformers.Qwen2ForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "in")
     tokenizer.save(tmp_path / "in")
-    ours, ids = load_model(tmp_path / "in"), torch.randint(0, tokenizer.n_tokens, (1, 30))
+    ours = load_model(tmp_path / "in")
+    ids = torch.randint(0, tokenizer.n_tokens, (1, 30))
     with torch.no_grad():
-        assert (ours(ids) - theirs(ids).logits[..., : tokenizer.n_tokens]).abs().max() <= 5e-4
+        expected = theirs(ids).logits[..., : tokenizer.n_tokens]
+        assert (ours(ids) - expected).abs().max() <= 5e-4
     assert ours(ids).size(-1) == tokenizer.n_tokens == ours.config.vocab_size - 30
     save_model(ours, tokenizer, tmp_path / "out")
     assert load_model(tmp_path / "out").config == ours.config
@@ -201,10 +197,8 @@ def test_rows_that_only_pad_a_published_embedding_get_no_probability(tmp_path, t
 @pytest.mark.slow
 def test_a_real_model(real_model, real_data, tmp_path):
     """1,000 tokens of text and 200 greedy tokens against transformers, in and out again."""
-    tokenizer, theirs = (
-        Tokenizer.from_pretrained(real_model),
-        transformers.AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32),
-    )
+    tokenizer = Tokenizer.from_pretrained(real_model)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32)
     with open(os.path.join(real_data, "text", "brown.txt"), encoding="utf-8") as f:
         ids = torch.tensor([tokenizer.encode(f.read(10_000))[:1000]])
     ours = load_model(real_model)
@@ -213,22 +207,17 @@ def test_a_real_model(real_model, real_data, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert all(torch.equal(p, q) for p, q in zip(theirs.parameters(), again.parameters()))
     with open(os.path.join(real_data, "gsm8k", "train.jsonl"), encoding="utf-8") as f:
-        chats = [
-            [{"role": "user", "content": json.loads(line)["question"]}]
-            for line, _ in zip(f, range(50))
-        ]
-    for their_tokenizer in map(
-        transformers.AutoTokenizer.from_pretrained, (real_model, str(tmp_path))
-    ):
-        for chat in chats:
-            assert list(
-                their_tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=True, return_dict=False
-                )
-            ) == tokenizer.render_prompt(chat)
+        questions = [json.loads(line)["question"] for line, _ in zip(f, range(50))]
+    options = dict(add_generation_prompt=True, return_dict=False)
+    for directory in (real_model, str(tmp_path)):
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        for question in questions:
+            chat = [{"role": "user", "content": question}]
+            expected = list(their_tokenizer.apply_chat_template(chat, **options))
+            assert expected == tokenizer.render_prompt(chat)
 
 
-# ---- the hub --------------------------------------------------------------------------------------------------
+# ---- the hub -------------------------------------------------------------------------------------
 
 
 def evaluate_offline(name, home, out):
@@ -240,75 +229,62 @@ def evaluate_offline(name, home, out):
         "NANORL_OUT": str(out),
     }
     environment.pop("HF_HUB_CACHE", None)
-    run = subprocess.run(
-        [
-            sys.executable,
-            os.path.join(ROOT, "eval.py"),
-            f"--model={name}",
-            "--task=0-20",
-            "--problems=3",
-            "--samples=0",
-            "--max_new_tokens=4",
-        ],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [
+        sys.executable,
+        os.path.join(ROOT, "eval.py"),
+        f"--model={name}",
+        "--task=0-20",
+        "--problems=3",
+        "--samples=0",
+        "--max_new_tokens=4",
+    ]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
 
 def test_a_hub_id_comes_from_the_hubs_cache(tmp_path, tokenizer):
-    hub, commit = (
-        tmp_path / "home" / "hub" / "models--some--model",
-        "0123456789abcdef0123456789abcdef01234567",
-    )
+    hub = tmp_path / "home" / "hub" / "models--some--model"
+    commit = "0123456789abcdef0123456789abcdef01234567"
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text(commit)
-    save_model(
-        toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32),
-        tokenizer,
-        hub / "snapshots" / commit,
-    )
+    model = toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32)
+    save_model(model, tokenizer, hub / "snapshots" / commit)
     status, said = evaluate_offline("some/model", tmp_path / "home", tmp_path / "out")
     assert status == 0 and "greedy" in said
-    assert (
-        tmp_path / "out" / "some--model" / "eval" / "summary.json"
-    ).exists()  # nothing is written into the cache
+    # Nothing is written into the cache.
+    assert (tmp_path / "out" / "some--model" / "eval" / "summary.json").exists()
     assert not (hub / "snapshots" / commit / "eval").exists()
 
 
 def test_no_network_gets_one_line_that_says_how_to_get_the_files(tmp_path):
     status, said = evaluate_offline("some/model", tmp_path, tmp_path)
     assert status == 1 and len(said.strip().splitlines()) == 1
-    assert (
-        said.startswith(
-            "error: no model 'some/model': there is no such directory, and the hub cannot be reached ("
-        )
-        and "hf download some/model --local-dir model" in said
+    assert said.startswith(
+        "error: no model 'some/model': there is no such directory, and the hub cannot be reached ("
     )
+    assert "hf download some/model --local-dir model" in said
 
 
 def test_what_is_no_hub_id_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    assert local_model("out/typo") == "out/typo"  # a run that is not there: no question for the hub
+    # A run that does not exist: the hub is not asked.
+    assert local_model("out/typo") == "out/typo"
     for name in ("out/d4/rl", "./some/model", "../some", "nothing", str(tmp_path), ""):
         assert local_model(name) == name
 
 
 def test_a_reloaded_from_scratch_model_is_the_same_and_stays_tied(tmp_path, tokenizer):
-    model = GPT(GPTConfig.from_depth(2, tokenizer.n_tokens)).init_weights(
-        torch.Generator().manual_seed(0)
-    )
+    model = GPT(GPTConfig.from_depth(2, tokenizer.n_tokens))
+    model.init_weights(torch.Generator().manual_seed(0))
     save_model(model, tokenizer, tmp_path)
     again = load_model(tmp_path)
     assert again.config == model.config
     assert again.lm_head.weight is again.model.embed_tokens.weight
     ids = torch.randint(0, tokenizer.n_tokens, (1, 30))
     assert torch.equal(model(ids), again(ids))
-    assert "lm_head.weight" not in load_file(
-        tmp_path / "model.safetensors"
-    )  # safetensors refuses shared tensors
+    # safetensors refuses shared tensors.
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 
 def test_damage_and_strangers_are_named(tmp_path, tokenizer):
@@ -324,9 +300,8 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
         save_file({**good, **change}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=word):
             load_model(tmp_path)
-    save_file(
-        {k: v for k, v in good.items() if k != "model.norm.weight"}, tmp_path / "model.safetensors"
-    )
+    incomplete = {name: p for name, p in good.items() if name != "model.norm.weight"}
+    save_file(incomplete, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="lacks 1 weights.*model.norm.weight"):
         load_model(tmp_path)
     save_file(good, tmp_path / "model.safetensors")
@@ -359,17 +334,14 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):
-    """With too many tokens their rows are not there; with other ones the model would be trained on noise."""
+    """Too many tokens have no rows. Other tokens would be noise to the model."""
     save_model(toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32), tokenizer, tmp_path)
     load_model(tmp_path)
+    text = [
+        "Calculate: 12 + 34 = #46 the cat sat on the mat",
+        "so many other words live around here, unseen before",
+    ] * 20
     for size in (265, 600):
-        Tokenizer.train(
-            [
-                "Calculate: 12 + 34 = #46 the cat sat on the mat",
-                "so many other words live around here, unseen before",
-            ]
-            * 20,
-            size,
-        ).save(tmp_path)
+        Tokenizer.train(text, size).save(tmp_path)
         with pytest.raises(ValueError, match="they do not belong together"):
             load_model(tmp_path)

@@ -11,16 +11,45 @@ ROWS = [
     {
         "task_id": "HumanEval/0",
         "entry_point": "total",
-        "prompt": 'from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    """ Sum.\n    >>> total([1, 2])\n    3\n    """\n',
+        "prompt": (
+            "from typing import List\n"
+            "\n"
+            "\n"
+            "def total(xs: List[int]) -> int:\n"
+            '    """ Sum.\n'
+            "    >>> total([1, 2])\n"
+            "    3\n"
+            '    """\n'
+        ),
         "canonical_solution": "    return sum(xs)\n",
-        "test": "\n\nMETADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == 3\n    assert candidate([]) == 0\n",
+        "test": (
+            "\n"
+            "\n"
+            "METADATA = {}\n"
+            "\n"
+            "\n"
+            "def check(candidate):\n"
+            "    assert candidate([1, 2]) == 3\n"
+            "    assert candidate([]) == 0\n"
+        ),
     },
     {
         "task_id": "HumanEval/1",
         "entry_point": "decode",
-        "prompt": 'def encode(s: str):\n    return s[::-1]\n\n\ndef decode(s: str):\n    """ Undo encode. """\n',
+        "prompt": (
+            "def encode(s: str):\n"
+            "    return s[::-1]\n"
+            "\n"
+            "\n"
+            "def decode(s: str):\n"
+            '    """ Undo encode. """\n'
+        ),
         "canonical_solution": "    return encode(s)\n",
-        "test": "def check(candidate):\n    assert candidate(encode('abc')) == 'abc'\n    assert decode('ba') == 'ab'\n",
+        "test": (
+            "def check(candidate):\n"
+            "    assert candidate(encode('abc')) == 'abc'\n"
+            "    assert decode('ba') == 'ab'\n"
+        ),
     },
 ]
 
@@ -40,36 +69,33 @@ WHOLE = "from typing import List\ndef total(xs: List[int]):\n    return sum(xs)\
     "completion, parts",
     [
         (f"Here it is:\n```python\n{WHOLE}```\nIt adds.", (1, 1, 1)),
-        (f"```python\n{WHOLE}", (1, 1, 1)),  # cut off after the code
+        # Cut off after the code.
+        (f"```python\n{WHOLE}", (1, 1, 1)),
         (f"```\n{WHOLE}```\n```python\nprint(total([1]))\n```", (1, 1, 1)),
         (f"Use:\n```python\ntotal([1])\n```\nCode:\n```python\n{WHOLE}```", (1, 1, 1)),
-        (
-            "```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```",
-            (1, 1, 1),
-        ),  # without the prompt's import
+        # Without the prompt's import.
+        ("```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```", (1, 1, 1)),
         (WHOLE, (0, 1, 1)),
         ("    return sum(xs)\n", (0, 1, 1)),
         ("    return sum(\n        xs\n)\n\n\ndef other():\n    never closed (\n", (0, 1, 1)),
         ("    return sum(xs)\nprint(total('x'))\n", (0, 1, 1)),
         ("```python\n    return sum(xs)\n```", (1, 1, 1)),
         ("    return 3\n", (0, 1, 0)),
-        ("```python\nreturn sum(xs)\n```", (1, 1, 1)),  # the body alone, at column 0
+        # The body alone, at column 0.
+        ("```python\nreturn sum(xs)\n```", (1, 1, 1)),
+        # Of two functions the last counts.
         (
             f"The question:\n```python\n{ROWS[0]['prompt']}```\nMy answer:\n```python\n{WHOLE}```",
             (1, 1, 1),
-        ),  # the last one counts
+        ),
         (
             f"```python\ndef total(xs):\n    return 0\n```\nWait, better:\n```python\n{WHOLE}```",
             (1, 1, 1),
         ),
-        (
-            "1. Code:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```",
-            (1, 1, 1),
-        ),  # in a list
-        (
-            f"Here is the function:\n\n{WHOLE}\nIt adds them up, doesn't it?",
-            (0, 1, 1),
-        ),  # no fence, words around it
+        # In a list.
+        ("1. Code:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```", (1, 1, 1)),
+        # No fence, and words around it.
+        (f"Here is the function:\n\n{WHOLE}\nIt adds them up, doesn't it?", (0, 1, 1)),
         (
             "import math\ndef total(xs):\n    return math.fsum(xs)\nExplanation: fsum is exact",
             (0, 1, 1),
@@ -79,52 +105,39 @@ WHOLE = "from typing import List\ndef total(xs: List[int]):\n    return sum(xs)\
         ("I do not know.", (0, 0, 0)),
         ("", (0, 0, 0)),
         ("   \n", (0, 0, 0)),
-        (
-            "```python\n\ud800def total(xs):\n    return sum(xs)\n```",
-            (1, 0, 0),
-        ),  # half of a surrogate pair
+        # Half of a surrogate pair.
+        ("```python\n\ud800def total(xs):\n    return sum(xs)\n```", (1, 0, 0)),
     ],
 )
 def test_the_code_is_found_and_judged(task, completion, parts):
     reward = task.reward(task.problem(0), completion)
-    assert (
-        reward.parts["format"],
-        reward.parts["answered"],
-        reward.parts["correct"],
-    ) == parts and reward.total == parts[2]
+    found = (reward.parts["format"], reward.parts["answered"], reward.parts["correct"])
+    assert found == parts
+    assert reward.total == parts[2]
 
 
 def test_tests_may_use_the_prompts_helpers(task):
     problem = task.problem(1)
-    assert (
-        task.reward(problem, "    return s[::-1]").total == 1
-        and task.reward(problem, "    return s").total == 0
-    )
+    assert task.reward(problem, "    return s[::-1]").total == 1
+    assert task.reward(problem, "    return s").total == 0
     assert task.reward(problem, "```python\ndef decode(s):\n    return encode(s)\n```").total == 1
 
 
 def test_problem_and_solution(task):
     problem = task.problem(0)
     assert len(task) == 2 and problem.answer == "total" and problem.prompt[0]["role"] == "user"
-    assert (
-        f"```python\n{ROWS[0]['prompt'].strip()}\n```" in problem.prompt[0]["content"]
-        and "sum(xs)" not in problem.prompt[0]["content"]
-    )
+    assert f"```python\n{ROWS[0]['prompt'].strip()}\n```" in problem.prompt[0]["content"]
+    assert "sum(xs)" not in problem.prompt[0]["content"]
     assert "check" not in problem.prompt[0]["content"]
-    for i in range(2):
-        assert task.reward(task.problem(i), task.solution(task.problem(i))).parts == {
-            "format": 1,
-            "answered": 1,
-            "correct": 1,
-        }
+    for problem in (task.problem(0), task.problem(1)):
+        reward = task.reward(problem, task.solution(problem))
+        assert reward.parts == {"format": 1, "answered": 1, "correct": 1}
 
 
 def test_a_definition_of_another_name_is_not_the_function():
     assert find_code("def totals(x):\n    return 1\n", "total") == ("", False)
-    assert find_code("x\n```\ndef total(x): return 1\n```", "total") == (
-        "def total(x): return 1\n",
-        True,
-    )
+    found = find_code("x\n```\ndef total(x): return 1\n```", "total")
+    assert found == ("def total(x): return 1\n", True)
 
 
 def test_code_runs_only_when_allowed(task, monkeypatch):
@@ -149,13 +162,13 @@ def test_code_runs_only_when_allowed(task, monkeypatch):
 def test_rewards_come_from_worker_processes(task, tmp_path):
     """A program that hangs is over before the pool would kill its worker."""
     (tmp_path / "quick.py").write_text(
-        "from functools import partial\nfrom nanorl.tasks import humaneval\nhumaneval.run = partial(humaneval.run, seconds=1.0)\nHumanEval = humaneval.HumanEval\n"
+        "from functools import partial\n"
+        "from nanorl.tasks import humaneval\n"
+        "humaneval.run = partial(humaneval.run, seconds=1.0)\n"
+        "HumanEval = humaneval.HumanEval\n"
     )
-    pool = RewardPool(
-        (f"{tmp_path / 'quick.py'}:HumanEval", "test", {"allow_code": "true"}),
-        task.timeout,
-        workers=2,
-    )
+    recipe = (f"{tmp_path / 'quick.py'}:HumanEval", "test", {"allow_code": "true"})
+    pool = RewardPool(recipe, task.timeout, workers=2)
     texts = [
         "    return sum(xs)",
         "    while True: pass",
@@ -163,9 +176,8 @@ def test_rewards_come_from_worker_processes(task, tmp_path):
         "    import os\n    os._exit(0)",
     ]
     try:
-        assert [
-            reward.total for reward in pool.judge([(task.problem(0), text) for text in texts])
-        ] == [1, 0, 0, 0]
+        rewards = pool.judge([(task.problem(0), text) for text in texts])
+        assert [reward.total for reward in rewards] == [1, 0, 0, 0]
         assert len(pool.workers) == 2  # and none was killed
     finally:
         pool.close()
@@ -173,9 +185,13 @@ def test_rewards_come_from_worker_processes(task, tmp_path):
 
 @pytest.mark.slow
 def test_published_problems(real_data, monkeypatch):
-    """Every canonical solution passes, whole and as the prompt's continuation, and none passes that returns nothing or something else."""
+    """Every canonical solution passes, whole and as the prompt's continuation.
+
+    No solution passes that returns nothing or something else.
+    """
     monkeypatch.setenv("NANORL_DATA", real_data)
     task = HumanEval(allow_code=True)
+    failed = {"format": 0, "answered": 1, "correct": 0}
     for i in range(len(task)):
         problem = task.problem(i)
         assert task.reward(problem, task.solution(problem)).total == 1, problem.answer
@@ -187,8 +203,4 @@ def test_published_problems(real_data, monkeypatch):
             "    return []",
             "    raise SystemExit(0)",
         ):
-            assert task.reward(problem, wrong).parts == {
-                "format": 0,
-                "answered": 1,
-                "correct": 0,
-            }, (problem.answer, wrong)
+            assert task.reward(problem, wrong).parts == failed, (problem.answer, wrong)

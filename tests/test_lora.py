@@ -1,10 +1,13 @@
-"""Adapters: their gradient against autograd through W + scale B A, and that sampler, learner, reference and files agree about the merged weights."""
+"""Adapters: their gradient against autograd through W + scale B A.
+
+And that sampler, learner, reference and files agree about the merged weights.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import toy_model
 
+from conftest import toy_model
 from nanorl.engine import Engine
 from nanorl.gpt import token_logprobs
 from nanorl.hf import load_model, save_model
@@ -33,16 +36,19 @@ def loss_of(model):
 
 def test_the_gradient_is_autograds_through_the_sum():
     generator = torch.Generator().manual_seed(0)
-    x, w, a, b, g = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((2, 5, 7), (4, 7), (3, 7), (4, 3), (2, 5, 4))
-    )
-    x, a, b = (t.requires_grad_() for t in (x, a, b))
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = randn(2, 5, 7).requires_grad_()
+    w = randn(4, 7)
+    a = randn(3, 7).requires_grad_()
+    b = randn(4, 3).requires_grad_()
+    g = randn(2, 5, 4)
+    by_autograd = F.linear(x, w + 0.5 * b @ a)
+    by_hand = LowRank.apply(x, (w + 0.5 * b @ a).detach(), a, b, 0.5)
     gradients = []
-    for y in (
-        F.linear(x, w + 0.5 * b @ a),
-        LowRank.apply(x, (w + 0.5 * b @ a).detach(), a, b, 0.5),
-    ):
+    for y in (by_autograd, by_hand):
         y.backward(g)
         gradients.append([t.grad for t in (x, a, b)])
         x.grad = a.grad = b.grad = None
@@ -63,8 +69,10 @@ def test_the_models_gradient_is_the_full_ones_by_the_chain_rule(overrides):
     assert len(lora.projections) == 2 * len(TARGETS)
     for name, (_, _, a, b) in lora.projections.items():
         g = lora.scale * grads[f"{name}.weight"].grad
-        assert (a.grad - b.T @ g).abs().max() < 1e-10 and (b.grad - g @ a.T).abs().max() < 1e-10
-    assert all(p.grad is None for p in model.parameters())  # the weights' own are never formed
+        assert (a.grad - b.T @ g).abs().max() < 1e-10
+        assert (b.grad - g @ a.T).abs().max() < 1e-10
+    # The weights' own gradients are never formed.
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_fresh_adapter_changes_nothing_and_an_update_only_what_it_names():
@@ -79,21 +87,22 @@ def test_a_fresh_adapter_changes_nothing_and_an_update_only_what_it_names():
     lora.merge()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {
-        f"model.layers.{i}.{part}_proj.weight"
-        for i in range(2)
-        for part in ("self_attn.q", "mlp.down")
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
     }
 
 
 def test_sampler_learner_and_merged_weights_are_one_policy():
     model, lora = adapted()
     explicit = toy_model()
+    parameters = dict(explicit.named_parameters())
     with torch.no_grad():
         for name, (_, own, a, b) in lora.projections.items():
-            dict(explicit.named_parameters())[f"{name}.weight"].copy_(own + 6.0 / 3 * b @ a)
-    assert (explicit(IDS) - model(IDS)).abs().max() < 1e-12 and (
-        explicit(IDS) - toy_model()(IDS)
-    ).abs().max() > 0.1
+            parameters[f"{name}.weight"].copy_(own + 6.0 / 3 * b @ a)
+    assert (explicit(IDS) - model(IDS)).abs().max() < 1e-12
+    assert (explicit(IDS) - toy_model()(IDS)).abs().max() > 0.1
     (c,) = Engine(model).generate([IDS[0].tolist()], 1, 12)[0]
     ids = torch.tensor([IDS[0].tolist() + c.ids])
     learner = token_logprobs(model(ids)[0, 9:-1], ids[0, 10:])
@@ -101,31 +110,28 @@ def test_sampler_learner_and_merged_weights_are_one_policy():
 
 
 def test_in_bf16_the_sampler_has_no_weights_of_its_own():
-    """What an adapter adds is rounded into the weights once, and both halves multiply by the result."""
+    """What an adapter adds is rounded into the weights once: both halves multiply by the result."""
     model, lora = adapted(dtype=torch.bfloat16)
     merged = toy_model(dtype=torch.bfloat16)
     merged.load_state_dict(model.state_dict())
-    assert torch.equal(model(IDS), merged(IDS)) and not torch.equal(
-        model(IDS), toy_model(dtype=torch.bfloat16)(IDS)
-    )
+    plain = toy_model(dtype=torch.bfloat16)
+    assert torch.equal(model(IDS), merged(IDS))
+    assert not torch.equal(model(IDS), plain(IDS))
     assert Engine(model).model is model
     _, own, a, b = lora.projections["model.layers.0.mlp.up_proj"]
     assert a.dtype == b.dtype == torch.float32
-    assert torch.equal(
-        model.model.layers[0].mlp.up_proj.weight, (own + lora.scale * (b @ a)).bfloat16()
-    )
+    rounded = (own + lora.scale * (b @ a)).bfloat16()
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, rounded)
 
 
 def test_the_base_is_the_reference_and_costs_no_memory():
     model, lora = adapted()
     merged = model(IDS)
     lora.merge()
-    assert torch.equal(
-        model(IDS), merged
-    )  # from the weights as they were, not on top of what was merged before
-    addresses = {p.data_ptr() for p in model.parameters()} | {
-        own.data_ptr() for _, own, _, _ in lora.projections.values()
-    }
+    # It merges into the weights as they were, not on top of what was merged before.
+    assert torch.equal(model(IDS), merged)
+    addresses = {p.data_ptr() for p in model.parameters()}
+    addresses |= {own.data_ptr() for _, own, _, _ in lora.projections.values()}
     with lora.base(model) as base:
         assert torch.equal(base(IDS), toy_model()(IDS))
         assert {p.data_ptr() for p in base.parameters()} <= addresses
@@ -150,10 +156,8 @@ def test_saved_merged_it_is_a_plain_model(tmp_path, tokenizer):
     save_model(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
-        assert (
-            torch.equal(load_model(tmp_path)(IDS), model(IDS))
-            and (theirs(IDS).logits - model(IDS)).abs().max() <= 5e-4
-        )
+        assert torch.equal(load_model(tmp_path)(IDS), model(IDS))
+        assert (theirs(IDS).logits - model(IDS)).abs().max() <= 5e-4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The estimate: what is counted on a small pass holds for a large one. Against the process's own peak: the slow test."""
+"""The estimate of memory: what is counted on a small pass holds for a large one.
+
+The slow test compares it with the process's own peak.
+"""
 
 import json
 import os
@@ -8,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, toy_model
 
+from conftest import ROOT, toy_model
 from nanorl.lora import LoRA
 from nanorl.report import memory
 from nanorl.rollout import Rollout
@@ -17,10 +20,13 @@ from nanorl.sampling import Completion
 
 
 def forward(model, rows, T=32):
-    return lambda: model.logprobs(
-        model.hidden(torch.ones(rows, T, dtype=torch.long)).flatten(0, 1),
-        torch.ones(rows * T, dtype=torch.long),
-    )
+    """A function that runs the forward pass of so many rows of T tokens."""
+
+    def run():
+        ids = torch.ones(rows, T, dtype=torch.long)
+        return model.logprobs(model.hidden(ids).flatten(0, 1), ids.flatten())
+
+    return run
 
 
 def test_what_backward_needs_grows_with_the_tokens_and_shrinks_with_recomputation_and_lora():
@@ -28,17 +34,20 @@ def test_what_backward_needs_grows_with_the_tokens_and_shrinks_with_recomputatio
     one, four = (memory.saved_bytes(model, forward(model, rows)) for rows in (1, 4))
     assert 3.7 * one < four < 4 * one  # the table of log-probs' weight is there once
     c = model.config
-    at_least = (
-        32 * c.n_layer * 4 * (4 * c.n_embd + 3 * c.n_inner)
-    )  # a linear layer keeps its input, SwiGLU its factors
+    # A linear layer keeps its input, SwiGLU its factors.
+    at_least = 32 * c.n_layer * 4 * (4 * c.n_embd + 3 * c.n_inner)
     assert at_least < one < 4 * at_least
     LoRA(model, 2, 4.0)
     assert memory.saved_bytes(model, forward(model, 1)) <= one
 
 
 def test_the_activations_to_the_byte(monkeypatch):
-    """Without the measured allowance for what the allocator keeps: what does not grow with the tokens, what the forward pass of all tokens keeps, and of one
-    block as much again, its gradients; with recomputation what enters each block, and one block's."""
+    """Without the measured allowance for what the allocator keeps.
+
+    That is: what does not grow with the tokens, what the forward pass of all tokens keeps, and as
+    much again for one block, its gradients. With recomputation: what enters each block, and what
+    one block keeps.
+    """
     monkeypatch.setattr(memory, "HOLES", dict.fromkeys(memory.HOLES, 1.0))
     model = toy_model(dtype=torch.float32, n_layer=4)
     one, two, four = (memory.saved_bytes(model, forward(model, rows)) for rows in (1, 2, 4))
@@ -48,13 +57,13 @@ def test_the_activations_to_the_byte(monkeypatch):
     assert memory.activation_bytes(model, *passes, 4 * 32) == four + 4 * per_row / 4
     model.recompute = True
     entering = 4 * 32 * 4 * 32 * 4  # rows x tokens x layers x channels x bytes
-    assert (
-        memory.activation_bytes(model, *passes, 4 * 32) == once / 4 + entering + 2 * 4 * per_row / 4
-    )
+    expected = once / 4 + entering + 2 * 4 * per_row / 4
+    assert memory.activation_bytes(model, *passes, 4 * 32) == expected
 
 
 def test_on_a_cpu_holes_are_allowed_for(monkeypatch):
-    model, factor = toy_model(dtype=torch.float32), memory.HOLES["rows of one length"]
+    model = toy_model(dtype=torch.float32)
+    factor = memory.HOLES["rows of one length"]
     passes = [(forward(model, rows), rows * 32) for rows in (1, 2)]
     allowed = memory.activation_bytes(model, *passes, 128)
     monkeypatch.setattr(memory, "HOLES", dict.fromkeys(memory.HOLES, 1.0))
@@ -65,9 +74,8 @@ def test_on_a_cpu_holes_are_allowed_for(monkeypatch):
 @pytest.mark.parametrize("lengths", [[1, 1, 1, 1], [9, 1, 1, 1, 50], [3, 2]])
 def test_any_rollout_will_do(lengths):
     model = toy_model(dtype=torch.float32)
-    group = Rollout(
-        None, [1, 2, 3], [Completion([5] * n, [0.0] * n, True) for n in lengths], None, None, None
-    )
+    completions = [Completion([5] * n, [0.0] * n, True) for n in lengths]
+    group = Rollout(None, [1, 2, 3], completions, None, None, None)
     small, large = memory.passes(model, [group])
     assert large[1] == 2 * small[1] and memory.activation_bytes(model, small, large, 1000) > 0
     model.recompute = True
@@ -79,15 +87,19 @@ def test_any_rollout_will_do(lengths):
 def test_the_parts():
     model = toy_model(dtype=torch.float32)
     n = 4 * sum(p.numel() for p in model.parameters())
-    parts = memory.estimate(
-        model, [model], list(model.parameters()), used=10 * n, activations=5, cache=3
-    )
+    trained = list(model.parameters())
+    parts = memory.estimate(model, [model], trained, used=10 * n, activations=5, cache=3)
     assert parts == dict(
-        weights=n, copies=n, gradients=n, optimizer=2 * n, activations=5, cache=0, program=8 * n
+        weights=n,
+        copies=n,
+        gradients=n,
+        optimizer=2 * n,
+        activations=5,
+        cache=0,
+        program=8 * n,
     )
-    assert (
-        memory.estimate(model, [], [], used=n, activations=5, cache=7)["cache"] == 7
-    )  # never both at a time
+    # Activations and cache are never there at the same time: the larger counts.
+    assert memory.estimate(model, [], [], used=n, activations=5, cache=7)["cache"] == 7
     assert memory.cache_bytes(model.config, 2, 3, 10, 6, 5) == 2 * 2 * 2 * 8 * 2 * (3 * 10 + 6 * 5)
     tied = toy_model(dtype=torch.float32, tie_embeddings=True)
     assert memory.estimate(tied, [], [], 0, 0)["weights"] == 4 * tied.config.n_params()[0]  # once
@@ -96,9 +108,8 @@ def test_the_parts():
 def test_too_little_memory_is_said():
     parts = dict(weights=10**9, gradients=10**9, optimizer=2 * 10**9, activations=0, cache=10**8)
     line, warning = memory.describe(parts, free=3 * 10**9)
-    assert (
-        line
-        == "memory: about 4.10 GB at most: weights 1.00, gradients 1.00, optimizer 2.00, cache 0.10"
+    assert line == (
+        "memory: about 4.10 GB at most: weights 1.00, gradients 1.00, optimizer 2.00, cache 0.10"
     )
     assert warning.startswith(
         "WARNING: 3.10 GB of that are still to be taken and 3.00 are free: lower --device_tokens"
@@ -108,22 +119,21 @@ def test_too_little_memory_is_said():
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """out/ with an untrained base of 18 million parameters -> run(script, constants), its output."""
+    """out/ with an untrained base of 18 million parameters.
+
+    Returns run(script, *constants), which gives what the script printed; run.out is the folder.
+    """
     environment = {
         **os.environ,
         "NANORL_OUT": str(tmp_path_factory.mktemp("wide")),
         "OMP_NUM_THREADS": "1",
     }
-    run = lambda *arguments: (
-        subprocess.run(
-            [sys.executable, *arguments, "--device=cpu", "--task=sum3"],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
+
+    def run(*arguments):
+        command = [sys.executable, *arguments, "--device=cpu", "--task=sum3"]
+        options = dict(capture_output=True, text=True, check=True)
+        return subprocess.run(command, cwd=ROOT, env=environment, **options).stdout
+
     run(
         "train_base.py",
         "--run_name=m",
@@ -164,7 +174,10 @@ def wide(tmp_path_factory):
     ids=["sft", "rl"],
 )
 def test_the_estimate_against_the_peak(wide, script, start, arguments, more, tolerance):
-    """On a CPU the factor for what the allocator keeps is a measured one, and varies from run to run, with LoRA and recomputation most (docs/log.md)."""
+    """On a CPU the factor for what the allocator keeps is a measured one.
+
+    It varies from run to run, most with LoRA and recomputation (docs/log.md).
+    """
     name = script + "".join(more)
     said = wide(
         script,

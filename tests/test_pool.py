@@ -1,4 +1,7 @@
-"""Rewards in worker processes: whatever a reward does, it ends, is counted, and leaves nothing behind."""
+"""Rewards in worker processes.
+
+Whatever a reward does, it ends, is counted, and leaves nothing behind.
+"""
 
 import os
 import subprocess
@@ -50,7 +53,8 @@ class Nasty:
         if text == "odd":
             return lambda: 0
         print("a worker may print")
-        return Reward(self.scale * len(text), {"length": float(len(text)), "pid": float(os.getpid())})
+        return Reward(self.scale * len(text), \
+{"length": float(len(text)), "pid": float(os.getpid())})
 """
 
 
@@ -84,21 +88,19 @@ def test_each_gets_its_own_answer_and_none_is_lost(task, pool):
         if text in expected:
             assert isinstance(answer, Failure) and answer.kind == expected[text], text
         else:
-            assert isinstance(answer, Reward) and answer.total == 2 * len(
-                text
-            )  # in order, with the task's settings
-    assert all(
-        answer.parts["pid"] != os.getpid() for answer in answers if isinstance(answer, Reward)
-    )
-    assert [a.total for a in pool.judge([(problem, "xy")] * 3)] == [
-        4.0
-    ] * 3  # and the pool works on
+            # In order, with the task's settings, and from another process.
+            assert isinstance(answer, Reward)
+            assert answer.total == 2 * len(text)
+            assert answer.parts["pid"] != os.getpid()
+    # The pool works on.
+    assert [a.total for a in pool.judge([(problem, "xy")] * 3)] == [4.0] * 3
     assert pool.judge([]) == []
 
 
 def test_workers_work_side_by_side_and_stay(task, tmp_path):
     """Each of two rewards waits for the other: one after the other, neither would ever end."""
-    pool, problem = RewardPool(task._recipe, 60.0, workers=2), task.problem(0)
+    pool = RewardPool(task._recipe, 60.0, workers=2)
+    problem = task.problem(0)
     try:
         assert [r.total for r in pool.judge([(problem, f"meet {tmp_path}")] * 2)] == [2.0, 2.0]
         before = {w.process.pid for w in pool.workers}
@@ -111,18 +113,24 @@ def test_workers_work_side_by_side_and_stay(task, tmp_path):
 def test_a_child_of_the_reward_dies_with_its_worker(task, pool):
     assert pool.judge([(task.problem(0), "child")])[0].kind == TIMEOUT
     for _ in range(50):
-        left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-        if "sleep 61.234" not in left:
+        running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        if "sleep 61.234" not in running:
             break
         time.sleep(0.1)
-    assert "sleep 61.234" not in left
+    assert "sleep 61.234" not in running
 
 
 def test_workers_end_with_the_trainer(task):
-    """Killed, the trainer cannot close its pool: an idle worker sees that the pipe is shut, one that hangs has an alarm."""
+    """A killed trainer cannot close its pool.
+
+    An idle worker sees that the pipe is shut, and one that hangs has an alarm.
+    """
     code = (
-        f"import sys, time; sys.path[:0] = {sys.path!r}; from nanorl.tasks import get_task; from nanorl.tasks.pool import RewardPool; t = get_task({task._recipe[0]!r});"
-        "p = RewardPool(t._recipe, 0.7, 1); p.judge([(t.problem(0), 'x')]); print(p.workers[0].process.pid, flush=True);"
+        f"import sys, time; sys.path[:0] = {sys.path!r};"
+        " from nanorl.tasks import get_task; from nanorl.tasks.pool import RewardPool;"
+        f" t = get_task({task._recipe[0]!r});"
+        "p = RewardPool(t._recipe, 0.7, 1); p.judge([(t.problem(0), 'x')]);"
+        " print(p.workers[0].process.pid, flush=True);"
         "p.timeout = 0.1; {}; time.sleep(60)"
     )
     for busy in ("0", "p.workers[0].send((t.problem(0), 'hang', 0.1))"):
@@ -132,9 +140,8 @@ def test_workers_end_with_the_trainer(task):
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        lines = [
-            trainer.stdout.readline() for _ in range(2)
-        ]  # the worker's own print comes first or second
+        # The worker's own print comes first or second.
+        lines = [trainer.stdout.readline() for _ in range(2)]
         worker = int(next(line for line in lines if line.strip().isdigit()))
         time.sleep(0.2)
         trainer.kill()
@@ -147,9 +154,8 @@ def test_workers_end_with_the_trainer(task):
 
 
 def alive(pid):
-    state = subprocess.run(
-        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
-    ).stdout.strip()
+    command = ["ps", "-o", "stat=", "-p", str(pid)]
+    state = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return bool(state) and not state.startswith("Z")
 
 
@@ -207,14 +213,10 @@ def test_large_texts_and_problems_pass(task, pool):
 def test_a_task_that_workers_cannot_make_is_the_users_mistake(
     task, tmp_path, monkeypatch, how, words
 ):
-    """It works here, and not there."""
+    """The task works in the trainer's process and not in a worker's."""
     monkeypatch.setattr("nanorl.tasks.pool.START", 3.0)
-    (tmp_path / "here.py").write_text(
-        TASK.replace(
-            "self.scale = float(scale)",
-            f"self.scale = 1.0\n        if 'pool' in __import__('sys').argv[0]: {how}",
-        )
-    )
+    in_workers = f"self.scale = 1.0\n        if 'pool' in __import__('sys').argv[0]: {how}"
+    (tmp_path / "here.py").write_text(TASK.replace("self.scale = float(scale)", in_workers))
     pool = RewardPool((f"{tmp_path / 'here.py'}:Nasty", "train", {}), 0.7, workers=1)
     with pytest.raises(ValueError, match=words):
         pool.judge([(task.problem(0), "x")])
@@ -222,10 +224,8 @@ def test_a_task_that_workers_cannot_make_is_the_users_mistake(
 
 
 def test_a_mixture_takes_the_longest_deadline_of_its_tasks(task):
-    assert (
-        get_task(f"{task._recipe[0]}=1,counting=1").timeout == task.timeout
-        and get_task("counting=1,binary=1").timeout == 0
-    )
+    assert get_task(f"{task._recipe[0]}=1,counting=1").timeout == task.timeout
+    assert get_task("counting=1,binary=1").timeout == 0
 
 
 def test_a_task_without_a_deadline_is_asked_here():

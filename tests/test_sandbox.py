@@ -1,4 +1,7 @@
-"""The sandbox: right programs pass, no wrong one does whatever it tries, and nothing that a program does outlives its run or reaches the caller."""
+"""The sandbox: right programs pass, and wrong ones fail whatever they try.
+
+Nothing that a program does outlives its run or reaches the caller.
+"""
 
 import glob
 import math
@@ -12,13 +15,19 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from nanorl.tasks import sandbox
 from nanorl.tasks.sandbox import LAYERS, LINUX, MARGIN, Result, pack, run, unpack
 
-INCREMENT = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(2) == 3\n    assert candidate([3])[0] == 4\n"
+INCREMENT = (
+    "def check(candidate):\n"
+    "    assert candidate(1) == 2\n"
+    "    assert candidate(2) == 3\n"
+    "    assert candidate([3])[0] == 4\n"
+)
 RIGHT = "def f(x):\n    return [x[0] + 1] if isinstance(x, list) else x + 1\n"
+# The empty tuple is root in a container that may do nothing.
 WITHOUT = [
     LAYERS,
     ("uid", "calls"),
@@ -27,20 +36,25 @@ WITHOUT = [
     ("calls",),
     ("namespaces",),
     (),
-]  # () is root in a container that may do nothing
+]
 MODES = pytest.mark.parametrize("layers", WITHOUT, ids=lambda layers: "+".join(layers) or "none")
+# The layers that stop a fork bomb.
 FENCED = pytest.mark.parametrize(
     "layers", [x for x in WITHOUT if x and x != ("namespaces",)], ids="+".join
-)  # the layers that a fork bomb meets
+)
 
 
 def processes(marker):
-    """The processes whose command line has the marker: a run's `seconds` is on its processes', those forked included."""
+    """The processes whose command line has the marker.
+
+    A run's `seconds` is on the command line of each of its processes, the forked ones included.
+    """
     found = []
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         try:
             with open(path, "rb") as f:
-                found += [path] * (marker.encode() in f.read())
+                if marker.encode() in f.read():
+                    found.append(path)
         except OSError:
             pass
     return found
@@ -48,7 +62,7 @@ def processes(marker):
 
 @pytest.fixture(autouse=True, scope="module")
 def own_folder_for_temporary_files():
-    """So that what another process leaves there is not taken for ours."""
+    """What another process leaves in the common folder is then not taken for ours."""
     with tempfile.TemporaryDirectory(prefix="sandbox-tests-") as folder:
         os.chmod(folder, 0o711)  # programs run as another user
         patch = pytest.MonkeyPatch()
@@ -64,8 +78,10 @@ def homes():
 
 def run_clean(program, test=INCREMENT, seconds=2.0, layers=LAYERS, **settings):
     """run(), which must be back in time and leave nothing."""
-    seconds += float.fromhex("0x1p-20") * (1 + hash(program) % 1000)  # no other run's
-    before, begun = homes(), time.monotonic()
+    # No other run has these seconds, so they mark this run's processes.
+    seconds += float.fromhex("0x1p-20") * (1 + hash(program) % 1000)
+    before = homes()
+    begun = time.monotonic()
     result = run(program, "f", test, seconds=seconds, layers=layers, **settings)
     assert time.monotonic() - begun < seconds + MARGIN  # the machine may be slow
     assert not processes(repr(seconds)) and homes() <= before
@@ -75,11 +91,15 @@ def run_clean(program, test=INCREMENT, seconds=2.0, layers=LAYERS, **settings):
 @MODES
 def test_right_programs_pass(layers):
     assert run_clean(RIGHT, layers=layers) == Result(True, "passed")
-    assert run_clean(
-        "import collections, dataclasses, decimal, fractions, functools, hashlib, heapq, itertools, json.tool, math, re, string, typing, xml.dom\n"
-        "@dataclasses.dataclass\nclass A:\n    x: int\n" + RIGHT,
-        layers=layers,
-    ).passed  # the standard library is at hand
+    # The standard library is at hand.
+    program = (
+        "import collections, dataclasses, decimal, fractions, functools, hashlib, heapq,"
+        " itertools, json.tool, math, re, string, typing, xml.dom\n"
+        "@dataclasses.dataclass\n"
+        "class A:\n"
+        "    x: int\n" + RIGHT
+    )
+    assert run_clean(program, layers=layers).passed
 
 
 def test_helpers_and_the_functions_own_name():
@@ -123,7 +143,7 @@ def test_why(program, why):
     assert run_clean(program) == Result(False, why)
 
 
-# ---- cheats: each is a wrong program ---------------------------------------------------------------------------
+# ---- cheats: each is a wrong program -------------------------------------------------------------
 
 WRITE_ALL = "for fd in range(64):\n        try: os.write(fd, text)\n        except OSError: pass\n"
 CHEATS = {
@@ -133,46 +153,136 @@ CHEATS = {
     "_exit in the function": "import os\ndef f(x):\n    os._exit(0)\n",
     "SystemExit": "def f(x):\n    raise SystemExit\n",
     "KeyboardInterrupt": "def f(x):\n    raise KeyboardInterrupt\n",
-    "says passed": "import os\ndef f(x):\n    print('passed')\n    text = b'passed\\n'\n    "
-    + WRITE_ALL,
-    "says passed everywhere, then exits": "import os\ndef f(x):\n    text = b'[\"passed\"]\\n'\n    "
-    + WRITE_ALL
-    + "    os._exit(0)\n",
-    "__eq__": "class A:\n    def __eq__(self, other): return True\n    def __getitem__(self, i): return self\ndef f(x):\n    return A()\n",
-    "int with __eq__": "class A(int):\n    def __eq__(self, other): return True\n    def __getitem__(self, i): return self\ndef f(x):\n    return A(7)\n",
-    "list with __eq__": "class A(list):\n    def __eq__(self, other): return True\n    def __getitem__(self, i): return self\ndef f(x):\n    return A()\n",
-    "number by registration": "import numbers\nclass A:\n    def __eq__(self, other): return True\n    def __int__(self): return 7\nnumbers.Integral.register(A)\ndef f(x):\n    return A()\n",
-    "builtins": "import builtins\nfor name in ('isinstance', 'all', 'any', 'len', 'compile', 'type', 'print'):\n    setattr(builtins, name, lambda *a, **k: True)\ndef f(x):\n    return 7\n",
-    "AssertionError": "import builtins\nbuiltins.AssertionError = None\nbuiltins.__debug__ = False\ndef f(x):\n    return 7\n",
+    "says passed": (
+        "import os\ndef f(x):\n    print('passed')\n    text = b'passed\\n'\n    " + WRITE_ALL
+    ),
+    "says passed everywhere, then exits": (
+        "import os\n"
+        "def f(x):\n"
+        "    text = b'[\"passed\"]\\n'\n"
+        "    " + WRITE_ALL + "    os._exit(0)\n"
+    ),
+    "__eq__": (
+        "class A:\n"
+        "    def __eq__(self, other): return True\n"
+        "    def __getitem__(self, i): return self\n"
+        "def f(x):\n"
+        "    return A()\n"
+    ),
+    "int with __eq__": (
+        "class A(int):\n"
+        "    def __eq__(self, other): return True\n"
+        "    def __getitem__(self, i): return self\n"
+        "def f(x):\n"
+        "    return A(7)\n"
+    ),
+    "list with __eq__": (
+        "class A(list):\n"
+        "    def __eq__(self, other): return True\n"
+        "    def __getitem__(self, i): return self\n"
+        "def f(x):\n"
+        "    return A()\n"
+    ),
+    "number by registration": (
+        "import numbers\n"
+        "class A:\n"
+        "    def __eq__(self, other): return True\n"
+        "    def __int__(self): return 7\n"
+        "numbers.Integral.register(A)\n"
+        "def f(x):\n"
+        "    return A()\n"
+    ),
+    "builtins": (
+        "import builtins\n"
+        "for name in ('isinstance', 'all', 'any', 'len', 'compile', 'type', 'print'):\n"
+        "    setattr(builtins, name, lambda *a, **k: True)\n"
+        "def f(x):\n"
+        "    return 7\n"
+    ),
+    "AssertionError": (
+        "import builtins\n"
+        "builtins.AssertionError = None\n"
+        "builtins.__debug__ = False\n"
+        "def f(x):\n"
+        "    return 7\n"
+    ),
     "raises AssertionError": "def f(x):\n    raise AssertionError('passed')\n",
-    "patches check": "import sys\nfor m in list(sys.modules.values()):\n    for name in ('check', 'tester', 'run', 'unpack', 'ask', 'say'):\n        setattr(m, name, lambda *a, **k: True)\ndef f(x):\n    return 7\n",
-    "replaces itself": "import sys\nsys.modules['program'] = sys.modules['__main__'] = None\ndef f(x):\n    return 7\n",
-    "excepthook, atexit": "import sys, atexit\nsys.excepthook = print\natexit.register(print, 'passed')\ndef f(x):\n    return 7\n",
-    "frames": "import os, sys\ndef f(x):\n    frame, text = sys._getframe(), b''\n    while frame:\n        text += repr({**frame.f_locals, **frame.f_globals}).encode()\n        frame = frame.f_back\n"
-    "    import re\n    for text in re.findall(rb'[0-9a-f]{32}', text):\n        "
-    + WRITE_ALL.replace("\n    ", "\n        ")
-    + "    return 7\n",
-    "gc": "import gc, os, re\ndef f(x):\n    text = b' '.join(re.findall(rb'[0-9a-f]{32}', repr([o for o in gc.get_objects() if type(o) in (list, dict, tuple)]).encode()))\n    "
-    + WRITE_ALL,
+    "patches check": (
+        "import sys\n"
+        "for m in list(sys.modules.values()):\n"
+        "    for name in ('check', 'tester', 'run', 'unpack', 'ask', 'say'):\n"
+        "        setattr(m, name, lambda *a, **k: True)\n"
+        "def f(x):\n"
+        "    return 7\n"
+    ),
+    "replaces itself": (
+        "import sys\n"
+        "sys.modules['program'] = sys.modules['__main__'] = None\n"
+        "def f(x):\n"
+        "    return 7\n"
+    ),
+    "excepthook, atexit": (
+        "import sys, atexit\n"
+        "sys.excepthook = print\n"
+        "atexit.register(print, 'passed')\n"
+        "def f(x):\n"
+        "    return 7\n"
+    ),
+    "frames": (
+        "import os, sys\n"
+        "def f(x):\n"
+        "    frame, text = sys._getframe(), b''\n"
+        "    while frame:\n"
+        "        text += repr({**frame.f_locals, **frame.f_globals}).encode()\n"
+        "        frame = frame.f_back\n"
+        "    import re\n"
+        "    for text in re.findall(rb'[0-9a-f]{32}', text):\n"
+        "        " + WRITE_ALL.replace("\n    ", "\n        ") + "    return 7\n"
+    ),
+    "gc": (
+        "import gc, os, re\n"
+        "def f(x):\n"
+        "    text = b' '.join(re.findall(rb'[0-9a-f]{32}',"
+        " repr([o for o in gc.get_objects() if type(o) in (list, dict, tuple)]).encode()))\n"
+        "    " + WRITE_ALL
+    ),
     "raises what comes": "def f(x):\n    raise [StopIteration, GeneratorExit, SystemExit][x % 3]\n",
-    "signal to the supervisor": "import os\ndef f(x):\n    os.kill(os.getppid(), 15)\n    return 7\n",
-    "signals to the group": "import os, signal\nsignal.signal(15, signal.SIG_IGN)\ndef f(x):\n    os.killpg(0, 15)\n    return 7\n",
+    "signal to the supervisor": (
+        "import os\ndef f(x):\n    os.kill(os.getppid(), 15)\n    return 7\n"
+    ),
+    "signals to the group": (
+        "import os, signal\n"
+        "signal.signal(15, signal.SIG_IGN)\n"
+        "def f(x):\n"
+        "    os.killpg(0, 15)\n"
+        "    return 7\n"
+    ),
     "another program": "import os\ndef f(x):\n    os.execv('/bin/echo', ['echo', 'passed'])\n",
     "no answer but silence": "import os\nos.closerange(0, 64)\ndef f(x):\n    return 7\n",
     "garbage": "import os\ndef f(x):\n    text = b'passed\\n'\n    " + WRITE_ALL,
-    "an unhashable item": 'import os\ndef f(x):\n    text = b\'["value", {"set": [[1]]}]\\n\'\n    '
-    + WRITE_ALL,
-    "an unknown type": 'import os\ndef f(x):\n    text = b\'["value", {"object": []}]\\n\'\n    '
-    + WRITE_ALL,
-    "an answer without a value": "import os\ndef f(x):\n    text = b'[\"value\"]\\n'\n    "
-    + WRITE_ALL,
-    "an exit for the tester": 'import os\ndef f(x):\n    text = b\'["error", "SystemExit", "0"]\\n\'\n    '
-    + WRITE_ALL,
+    "an unhashable item": (
+        'import os\ndef f(x):\n    text = b\'["value", {"set": [[1]]}]\\n\'\n    ' + WRITE_ALL
+    ),
+    "an unknown type": (
+        'import os\ndef f(x):\n    text = b\'["value", {"object": []}]\\n\'\n    ' + WRITE_ALL
+    ),
+    "an answer without a value": (
+        "import os\ndef f(x):\n    text = b'[\"value\"]\\n'\n    " + WRITE_ALL
+    ),
+    "an exit for the tester": (
+        'import os\ndef f(x):\n    text = b\'["error", "SystemExit", "0"]\\n\'\n    ' + WRITE_ALL
+    ),
     "deeply nested": "import os\ndef f(x):\n    text = b'[' * 500_000 + b'\\n'\n    " + WRITE_ALL,
-    "a long number": "import os\ndef f(x):\n    text = b'[\"value\", ' + b'9' * 500_000 + b']\\n'\n    "
-    + WRITE_ALL,
+    "a long number": (
+        "import os\n"
+        "def f(x):\n"
+        "    text = b'[\"value\", ' + b'9' * 500_000 + b']\\n'\n"
+        "    " + WRITE_ALL
+    ),
     "NaN": "def f(x):\n    return float('nan')\n",
-    "an argument that it changes": "def f(x):\n    if isinstance(x, list):\n        x[0] = 4\n    return x\n",
+    "an argument that it changes": (
+        "def f(x):\n    if isinstance(x, list):\n        x[0] = 4\n    return x\n"
+    ),
 }
 
 
@@ -184,7 +294,8 @@ def test_cheats_fail(name, layers):
     assert not run_clean(CHEATS[name], layers=layers).passed
 
 
-# Right answers only if a process of this run, or the caller, can be looked into or its pipes be opened: then the secret is there to find.
+# This program gives right answers only if it can look into a process of this run, or into the
+# caller, or can open its pipes. The secret could be found there.
 PEEK = """
 import os, sys
 def looks():
@@ -210,30 +321,30 @@ def f(x):
 
 @MODES
 def test_the_supervisor_and_the_tester_cannot_be_looked_into(layers):
-    others = "[int(p) for p in os.listdir('/proc') if p.isdigit() and open(f'/proc/{p}/cmdline').read() == open('/proc/self/cmdline').read() and p != os.readlink('/proc/self')]"
-    assert run_clean(
-        PEEK.format(pids="[os.readlink('/proc/self')]"), layers=layers
-    ).passed  # the test can see what it looks for
-    assert (
-        run_clean("import os\n" + PEEK.format(pids=others), layers=layers).why
-        == "wrong: AssertionError"
+    # The program can look into itself, so the test sees what it looks for.
+    itself = "[os.readlink('/proc/self')]"
+    assert run_clean(PEEK.format(pids=itself), layers=layers).passed
+    others = (
+        "[int(p) for p in os.listdir('/proc') if p.isdigit()"
+        " and open(f'/proc/{p}/cmdline').read() == open('/proc/self/cmdline').read()"
+        " and p != os.readlink('/proc/self')]"
     )
+    result = run_clean("import os\n" + PEEK.format(pids=others), layers=layers)
+    assert result.why == "wrong: AssertionError"
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root has another user's rights to give away")
 def test_root_gives_its_rights_away(tmp_path):
-    """The caller cannot be looked into, its files not be removed, and its user's files not be read."""
-    assert (
-        run_clean("import os\n" + PEEK.format(pids=[os.getpid()]), layers=("uid",)).why
-        == "wrong: AssertionError"
-    )
+    """A program cannot look into the caller, remove its files or read its user's files."""
+    result = run_clean("import os\n" + PEEK.format(pids=[os.getpid()]), layers=("uid",))
+    assert result.why == "wrong: AssertionError"
     file = tmp_path / "mine"
     file.write_text("x")
     file.chmod(0o600)
+    # Other users may enter the file's folder: only the file's own mode protects it.
     for path in (tmp_path, *tmp_path.parents):
-        path.chmod(
-            path.stat().st_mode | 0o011
-        ) if path.owner() == "root" and path != tmp_path.parents[-1] else None
+        if path.owner() == "root" and path != tmp_path.parents[-1]:
+            path.chmod(path.stat().st_mode | 0o011)
     result = run_clean(f"import os\nos.remove({str(file)!r})\n", layers=("uid",))
     assert "PermissionError" in result.why and file.exists()
     assert "PermissionError" in run_clean(f"open({str(file)!r})\n", layers=("uid",)).why
@@ -247,21 +358,34 @@ def test_the_tester_ends_well_only_by_reaching_the_end():
         "print('passed'); os.nothing",
     ):
         assert not run_clean(RIGHT, INCREMENT + f"    {last}\n").passed
-    if LINUX:  # the test's own source can see this: other processes of the same user cannot read the one that it runs in
-        assert run_clean(
-            RIGHT, INCREMENT + "    import ctypes\n    assert ctypes.CDLL(None).prctl(3) == 0\n"
-        ).passed
+    if LINUX:
+        # The test's own source can see that other processes of its user cannot read its process.
+        test = INCREMENT + "    import ctypes\n    assert ctypes.CDLL(None).prctl(3) == 0\n"
+        assert run_clean(RIGHT, test).passed
 
 
 def test_a_death_is_not_the_exception_that_a_test_expects():
-    test = "def check(candidate):\n    try:\n        candidate(1)\n    except {}:\n        pass\n    else:\n        assert False\n"
+    test = (
+        "def check(candidate):\n"
+        "    try:\n"
+        "        candidate(1)\n"
+        "    except {}:\n"
+        "        pass\n"
+        "    else:\n"
+        "        assert False\n"
+    )
     for expected in ("ValueError", "Exception", "BaseException"):
         assert run_clean("def f(x):\n    raise ValueError('no')\n", test.format(expected)).passed
         for wrong in (
             "import os\n    os._exit(0)",
             "import os\n    os.closerange(3, 9)",
             "return 'x' * 2_000_000",
-            'import os\n    for fd in range(3, 9):\n        try: os.write(fd, b\'["value", {"object": []}]\\n\')\n        except OSError: pass',
+            (
+                "import os\n"
+                "    for fd in range(3, 9):\n"
+                '        try: os.write(fd, b\'["value", {"object": []}]\\n\')\n'
+                "        except OSError: pass"
+            ),
         ):
             assert not run_clean(f"def f(x):\n    {wrong}\n", test.format(expected)).passed
 
@@ -284,7 +408,7 @@ def test_exceptions_arrive_by_name(raised, seen):
     assert run_clean(f"def f(x):\n    raise {raised}\n").why.startswith("wrong: " + seen)
 
 
-# ---- values ----------------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------------------
 
 VALUES = [
     None,
@@ -324,14 +448,21 @@ def same(a, b):
 def test_plain_values_come_back_with_their_types():
     for value in VALUES:
         assert same(unpack(pack(value)), value)
-    check = f"def check(candidate):\n    from math import inf\n    for v in {VALUES!r}:\n        got = candidate(v)\n        assert type(got) is type(v) and repr(got) == repr(v)\n"
-    assert run_clean(
-        "def f(x):\n    return x\n", check.replace("(inf-0j)", "complex(inf, -0.0)")
-    ).passed
-    assert run_clean(
-        "def f(x):\n    return x\n",
-        "def check(candidate):\n    v = candidate(float('nan'))\n    assert v != v and type(v) is float\n",
-    ).passed
+    check = (
+        "def check(candidate):\n"
+        "    from math import inf\n"
+        f"    for v in {VALUES!r}:\n"
+        "        got = candidate(v)\n"
+        "        assert type(got) is type(v) and repr(got) == repr(v)\n"
+    )
+    check = check.replace("(inf-0j)", "complex(inf, -0.0)")
+    assert run_clean("def f(x):\n    return x\n", check).passed
+    check_nan = (
+        "def check(candidate):\n"
+        "    v = candidate(float('nan'))\n"
+        "    assert v != v and type(v) is float\n"
+    )
+    assert run_clean("def f(x):\n    return x\n", check_nan).passed
 
 
 def test_subclasses_and_numbers_become_plain():
@@ -361,17 +492,17 @@ def test_subclasses_and_numbers_become_plain():
             pack(value)
 
 
-# ---- what a program may not do ---------------------------------------------------------------------------------
+# ---- what a program may not do -------------------------------------------------------------------
 
 
 def answers(program, test_of_answer, layers=LAYERS, **settings):
-    """Asserts on what the program finds out: `answer` in the test."""
-    result = run_clean(
-        program,
-        f"def check(candidate):\n    answer = candidate()\n    assert {test_of_answer}, repr(answer)[:250]\n",
-        layers=layers,
-        **settings,
+    """Assert something of what the program finds out. The condition calls it `answer`."""
+    test = (
+        "def check(candidate):\n"
+        "    answer = candidate()\n"
+        f"    assert {test_of_answer}, repr(answer)[:250]\n"
     )
+    result = run_clean(program, test, layers=layers, **settings)
     assert result.passed, result.why
 
 
@@ -383,43 +514,69 @@ def test_the_surroundings_are_empty(layers, monkeypatch):
         "set(answer) <= {'HOME', 'LANG', 'PATH', 'LD_LIBRARY_PATH', 'LC_CTYPE'}",
         layers,
     )
-    answers(
-        "import os\ndef f():\n    return [os.fstat(fd).st_rdev for fd in range(3)], os.fstat(0).st_rdev == os.stat('/dev/null').st_rdev",
-        "answer == ([answer[0][0]] * 3, True)",
-        layers,
+    # Input, output and errors are /dev/null.
+    standard = (
+        "import os\n"
+        "def f():\n"
+        "    return [os.fstat(fd).st_rdev for fd in range(3)],"
+        " os.fstat(0).st_rdev == os.stat('/dev/null').st_rdev"
     )
-    pipes = "import os\ndef f():\n    found = 0\n    for fd in range(64):\n        try: found += 'pipe:' in os.readlink(f'/proc/self/fd/{fd}')\n        except OSError: pass\n    return found"
-    answers(pipes, "answer == 2", layers)  # the tester's calls and the answers, and no other
+    answers(standard, "answer == ([answer[0][0]] * 3, True)", layers)
+    # Two pipes and no other: the tester's calls and the answers.
+    pipes = (
+        "import os\n"
+        "def f():\n"
+        "    found = 0\n"
+        "    for fd in range(64):\n"
+        "        try: found += 'pipe:' in os.readlink(f'/proc/self/fd/{fd}')\n"
+        "        except OSError: pass\n"
+        "    return found"
+    )
+    answers(pipes, "answer == 2", layers)
 
 
 @MODES
 def test_limits_and_rights(layers):
-    answers(
-        "import resource as r\ndef f():\n    return [r.getrlimit(x)[1] for x in (r.RLIMIT_CPU, r.RLIMIT_AS, r.RLIMIT_FSIZE, r.RLIMIT_NPROC, r.RLIMIT_NOFILE, r.RLIMIT_CORE)]"
-        if "calls" not in layers
-        # there getrlimit is refused too
-        else "def f():\n    text = open('/proc/self/limits').read()\n    return [int(next(l for l in text.splitlines() if l.startswith('Max ' + n))[26:].split()[1])"
-        " for n in ('cpu time', 'address space', 'file size', 'processes', 'open files', 'core file size')]",
-        f"answer == [4, {100 << 20}, {1 << 20}, 1, 32, 0]",
-        layers,
-        memory=100 << 20,
+    if "calls" in layers:
+        # The list of calls refuses getrlimit too.
+        limits = (
+            "def f():\n"
+            "    text = open('/proc/self/limits').read()\n"
+            "    return [int(next(l for l in text.splitlines()"
+            " if l.startswith('Max ' + n))[26:].split()[1])"
+            " for n in ('cpu time', 'address space', 'file size', 'processes', 'open files',"
+            " 'core file size')]"
+        )
+    else:
+        limits = (
+            "import resource as r\n"
+            "def f():\n"
+            "    return [r.getrlimit(x)[1] for x in (r.RLIMIT_CPU, r.RLIMIT_AS, r.RLIMIT_FSIZE,"
+            " r.RLIMIT_NPROC, r.RLIMIT_NOFILE, r.RLIMIT_CORE)]"
+        )
+    expected = f"answer == [4, {100 << 20}, {1 << 20}, 1, 32, 0]"
+    answers(limits, expected, layers, memory=100 << 20)
+
+    status = (
+        "def f():\n"
+        "    return dict(line.split(':', 1)"
+        " for line in open('/proc/self/status').read().split('\\n') if line)"
     )
-    status = "def f():\n    return dict(line.split(':', 1) for line in open('/proc/self/status').read().split('\\n') if line)"
-    answers(
-        status,
-        "answer['CapEff'].strip('\\t0') == '' and answer['CapPrm'].strip('\\t0') == '' and answer['NoNewPrivs'] == '\\t1'",
-        layers,
+    no_rights = (
+        "answer['CapEff'].strip('\\t0') == '' and answer['CapPrm'].strip('\\t0') == ''"
+        " and answer['NoNewPrivs'] == '\\t1'"
     )
+    answers(status, no_rights, layers)
     if os.uname().machine in sandbox.CALLS:
         answers(status, f"answer['Seccomp'] == '\\t{2 if 'calls' in layers else 0}'", layers)
     if os.getuid() == 0:
-        answers(
-            status,
-            "min(map(int, (answer['Uid'] + answer['Gid'] + answer['Groups']).split())) >= 61184"
-            if "uid" in layers
-            else "answer['Uid'].split()[0] == '0'",
-            layers,
-        )
+        if "uid" in layers:
+            ids = (
+                "min(map(int, (answer['Uid'] + answer['Gid'] + answer['Groups']).split())) >= 61184"
+            )
+        else:
+            ids = "answer['Uid'].split()[0] == '0'"
+        answers(status, ids, layers)
 
 
 REFUSED = {
@@ -448,63 +605,116 @@ REFUSED = {
 )
 @pytest.mark.parametrize("name", REFUSED)
 def test_calls_are_refused(name, tmp_path):
-    """By the list alone, without root's other user id, so for everybody."""
+    """The list alone refuses them, without root's other user id: so for everybody."""
     mine = tmp_path / "mine"
     mine.write_text("x")
     action = REFUSED[name].format(mine=str(mine), caller=os.getpid())
-    answers(
-        f"import _thread, fcntl, os, resource, socket\ndef f():\n    try:\n        {action}\n    except (OSError, RuntimeError, ZeroDivisionError) as error:\n        return 'refused'",
-        "answer == 'refused'",
-        ("calls",),
+    program = (
+        "import _thread, fcntl, os, resource, socket\n"
+        "def f():\n"
+        "    try:\n"
+        f"        {action}\n"
+        "    except (OSError, RuntimeError, ZeroDivisionError) as error:\n"
+        "        return 'refused'"
     )
+    answers(program, "answer == 'refused'", ("calls",))
     assert mine.read_text() == "x" and mine.stat().st_mode & 0o600
 
 
 @MODES
 def test_network(layers):
-    """Taken away by the list of calls, or by a namespace; where there is neither it is there, as the module says."""
+    """The list of calls or a namespace takes the network away.
+
+    Without either a program has the network, as the module says.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
-        program = f"import os, socket\ndef f():\n    try:\n        socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), timeout=1)\n        connected = True\n    except OSError:\n        connected = False\n    return connected, os.readlink('/proc/self/ns/net')"
-        own = (
-            "namespaces" in layers
-            and subprocess.run(
+        port = server.getsockname()[1]
+        program = (
+            "import os, socket\n"
+            "def f():\n"
+            "    try:\n"
+            f"        socket.create_connection(('127.0.0.1', {port}), timeout=1)\n"
+            "        connected = True\n"
+            "    except OSError:\n"
+            "        connected = False\n"
+            "    return connected, os.readlink('/proc/self/ns/net')"
+        )
+        # The run has a network namespace of its own if it asks for one and the machine allows it.
+        own = False
+        if "namespaces" in layers:
+            unshare = subprocess.run(
                 ["unshare", "--net"] + ["--user"] * (os.getuid() != 0) + ["true"],
                 stderr=subprocess.DEVNULL,
-            ).returncode
-            == 0
+            )
+            own = unshare.returncode == 0
+        refused = own or ("calls" in layers and os.uname().machine in sandbox.CALLS)
+        expected = (
+            f"answer[0] is {not refused}"
+            f" and (answer[1] != {os.readlink('/proc/self/ns/net')!r}) is {own}"
         )
-        refused = own or "calls" in layers and os.uname().machine in sandbox.CALLS
-        answers(
-            program,
-            f"answer[0] is {not refused} and (answer[1] != {os.readlink('/proc/self/ns/net')!r}) is {own}",
-            layers,
-        )
+        answers(program, expected, layers)
 
 
-# ---- survival --------------------------------------------------------------------------------------------------
+# ---- survival ------------------------------------------------------------------------------------
 
-IGNORE = "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
+IGNORE = (
+    "import signal\n"
+    "for s in range(1, 65):\n"
+    "    try: signal.signal(s, signal.SIG_IGN)\n"
+    "    except (OSError, ValueError): pass\n"
+)
 SURVIVE = {
     "a loop": "while True: pass\n",
     "a loop that no signal ends": IGNORE + "while True: pass\n",
-    "an alarm that comes again": "import signal\nsignal.signal(signal.SIGALRM, lambda *a: None)\nwhile True:\n    try:\n        while True: pass\n    except BaseException: pass\n",
+    "an alarm that comes again": (
+        "import signal\n"
+        "signal.signal(signal.SIGALRM, lambda *a: None)\n"
+        "while True:\n"
+        "    try:\n"
+        "        while True: pass\n"
+        "    except BaseException: pass\n"
+    ),
     "sleep": "import time\ntime.sleep(100)\n",
     "a loop in C": "import re\nre.match(r'(a+)+$', 'a' * 60 + 'b')\n",
-    "a loop in the answer": "class A(int):\n    def __int__(self):\n        while True: pass\n    __index__ = __trunc__ = __int__\ndef f(x):\n    return A()\n",
+    "a loop in the answer": (
+        "class A(int):\n"
+        "    def __int__(self):\n"
+        "        while True: pass\n"
+        "    __index__ = __trunc__ = __int__\n"
+        "def f(x):\n"
+        "    return A()\n"
+    ),
     "10 GB": "x = bytearray(10 << 30)\n",
     "as much as there is": "x = []\nwhile True: x.append(bytearray(1 << 20))\n",
-    "memory, errors ignored": "x = []\nwhile True:\n    try: x.append(bytearray(1 << 20))\n    except MemoryError: pass\n",
+    "memory, errors ignored": (
+        "x = []\nwhile True:\n    try: x.append(bytearray(1 << 20))\n    except MemoryError: pass\n"
+    ),
     "output": "while True: print('x' * 100_000)\n",
     "errors": "import sys\nwhile True: sys.stderr.write('x' * 100_000)\n",
-    "a flood on every descriptor": "import os\nwhile True:\n    for fd in range(64):\n        try: os.write(fd, b'x' * 100_000)\n        except OSError: pass\n",
-    "a flood of answers": "import os\nwhile True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'[\"value\", 7]\\n' * 1000)\n        except OSError: pass\n",
+    "a flood on every descriptor": (
+        "import os\n"
+        "while True:\n"
+        "    for fd in range(64):\n"
+        "        try: os.write(fd, b'x' * 100_000)\n"
+        "        except OSError: pass\n"
+    ),
+    "a flood of answers": (
+        "import os\n"
+        "while True:\n"
+        "    for fd in range(3, 64):\n"
+        "        try: os.write(fd, b'[\"value\", 7]\\n' * 1000)\n"
+        "        except OSError: pass\n"
+    ),
     "no reading": "import time\ndef f(x):\n    time.sleep(100)\n",
     "recursion": "import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x):\n    return f(x)\n",
     "recursion in data": "def f(x):\n    x = []\n    x.append(x)\n    return x\n",
     "a large answer": "def f(x):\n    return list(range(10 ** 7))\n",
     "closed descriptors": "import os, time\nos.closerange(0, 1000)\ntime.sleep(100)\n",
     "a large file": "f = open('x', 'wb')\nwhile True: f.write(b'x' * 1_000_000)\n",
-    "threads": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(100,)).start()\n",
+    "threads": (
+        "import threading, time\n"
+        "while True: threading.Thread(target=time.sleep, args=(100,)).start()\n"
+    ),
     "an endless number": "def f(x):\n    return 10 ** 10 ** 8\n",
 }
 
@@ -529,7 +739,8 @@ for _ in range(30):
                     try: os.close(fd)
                     except OSError: pass
             time.sleep(20)
-            os._exit(0)  # should a sandbox that does not work leave it: it must not go on with this loop
+            os._exit(0)  # should a sandbox that does not work leave it: it must not go on \
+with this loop
         count += 1
     except OSError: pass
 def f(x=0):
@@ -540,11 +751,15 @@ def f(x=0):
 @FENCED
 def test_a_fork_bomb_gets_nowhere(layers):
     answers(FORKS.format("count"), "answer == 0", layers)
-    assert not run_clean(
-        "import os, time\nend = time.time() + 9\nfor _ in range(6):\n    try: os.fork()\n    except OSError: pass\nwhile time.time() < end: pass\n",
-        seconds=0.25,
-        layers=layers,
-    ).passed
+    bomb = (
+        "import os, time\n"
+        "end = time.time() + 9\n"
+        "for _ in range(6):\n"
+        "    try: os.fork()\n"
+        "    except OSError: pass\n"
+        "while time.time() < end: pass\n"
+    )
+    assert not run_clean(bomb, seconds=0.25, layers=layers).passed
 
 
 @pytest.mark.parametrize("layers", [(), ("namespaces",)], ids=["none", "namespaces"])
@@ -558,65 +773,53 @@ def test_a_fork_bomb_gets_nowhere(layers):
     ids=["passes", "fails", "hangs"],
 )
 def test_children_in_the_background_end_with_the_run(layers, program, passed):
-    """Root keeps its user id here, and then no limit holds for it: thirty sessions of their own, and each one's orphan."""
+    """Root keeps its user id in these layers, and then no limit holds for it.
+
+    The program starts thirty sessions, and each leaves an orphan.
+    """
     if os.getuid() == 0:
         answers(FORKS.format("count"), "answer == 30", layers, seconds=3.0)
     assert run_clean(program, layers=layers, seconds=1.5).passed == passed
 
 
 def test_memory_is_bounded():
-    """In a process that has had no other children: what the largest of a run's processes had."""
+    """Measured in a process without other children: what the largest of a run's processes had."""
     code = (
-        f"import resource, sys; sys.path.insert(0, {ROOT!r}); from nanorl.tasks.sandbox import run\n"
-        f"why = run({SURVIVE['memory, errors ignored']!r}, 'f', '', seconds=1.0, memory=150 << 20).why\nprint(why, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)"
+        f"import resource, sys; sys.path.insert(0, {ROOT!r});"
+        " from nanorl.tasks.sandbox import run\n"
+        f"why = run({SURVIVE['memory, errors ignored']!r}, 'f', '',"
+        " seconds=1.0, memory=150 << 20).why\n"
+        "print(why, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)"
     )
-    why, megabytes = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    ).stdout.split()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    why, megabytes = process.stdout.split()
     assert why == "timeout" and 100 < int(megabytes) <= 150
-    assert run(
-        "def f(x):\n    return bytearray(100 << 20) and x + 1\n",
-        "f",
-        INCREMENT.replace("[3])[0]", "3)"),
-        memory=150 << 20,
-    ).passed
-    assert (
-        "MemoryError"
-        in run(
-            "def f(x):\n    return bytearray(200 << 20) and x + 1\n",
-            "f",
-            INCREMENT,
-            memory=150 << 20,
-        ).why
-    )
+
+    fits = "def f(x):\n    return bytearray(100 << 20) and x + 1\n"
+    test_of_numbers = INCREMENT.replace("[3])[0]", "3)")
+    assert run(fits, "f", test_of_numbers, memory=150 << 20).passed
+    does_not_fit = "def f(x):\n    return bytearray(200 << 20) and x + 1\n"
+    assert "MemoryError" in run(does_not_fit, "f", INCREMENT, memory=150 << 20).why
 
 
 def test_a_test_that_hangs_on_the_answer_is_ended_too():
-    assert run_clean(
-        "def f():\n    return 10 ** 18\n",
-        "def check(candidate):\n    for _ in range(candidate()): pass\n",
-        seconds=0.4,
-    ) == Result(False, "timeout")
-    assert (
-        "MemoryError"
-        in run_clean(
-            "def f():\n    return 10 ** 11\n", "def check(candidate):\n    'x' * candidate()\n"
-        ).why
-    )
+    loop = "def check(candidate):\n    for _ in range(candidate()): pass\n"
+    result = run_clean("def f():\n    return 10 ** 18\n", loop, seconds=0.4)
+    assert result == Result(False, "timeout")
+    text = "def check(candidate):\n    'x' * candidate()\n"
+    assert "MemoryError" in run_clean("def f():\n    return 10 ** 11\n", text).why
 
 
 @pytest.mark.parametrize("layers", [LAYERS, ("uid",), ()], ids=["all", "uid", "none"])
 def test_nothing_outlives_a_killed_trainer(layers):
-    before, seconds = homes(), 50.0123 + len(layers)
+    before = homes()
+    seconds = 50.0123 + len(layers)
     program = (FORKS.format("7") if layers == () else "") + IGNORE + "while True: pass\n"
-    caller = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            f"import sys; sys.path.insert(0, {ROOT!r}); from nanorl.tasks.sandbox import run\n"
-            f"run({program!r}, 'f', '', seconds={seconds}, layers={layers!r})",
-        ]
+    code = (
+        f"import sys; sys.path.insert(0, {ROOT!r}); from nanorl.tasks.sandbox import run\n"
+        f"run({program!r}, 'f', '', seconds={seconds}, layers={layers!r})"
     )
+    caller = subprocess.Popen([sys.executable, "-c", code])
     wait_until(lambda: len(processes(f"{seconds}\0")) >= 3)
     time.sleep(0.3)
     caller.kill()
@@ -632,39 +835,47 @@ def wait_until(condition, seconds=10.0):
 
 
 def test_runs_side_by_side_in_threads():
-    """The caller may have threads: nothing is forked from it, and one run's descriptors do not reach another's."""
+    """The caller may have threads.
+
+    Nothing is forked from it, and one run's descriptors do not reach another's.
+    """
     results = {}
 
     def one(i):
-        results[i] = run(
-            f"def f():\n    return {i}\n",
-            "f",
-            f"def check(candidate):\n    assert candidate() == {i // 2 * 2}\n",
-        ).passed
+        program = f"def f():\n    return {i}\n"
+        test = f"def check(candidate):\n    assert candidate() == {i // 2 * 2}\n"
+        results[i] = run(program, "f", test).passed
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(8)]
-    [t.start() for t in threads]
-    [t.join() for t in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert results == {i: i % 2 == 0 for i in range(8)}
 
 
 def test_the_callers_own_deadline_is_the_last_resort(monkeypatch, tmp_path):
-    """Should the supervisor hang."""
+    """The caller ends the run itself should the supervisor hang."""
+    with open(sandbox.__file__) as f:
+        source = f.read()
     path = tmp_path / "sandbox.py"
-    path.write_text(
-        re.sub(r"\n    supervise\(.*", "\n    time.sleep(60)", open(sandbox.__file__).read())
-    )
+    path.write_text(re.sub(r"\n    supervise\(.*", "\n    time.sleep(60)", source))
     monkeypatch.setattr(sandbox, "__file__", str(path))
     monkeypatch.setattr(sandbox, "MARGIN", 0.2)
     assert run_clean(RIGHT, seconds=0.2) == Result(False, "timeout")
 
 
 def test_it_loads_little():
-    """Without torch or numpy: the module is the script of every process it starts."""
-    code = f"import sys; sys.argv = ['x']; import importlib.util as u; s = u.spec_from_file_location('sandbox', {sandbox.__file__!r}); m = u.module_from_spec(s); s.loader.exec_module(m); print('numpy' in sys.modules, 'subprocess' in sys.modules)"
-    assert subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True
-    ).stdout.split() == ["False", "False"]
+    """Neither torch nor numpy: the module is the script of every process it starts."""
+    code = (
+        "import sys; sys.argv = ['x']; import importlib.util as u;"
+        f" s = u.spec_from_file_location('sandbox', {sandbox.__file__!r});"
+        " m = u.module_from_spec(s); s.loader.exec_module(m);"
+        " print('numpy' in sys.modules, 'subprocess' in sys.modules)"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.stdout.split() == ["False", "False"]
 
 
 def test_a_test_that_loops_over_calls_is_not_ended_by_the_program():

@@ -1,5 +1,7 @@
-"""Tasks: problems, splits, demonstrations, documents, data files, mixtures, curricula, and a user's own task.
-What earns a reward is in test_verifiers.py."""
+"""Tasks: problems, splits, demonstrations, documents, data files, mixtures and curricula.
+
+A user's own task is here too. What earns a reward is in test_verifiers.py.
+"""
 
 import json
 import os
@@ -13,8 +15,8 @@ from functools import lru_cache, partial
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from nanorl.tasks import (
     TASKS,
     arithmetic,
@@ -29,11 +31,12 @@ from nanorl.tasks.files import load_rows
 from nanorl.tasks.spelling import BUILT_IN
 
 SIZES = {"sum3": 810_000, "0-20": 1_323, "2-digit": 16_200, "chain4": 30_000, "3x2": 81_000}
+# The tables hold hundreds of thousands of problems; the tests draw these numbers.
 FEWER = [
     (counting, "PROBLEMS", 20_000),
     (comparison, "PROBLEMS", 40_000),
     (countdown, "DRAWS", 10_000),
-]  # of hundreds of thousands
+]
 STYLES = ("direct", "worked", "mixed")
 SPLITS = ("train", "val", "test")
 
@@ -69,15 +72,16 @@ def question(problem):
 
 def compute(text):
     """An independent reading of '12 + 3 - 4' or '12×3', left to right."""
-    value, *rest = re.findall(r"^\s*-?\d+|[-+*×]|\d+", text)
-    value = int(value)
+    first, *rest = re.findall(r"^\s*-?\d+|[-+*×]|\d+", text)
+    value = int(first)
     for sign, number in zip(rest[::2], rest[1::2], strict=True):
-        value = {
+        results = {
             "+": value + int(number),
             "-": value - int(number),
             "*": value * int(number),
             "×": value * int(number),
-        }[sign]
+        }
+        value = results[sign]
     return value
 
 
@@ -94,7 +98,7 @@ def check_steps(worked):
     return results
 
 
-# ---- arithmetic: what is written and how it is judged --------------------------------------------------------
+# ---- arithmetic: what is written and how it is judged --------------------------------------------
 
 
 def test_answers_are_right(preset):
@@ -117,9 +121,11 @@ def test_demonstrations_earn_the_reward_and_their_steps_are_true(preset, style):
         if style != "mixed":
             assert bool(worked) == (style == "worked")
         if worked:
+            # The steps lead to the answer: it is the last result, or the columns' last digits
+            # spell it.
             results = check_steps(worked)
-            # The steps lead to the answer: the last one is it, or the columns' last digits spell it.
-            spelled = int(str(results[-1]) + "".join(str(r)[-1] for r in reversed(results[:-1])))
+            last_digits = "".join(str(r)[-1] for r in reversed(results[:-1]))
+            spelled = int(str(results[-1]) + last_digits)
             assert int(answer) in (results[-1], spelled, -spelled)
 
 
@@ -134,33 +140,39 @@ def test_half_of_the_mixed_demonstrations_are_direct():
 def test_either_summand_may_be_worked_first(style):
     task = get_task("sum3", demonstrations=style)
     first = [(task.solution(p)[0], p.meta["numbers"]) for p in map(task.problem, range(800))]
-    swapped = [digit == str(b)[-1] for digit, (a, b) in first if digit != "#" and a % 10 != b % 10]
+    swapped = []
+    for digit, (a, b) in first:
+        if digit != "#" and a % 10 != b % 10:
+            swapped.append(digit == str(b)[-1])
     assert 0.4 < sum(swapped) / len(swapped) < 0.6
 
 
 def test_instruction_and_precision():
-    plain, told = get_task("0-20"), get_task("0-20", instruction="Answer only.")
-    assert (
-        told.problem(3).prompt[0]["content"]
-        == "Answer only. " + plain.problem(3).prompt[0]["content"]
-    )
-    task = get_task("0-20", precision="1")  # right within half a unit of the first decimal place
+    plain = get_task("0-20")
+    told = get_task("0-20", instruction="Answer only.")
+    asked = plain.problem(3).prompt[0]["content"]
+    assert told.problem(3).prompt[0]["content"] == "Answer only. " + asked
+
+    # An answer is right within half a unit of the first decimal place.
+    task = get_task("0-20", precision="1")
     problem = next(p for p in map(task.problem, range(100)) if int(p.answer) > 0)
     near, far = f"#{problem.answer}.05", f"#{problem.answer}.051"
     assert (task.reward(problem, near).total, task.reward(problem, far).total) == (1, 0)
     assert plain.reward(problem, near).total == 0
-    for bad in ("x", "-1", "1.5"):
-        with pytest.raises(
-            ValueError, match="precision is '.*': it must be a number of decimal places"
-        ):
-            get_task("0-20", precision=bad)
+    message = "precision is '.*': it must be a number of decimal places"
+    for precision in ("x", "-1", "1.5"):
+        with pytest.raises(ValueError, match=message):
+            get_task("0-20", precision=precision)
 
 
-# ---- arithmetic: splits ---------------------------------------------------------------------------------------
+# ---- arithmetic: splits --------------------------------------------------------------------------
 
 
 def codes(rows, sort_operands):
-    """Rows of integers -> one integer each; with sort_operands a + b and b + a (and products) get the same."""
+    """Rows of integers -> one integer each.
+
+    With sort_operands a + b and b + a get the same integer, and so do products.
+    """
     rows = rows.copy()
     if sort_operands and rows.shape[1] == 3:
         commutes = rows[:, 0] != arithmetic.SIGNS.index("-")
@@ -171,17 +183,13 @@ def codes(rows, sort_operands):
 def test_splits_are_disjoint_by_content_and_cover_everything(preset):
     split = {name: get_task(preset, split=name) for name in ("train", "val", "test")}
     everything = np.concatenate([codes(task.rows, False) for task in split.values()])
-    assert (
-        sum(map(len, split.values()))
-        == len(everything)
-        == len(np.unique(everything))
-        == SIZES[preset]
-    )
+    size = SIZES[preset]
+    assert sum(map(len, split.values())) == len(everything) == len(np.unique(everything)) == size
     content = {name: np.unique(codes(task.rows, True)) for name, task in split.items()}
     for a, b in [("train", "val"), ("train", "test"), ("val", "test")]:
         assert len(np.intersect1d(content[a], content[b])) == 0
-    assert abs(len(split["val"]) / SIZES[preset] - 0.2) < 0.02
-    assert abs(len(split["test"]) / SIZES[preset] - 0.1) < 0.02
+    assert abs(len(split["val"]) / size - 0.2) < 0.02
+    assert abs(len(split["test"]) / size - 0.1) < 0.02
 
 
 def test_problems_come_mixed_not_in_the_order_of_the_table():
@@ -194,23 +202,28 @@ def test_problems_come_mixed_not_in_the_order_of_the_table():
 def test_documents_show_only_problems_of_the_train_split(preset):
     task = get_task(preset)
     known = {question(task.problem(i)): task.problem(i).answer for i in range(len(task))}
-    counting, shown = 0, set()
+    count_documents = 0
+    problems_shown = set()
     for i in range(300):
         text = task.document(i)
         if text.startswith("Count: "):
             numbers = [int(n) for n in text.removeprefix("Count: ").split(" ")]
             assert len(set(np.diff(numbers))) == 1
-            counting += 1
+            count_documents += 1
             continue
         for line in text.split("\n"):
             problem, said, rest = re.fullmatch(r"([^=:]+)( = |: )(.+)", line).groups()
-            shown.add(problem)
+            problems_shown.add(problem)
             assert problem in known
-            assert rest == known[problem] if said == " = " else check_steps(rest)
-    assert 30 < counting < 100 and len(shown) > 700
+            if said == " = ":
+                assert rest == known[problem]
+            else:
+                assert check_steps(rest)
+    assert 30 < count_documents < 100 and len(problems_shown) > 700
 
 
-# ---- the other tasks: a reader of their problems and demonstrations that shares no code with them ---------------
+# ---- the other tasks -----------------------------------------------------------------------------
+# They are read by functions that share no code with them.
 
 KINDS = {
     "counting": {},
@@ -227,14 +240,13 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A words.txt as people have them: the most frequent first, and not all of it fit for the task."""
-    rng, folder = random.Random(0), tmp_path_factory.mktemp("words")
-    good = list(
-        dict.fromkeys(
-            "".join(rng.choices("aabcdeefghiijlmnooprsttuy", k=rng.randint(3, 14)))
-            for _ in range(2000)
-        )
-    )
+    """A words.txt as people have them: the most frequent first, and not all fit for the task."""
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("words")
+    strings = [
+        "".join(rng.choices("aabcdeefghiijlmnooprsttuy", k=rng.randint(3, 14))) for _ in range(2000)
+    ]
+    good = list(dict.fromkeys(strings))  # each once, in their order
     odd = ["it", "e-mail", "naïve", "Straße", "don't", "3rd", "x" * 15, good[0], good[1].upper()]
     (folder / "words.txt").write_text("\n".join(good[:1000] + odd + good[1000:]), encoding="utf-8")
     return folder, good
@@ -246,27 +258,35 @@ def kind(request, words, monkeypatch):
     if request.param == "words.txt":
         monkeypatch.setenv("NANORL_DATA", str(words[0]))
     name = request.param.split(" ")[0].replace("words.txt", "spelling")
-    return name, lambda split="train", **settings: get_task(
-        name, split=split, **{**KINDS[request.param], **settings}
-    )
+
+    def make(split="train", **settings):
+        return get_task(name, split=split, **{**KINDS[request.param], **settings})
+
+    return name, make
 
 
 def read(name, problem):
-    """The prompt -> (what it asks, what two problems that share it must share a split for)."""
-    pattern = {
+    """The prompt -> (what it asks, its content). Problems with the same content share a split."""
+    patterns = {
         "counting": r"How many ([a-f]) are in: ([a-f](?: [a-f]){3,15}) \?",
         "comparison": r"Is (\d+) greater than (\d+)\? yes or no",
         "binary": r"Write (\d+) in binary: ",
         "spelling": r"How many ([a-z]) are in ([a-z]+)\?",
-        "countdown": r"Use (\d+(?:, \d+){2,3}), each once, and \+ - \* / to make (\d+)\. Think .* <answer> </answer>\.",
-    }[name]
+        "countdown": (
+            r"Use (\d+(?:, \d+){2,3}), each once, and \+ - \* / to make (\d+)\."
+            r" Think .* <answer> </answer>\."
+        ),
+    }
     assert [m["role"] for m in problem.prompt] == ["user"]
-    asked = re.fullmatch(pattern, problem.prompt[0]["content"]).groups()
+    asked = re.fullmatch(patterns[name], problem.prompt[0]["content"]).groups()
     if name == "spelling":
         return asked, asked[1]
     if name == "countdown":
-        return asked, (*sorted(map(int, asked[0].split(", "))), "make", int(asked[1]))
-    return asked, tuple(sorted(asked)) if name == "comparison" else asked
+        numbers = sorted(map(int, asked[0].split(", ")))
+        return asked, (*numbers, "make", int(asked[1]))
+    if name == "comparison":
+        return asked, tuple(sorted(asked))
+    return asked, asked
 
 
 def right_answer(name, asked):
@@ -274,11 +294,12 @@ def right_answer(name, asked):
         return str(sum(letter == asked[0] for letter in asked[1].split(" ")))
     if name == "comparison":
         return "yes" if int(asked[0]) - int(asked[1]) > 0 else "no"
-    return {
-        "binary": lambda: np.base_repr(int(asked[0])),
-        "spelling": lambda: str(len(asked[1].split(asked[0])) - 1),
-        "countdown": lambda: asked[1],
-    }[name]()
+    if name == "binary":
+        return np.base_repr(int(asked[0]))
+    if name == "spelling":
+        return str(len(asked[1].split(asked[0])) - 1)
+    assert name == "countdown"
+    return asked[1]
 
 
 def exact(expression):
@@ -288,45 +309,68 @@ def exact(expression):
 
 def counted(worked, things, wanted):
     """Whether 'a b1 c b2' names each of the things, and numbers the wanted ones from 1."""
-    numbers = iter(range(1, len(things) + 1))
-    return worked.split(" ") == [
-        thing if thing != wanted else wanted + str(next(numbers)) for thing in things
-    ]
+    expected = []
+    number = 0
+    for thing in things:
+        if thing == wanted:
+            number += 1
+            expected.append(wanted + str(number))
+        else:
+            expected.append(thing)
+    return worked.split(" ") == expected
+
+
+def compared(x, y):
+    return "=><"[(x > y) - (x < y)]
+
+
+def check_comparison(asked, worked):
+    """The lengths are compared, or digit by digit up to the first that differs."""
+    a, b = asked
+    steps = worked.split(" ")
+    if len(a) != len(b):
+        assert worked == f"{len(a)}{compared(len(a), len(b))}{len(b)} digits"
+    else:
+        assert steps == [f"{x}{compared(x, y)}{y}" for x, y in zip(a, b)][: len(steps)]
+        assert all("=" in step for step in steps[:-1])
+        assert "=" not in steps[-1] or a == b
+
+
+def check_binary(asked, worked):
+    """The number is halved down to 0, and the remainders are its bits from the last one."""
+    pairs = [[int(n) for n in step.split(":")] for step in worked.split(" ")]
+    halves = [n for n, _ in pairs[1:]] + [0]
+    assert pairs[0][0] == int(asked[0])
+    assert all(n == 2 * half + bit for (n, bit), half in zip(pairs, halves))
+    assert "".join(str(bit) for _, bit in reversed(pairs)) == np.base_repr(int(asked[0]))
+
+
+def check_countdown(asked, worked):
+    """Every attempt joins the given numbers into one, and only the last makes the target."""
+    results = []
+    for attempt in worked.split(", "):
+        unused = Counter(asked[0].split(", "))
+        for step in attempt.split(" "):
+            x, sign, y, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
+            assert exact(f"{x}{sign}{y}") == int(result) > 0
+            unused.subtract([x, y])
+            assert min(unused.values()) >= 0  # only numbers that are there, and each once
+            unused[result] += 1
+        results += unused.elements()  # a single number
+    assert [result == asked[1] for result in results] == [False] * worked.count(", ") + [True]
 
 
 def check_working(name, asked, worked):
-    """Every step is true and is one of this problem, and they lead to its answer."""
-    steps = worked.split(" ")
+    """Every step is true and belongs to this problem, and the steps lead to its answer."""
     if name in ("counting", "spelling"):
-        assert counted(
-            worked, asked[1].split(" ") if name == "counting" else list(asked[1]), asked[0]
-        )
+        letters = asked[1].split(" ") if name == "counting" else list(asked[1])
+        assert counted(worked, letters, asked[0])
     elif name == "comparison":
-        a, b = asked
-        relation = lambda x, y: "=><"[(x > y) - (x < y)]
-        if len(a) != len(b):
-            assert worked == f"{len(a)}{relation(len(a), len(b))}{len(b)} digits"
-        else:
-            assert steps == [f"{x}{relation(x, y)}{y}" for x, y in zip(a, b)][: len(steps)]
-            assert all("=" in step for step in steps[:-1]) and ("=" not in steps[-1] or a == b)
+        check_comparison(asked, worked)
     elif name == "binary":
-        pairs = [[int(n) for n in step.split(":")] for step in steps]
-        assert pairs[0][0] == int(asked[0]) and all(
-            n == 2 * half + bit for (n, bit), half in zip(pairs, [n for n, _ in pairs[1:]] + [0])
-        )
-        assert "".join(str(bit) for _, bit in reversed(pairs)) == np.base_repr(int(asked[0]))
+        check_binary(asked, worked)
     else:
-        results = []
-        for attempt in worked.split(", "):
-            left = Counter(asked[0].split(", "))
-            for step in attempt.split(" "):
-                x, sign, y, result = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", step).groups()
-                assert exact(f"{x}{sign}{y}") == int(result) > 0
-                left.subtract([x, y])
-                assert min(left.values()) >= 0  # only numbers that are there, and each once
-                left[result] += 1
-            results += left.elements()  # one number is left
-        assert [result == asked[1] for result in results] == [False] * worked.count(", ") + [True]
+        check_countdown(asked, worked)
 
 
 def parts_of(name, text):
@@ -352,17 +396,14 @@ def test_other_demonstrations_earn_the_reward_and_their_steps_are_true(kind, sty
         asked, _ = read(name, problem)
         text = task.solution(problem)
         reward = task.reward(problem, text)
-        assert (
-            reward.total == 1
-            and list(reward.parts) == ["format", "answered", "correct"]
-            and set(reward.parts.values()) == {1.0}
-        )
+        assert reward.total == 1
+        assert list(reward.parts) == ["format", "answered", "correct"]
+        assert set(reward.parts.values()) == {1.0}
         worked, answer = parts_of(name, text)
-        assert (
-            exact(answer) == int(problem.answer)
-            if name == "countdown"
-            else answer == problem.answer
-        )
+        if name == "countdown":
+            assert exact(answer) == int(problem.answer)
+        else:
+            assert answer == problem.answer
         assert style == "mixed" or bool(worked) == (style == "worked")
         if worked:
             check_working(name, asked, worked)
@@ -388,27 +429,28 @@ def test_other_splits_are_disjoint_by_content(kind):
     whole = set.union(*contents.values())
     assert sum(map(len, contents.values())) == len(whole)
     for split, share in [("train", 0.7), ("val", 0.2), ("test", 0.1)]:
-        assert (
-            abs(len(contents[split]) / len(whole) - share)
-            < 4 * (share * (1 - share) / len(whole)) ** 0.5
-        )
+        deviation = (share * (1 - share) / len(whole)) ** 0.5
+        assert abs(len(contents[split]) / len(whole) - share) < 4 * deviation
 
 
 def test_every_number_and_every_word_is_in_some_split(words, monkeypatch):
-    everything = lambda name, i: {
-        read(name, p)[0][i]
-        for t in (get_task(name, split=s) for s in SPLITS)
-        for p in map(t.problem, range(len(t)))
-    }
+    def everything(name, i):
+        found = set()
+        for split in SPLITS:
+            task = get_task(name, split=split)
+            for problem in map(task.problem, range(len(task))):
+                asked, _ = read(name, problem)
+                found.add(asked[i])
+        return found
+
     assert everything("binary", 0) == {str(n) for n in range(4096)}
     assert everything("spelling", 1) == set(BUILT_IN.split())
     monkeypatch.setenv("NANORL_DATA", str(words[0]))
     assert everything("spelling", 1) == set(words[1])
-    monkeypatch.setattr("nanorl.tasks.spelling.MOST_WORDS", 100)  # of a long file, the first
-    monkeypatch.setattr(
-        "nanorl.tasks.spelling._problems",
-        lru_cache(sys.modules["nanorl.tasks.spelling"]._problems.__wrapped__),
-    )
+    # Of a long file the first words.
+    monkeypatch.setattr("nanorl.tasks.spelling.MOST_WORDS", 100)
+    uncached = sys.modules["nanorl.tasks.spelling"]._problems.__wrapped__
+    monkeypatch.setattr("nanorl.tasks.spelling._problems", lru_cache(uncached))
     assert everything("spelling", 1) == set(words[1][:100])
 
 
@@ -420,7 +462,8 @@ def test_words_that_fit_in_no_way_are_refused(tmp_path, monkeypatch):
 
 
 def test_no_answer_to_a_spelling_problem_is_right_most_of_the_time():
-    task, asked = get_task("spelling"), {}
+    task = get_task("spelling")
+    asked = {}
     for problem in map(task.problem, range(len(task))):
         (letter, word), _ = read("spelling", problem)
         asked.setdefault(word, []).append(word.count(letter))
@@ -434,15 +477,19 @@ def test_no_answer_to_a_spelling_problem_is_right_most_of_the_time():
 def test_the_split_of_a_word_does_not_tell_which_of_its_letters_is_asked_for(
     words, monkeypatch, split
 ):
-    """Both come from a hash of the word. From the same one, held-out problems would ask for other letters than training does."""
+    """Both come from a hash of the word.
+
+    If it were the same hash, held-out problems would ask for other letters than training does.
+    """
     monkeypatch.setenv("NANORL_DATA", str(words[0]))
-    task, places = get_task("spelling", split=split), Counter()
+    task = get_task("spelling", split=split)
+    positions = Counter()
     for problem in map(task.problem, range(len(task))):
         (letter, word), _ = read("spelling", problem)
         once = sorted(c for c in word if word.count(c) == 1)
         if len(once) == 5 and letter in once:
-            places[once.index(letter)] += 1
-    assert len(places) == 5 and max(places.values()) < 0.5 * places.total()
+            positions[once.index(letter)] += 1
+    assert len(positions) == 5 and max(positions.values()) < 0.5 * positions.total()
 
 
 def test_neither_yes_nor_the_first_digit_settles_a_comparison():
@@ -465,11 +512,11 @@ def test_countdown_numbers_and_targets(count, sizes, largest):
     task = get_task("countdown", numbers=count, largest=largest)
     rows = [(p.meta["numbers"], int(p.answer)) for p in map(task.problem, range(len(task)))]
     assert {len(numbers) for numbers, _ in rows} == sizes
-    assert {min(min(numbers) for numbers, _ in rows), max(max(numbers) for numbers, _ in rows)} == {
-        1,
-        int(largest),
-    }
-    assert min(target for _, target in rows) >= 1 and 90 < max(target for _, target in rows) <= 100
+    lowest = min(min(numbers) for numbers, _ in rows)
+    highest = max(max(numbers) for numbers, _ in rows)
+    assert {lowest, highest} == {1, int(largest)}
+    targets = [target for _, target in rows]
+    assert min(targets) >= 1 and 90 < max(targets) <= 100
 
 
 def shown(name, line):
@@ -507,98 +554,101 @@ def test_other_documents_show_only_problems_of_the_train_split(kind):
     assert len(seen) >= 95
 
 
+def split_contents(name, split, **settings):
+    """The content of every problem of a split, as `read` gives it."""
+    task = get_task(name, split=split, **settings)
+    return {read(name, problem)[1] for problem in map(task.problem, range(len(task)))}
+
+
 def test_no_try_that_countdown_shows_solves_a_problem_of_another_split():
     """A try that misses its own target may hit that of a held-out problem with the same numbers."""
-    task, tries = get_task("countdown", demonstrations="worked"), []
+    task = get_task("countdown", demonstrations="worked")
+    tries = []
     for problem in map(task.problem, range(len(task))):
         numbers = sorted(problem.meta["numbers"])
         for attempt in parts_of("countdown", task.solution(problem))[0].split(", "):
             tries.append((*numbers, "make", int(attempt.split("=")[-1])))
     assert len(tries) > 2 * len(task)  # there is something to see
     for split in ("val", "test"):
-        other = get_task("countdown", split=split)
-        assert not set(tries) & {
-            read("countdown", p)[1] for p in map(other.problem, range(len(other)))
-        }
+        assert not set(tries) & split_contents("countdown", split)
 
 
 def test_the_split_of_a_problem_does_not_depend_on_what_else_there_is(words, tmp_path, monkeypatch):
     """One task with other settings may be another stage of a curriculum, or part of a mixture."""
-    content = lambda name, split, **settings: {
-        read(name, p)[1]
-        for t in [get_task(name, split=split, **settings)]
-        for p in map(t.problem, range(len(t)))
-    }
     for one, other in [
         ({"numbers": "3"}, {"numbers": "3-4"}),
         ({"numbers": "4"}, {"numbers": "3-4"}),
         ({"largest": "9"}, {}),
     ]:
-        whole, held_out = content("countdown", "train", **one), content("countdown", "val", **other)
-        assert len(whole & content("countdown", "train", **other)) > 50 and not whole & held_out
-    built_in = content("spelling", "train")
+        train = split_contents("countdown", "train", **one)
+        assert len(train & split_contents("countdown", "train", **other)) > 50
+        assert not train & split_contents("countdown", "val", **other)
+    built_in = split_contents("spelling", "train")
     (tmp_path / "words.txt").write_text("\n".join(words[1] + BUILT_IN.split()[::-1]))
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
-    assert built_in <= content("spelling", "train")
+    assert built_in <= split_contents("spelling", "train")
 
 
 def test_presets_that_share_problems_share_their_splits():
-    text = lambda preset, split: {
-        question(p) for t in [get_task(preset, split=split)] for p in map(t.problem, range(len(t)))
-    }
-    small, held_out = text("0-20", "train"), text("2-digit", "val")
-    assert len(small & text("2-digit", "train")) > 100 and not small & held_out
+    def questions(preset, split):
+        task = get_task(preset, split=split)
+        return {question(problem) for problem in map(task.problem, range(len(task)))}
+
+    small = questions("0-20", "train")
+    assert len(small & questions("2-digit", "train")) > 100
+    assert not small & questions("2-digit", "val")
 
 
 FRESH = """if True:
     import json
     from nanorl.tasks import comparison, countdown, counting, get_task
     comparison.PROBLEMS, countdown.DRAWS, counting.PROBLEMS = 40_000, 10_000, 20_000
-    names = ("0-20", "2-digit", "3x2", "counting", "comparison", "binary", "spelling", "countdown", "binary=2,0-20=1")
+    names = ("0-20", "2-digit", "3x2", "counting", "comparison", "binary", "spelling", \
+"countdown", "binary=2,0-20=1")
     tasks = [get_task(name, split=split) for name in names for split in ("train", "val")]
-    said = [[t.problem(i).prompt, t.problem(i).answer, t.solution(t.problem(i)), t.document(i)] for t in tasks for i in range(50)]"""
+    said = [[t.problem(i).prompt, t.problem(i).answer, t.solution(t.problem(i)), t.document(i)] \
+for t in tasks for i in range(50)]"""
 
 
 def test_problems_and_demonstrations_are_the_same_in_a_fresh_process():
-    other = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": ROOT}
-    there = subprocess.run(
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": ROOT}
+    fresh = subprocess.run(
         [sys.executable, "-c", FRESH + "\n    print(json.dumps(said))"],
-        env=other,
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    here = {}
-    exec(FRESH, here)
-    assert json.loads(there.stdout) == here["said"]
+    names = {}
+    exec(FRESH, names)
+    assert json.loads(fresh.stdout) == names["said"]
 
 
-# ---- gsm8k and data files ---------------------------------------------------------------------------------------
+# ---- gsm8k and data files ------------------------------------------------------------------------
 
 
 def write_gsm8k(root, n=600):
     os.makedirs(root / "gsm8k")
     with open(root / "gsm8k" / "train.jsonl", "w", encoding="utf-8") as f:
         for i in range(n):
-            f.write(
-                json.dumps(
-                    {
-                        "question": f"Ann has {i} pens and buys {i * 1000}. How many?",
-                        "answer": f"She has {i}+{i * 1000}=<<{i}+{i * 1000}={i * 1001}>>{i * 1001} pens.\n#### {i * 1001:,}",
-                    }
-                )
-                + "\n\n"
-            )
+            row = {
+                "question": f"Ann has {i} pens and buys {i * 1000}. How many?",
+                "answer": (
+                    f"She has {i}+{i * 1000}=<<{i}+{i * 1000}={i * 1001}>>{i * 1001} pens.\n"
+                    f"#### {i * 1001:,}"
+                ),
+            }
+            f.write(json.dumps(row) + "\n\n")
 
 
 def check_gsm8k(sizes):
-    train, val = get_task("gsm8k"), get_task("gsm8k", split="val")
-    questions = [
-        {task.problem(i).prompt[0]["content"] for i in range(len(task))} for task in (train, val)
-    ]
-    assert [len(q) for q in questions] == [len(train), len(val)] == sizes and not questions[
-        0
-    ] & questions[1]
+    train = get_task("gsm8k")
+    val = get_task("gsm8k", split="val")
+    questions = []
+    for task in (train, val):
+        questions.append({task.problem(i).prompt[0]["content"] for i in range(len(task))})
+    assert [len(q) for q in questions] == [len(train), len(val)] == sizes
+    assert not questions[0] & questions[1]
     for task in (train, val):
         for problem in map(task.problem, range(len(task))):
             text = task.solution(problem)
@@ -614,24 +664,16 @@ def test_gsm8k_from_a_file(tmp_path, monkeypatch):
     n = int(re.search(r"has (\d+)", problem.prompt[0]["content"])[1])
     assert problem.answer == str(n * 1001)
     assert train.solution(problem) == f"She has {n}+{n * 1000}={n * 1001} pens.\n#### {n * 1001:,}"
-    assert train.document(5).startswith("Ann has") and train.document(5).endswith(
-        train.solution(problem)
-    )
-    assert train.reward(problem, f"{n * 1001}").parts == {
-        "format": 0,
-        "answered": 0,
-        "correct": 0,
-    }  # no marker
-    assert train.reward(problem, f"#### {n * 1001 + 1}").parts == {
-        "format": 1,
-        "answered": 1,
-        "correct": 0,
-    }
+    document = train.document(5)
+    assert document.startswith("Ann has") and document.endswith(train.solution(problem))
+    # Without the marker there is no answer.
+    no_answer = {"format": 0, "answered": 0, "correct": 0}
+    assert train.reward(problem, f"{n * 1001}").parts == no_answer
+    wrong = {"format": 1, "answered": 1, "correct": 0}
+    assert train.reward(problem, f"#### {n * 1001 + 1}").parts == wrong
     signed = get_task("gsm8k", rewards="signed")
-    assert [
-        signed.reward(problem, text).total
-        for text in (f"#### {n * 1001}", f"#### {n * 1001 + 1}", "")
-    ] == [1, -1, -1]
+    texts = (f"#### {n * 1001}", f"#### {n * 1001 + 1}", "")
+    assert [signed.reward(problem, text).total for text in texts] == [1, -1, -1]
 
 
 def test_gsm8k_splits_follow_the_content_not_the_order_of_the_file(tmp_path, monkeypatch):
@@ -653,13 +695,11 @@ def test_a_missing_data_set_names_both_ways_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
     with pytest.raises(ValueError) as error:
         get_task("gsm8k", split="test")
-    assert str(tmp_path / "gsm8k" / "test.jsonl") in str(error.value) and "openai/gsm8k" in str(
-        error.value
-    )
+    assert str(tmp_path / "gsm8k" / "test.jsonl") in str(error.value)
+    assert "openai/gsm8k" in str(error.value)
     monkeypatch.delenv("NANORL_DATA")
-    with pytest.raises(
-        ValueError, match=r"\$NANORL_DATA.gsm8k.train\.jsonl.*`datasets` can fetch openai/gsm8k"
-    ):
+    message = r"\$NANORL_DATA.gsm8k.train\.jsonl.*`datasets` can fetch openai/gsm8k"
+    with pytest.raises(ValueError, match=message):
         get_task("gsm8k")
 
 
@@ -669,28 +709,26 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path, monkeypatch):
     with open(path, "a") as f:
         f.write('{"question": "cut o')
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=rf"{re.escape(str(path))}, line 7: not JSON"
-    ):  # blank lines count
+    # Blank lines count.
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 7: not JSON"):
         get_task("gsm8k")
 
 
 def test_csv_and_parquet_give_the_same_rows(tmp_path, monkeypatch):
-    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table
     rows = [{"question": 'a, "b"\nc', "answer": "#### 1"}, {"question": "µ", "answer": "#### 2"}]
     for name in ("c", "p"):
         os.makedirs(tmp_path / name)
-    (tmp_path / "c" / "train.csv").write_text(
-        'question,answer\n"a, ""b""\nc",#### 1\nµ,#### 2\n', encoding="utf-8"
-    )
-    parquet.write_table(
-        table({key: [r[key] for r in rows] for key in rows[0]}), tmp_path / "p" / "train.parquet"
-    )
+    text = 'question,answer\n"a, ""b""\nc",#### 1\nµ,#### 2\n'
+    (tmp_path / "c" / "train.csv").write_text(text, encoding="utf-8")
+    columns = {key: [r[key] for r in rows] for key in rows[0]}
+    parquet.write_table(table(columns), tmp_path / "p" / "train.parquet")
     monkeypatch.setenv("NANORL_DATA", str(tmp_path))
     assert load_rows("c", "train", "none") == load_rows("p", "train", "none") == rows
 
 
-# ---- getting a task ----------------------------------------------------------------------------------------------
+# ---- getting a task ------------------------------------------------------------------------------
 
 OWN = """
 from __future__ import annotations
@@ -723,10 +761,8 @@ def test_a_users_own_task(tmp_path):
     path.write_text(OWN)
     task = get_task(f"{path}:Capitals", split="val", answer="Lyon")
     assert task.split == "val" and len(task) == 1
-    assert (
-        task.reward(task.problem(0), "Lyon").total == 1
-        and task.reward(task.problem(0), "Paris").total == 0
-    )
+    assert task.reward(task.problem(0), "Lyon").total == 1
+    assert task.reward(task.problem(0), "Paris").total == 0
     assert sys.modules["json"] is json
     (tmp_path / "notes.txt").write_text(OWN)
     for name, message in [
@@ -824,7 +860,7 @@ def test_parse_settings():
         parse_settings("demonstrations=direct; worked")
 
 
-# ---- mixtures and curricula ----------------------------------------------------------------------------------------
+# ---- mixtures and curricula ----------------------------------------------------------------------
 
 SMALL = "binary=2,0-20=5,countdown=1"
 
@@ -834,15 +870,14 @@ def test_a_mixture_holds_its_weights_in_every_cycle_and_spreads_them():
     weights = {"binary": 2, "0-20": 5, "countdown": 1}
     names = [mixture.problem(i).task for i in range(80)]
     for start in range(0, 73):
-        assert (
-            Counter(names[start : start + 8]) == weights
-        )  # in every eight that follow each other, too
+        # In every eight that follow each other, not only in whole cycles.
+        assert Counter(names[start : start + 8]) == weights
     for n in range(80):
         for name, weight in weights.items():
             assert abs(names[:n].count(name) - n * weight / 8) <= 0.5  # never far ahead or behind
-    assert [get_task("binary=50,0-20=125,countdown=25").problem(i).prompt for i in range(20)] == [
-        mixture.problem(i).prompt for i in range(20)
-    ]
+    multiple = get_task("binary=50,0-20=125,countdown=25")
+    prompts = [mixture.problem(i).prompt for i in range(20)]
+    assert [multiple.problem(i).prompt for i in range(20)] == prompts
 
 
 def test_a_mixture_takes_each_tasks_problems_in_their_order():
@@ -859,74 +894,75 @@ def test_a_mixture_takes_each_tasks_problems_in_their_order():
 )
 def test_training_on_a_mixture_visits_every_problem_and_no_held_out_problem_comes_twice(weights):
     text = ",".join(f"{name}={weight}" for name, weight in weights.items())
-    visits = {
-        split: Counter(
-            (p.task, p.prompt[0]["content"])
-            for t in [get_task(text, split=split)]
-            for p in map(t.problem, range(len(t)))
-        )
-        for split in SPLITS
-    }
+    visits = {}
+    for split in SPLITS:
+        mixture = get_task(text, split=split)
+        problems = [mixture.problem(i) for i in range(len(mixture))]
+        visits[split] = Counter((p.task, p.prompt[0]["content"]) for p in problems)
+
+    # Training visits each problem of a task once, then each twice, and so on.
     for name in weights:
         counts = [n for (task, _), n in visits["train"].items() if task == name]
-        assert (
-            len(counts) == len(get_task(name)) and max(counts) - min(counts) <= 1
-        )  # each once, then each twice
+        assert len(counts) == len(get_task(name))
+        assert max(counts) - min(counts) <= 1
+    # It is not longer than that takes.
+    rounds = {name: len(get_task(name)) / weight for name, weight in weights.items()}
+    whole_rounds = -int(-max(rounds.values()) // 1)
+    assert visits["train"].total() == sum(weights.values()) * whole_rounds
+
     for split in ("val", "test"):
         assert set(visits[split].values()) == {1}
-        left = {
-            name: len(get_task(name, split=split)) - sum(task == name for task, _ in visits[split])
-            for name in weights
-        }
-        assert (
-            min(left[name] - weights[name] for name in weights) < 0
-        )  # another cycle would repeat one
-    rounds = {name: len(get_task(name)) / weight for name, weight in weights.items()}
-    assert visits["train"].total() == sum(weights.values()) * -int(
-        -max(rounds.values()) // 1
-    )  # and not longer than it takes
+        # Another cycle would repeat a problem of some task.
+        unvisited = {}
+        for name in weights:
+            visited = sum(task == name for task, _ in visits[split])
+            unvisited[name] = len(get_task(name, split=split)) - visited
+        assert min(unvisited[name] - weights[name] for name in weights) < 0
 
 
 def test_a_mixture_gives_each_problem_to_the_task_it_comes_from():
     mixture = get_task("counting=1,comparison=1,countdown=1,sum3=1")
+    documents = {
+        "counting": r"[a-f]: ",
+        "comparison": r"\d+ and ",
+        "countdown": r".* make ",
+        "sum3": r"Count|\d+ \+ ",
+    }
     for i in range(40):
         problem = mixture.problem(i)
         text = mixture.solution(problem)
-        assert ("<answer>" in text) == (problem.task == "countdown") and mixture.reward(
-            problem, text
-        ).total == 1
+        assert ("<answer>" in text) == (problem.task == "countdown")
+        assert mixture.reward(problem, text).total == 1
         assert mixture.reward(problem, "#maybe").parts == {
             "format": problem.task != "countdown",
             "answered": 0,
             "correct": 0,
         }
-        read(problem.task, problem) if problem.task != "sum3" else compute(question(problem))
-        kinds = {
-            "counting": r"[a-f]: ",
-            "comparison": r"\d+ and ",
-            "countdown": r".* make ",
-            "sum3": r"Count|\d+ \+ ",
-        }
-        assert re.match(kinds[problem.task], mixture.document(i))
+        # The prompt is one of that task, or its reader raises.
+        if problem.task == "sum3":
+            compute(question(problem))
+        else:
+            read(problem.task, problem)
+        assert re.match(documents[problem.task], mixture.document(i))
 
 
 def test_settings_go_to_all_tasks_of_a_mixture_or_to_one():
-    wrong = lambda mixture: {
-        p.task: mixture.reward(p, "").total for p in map(mixture.problem, range(2))
-    }
-    assert wrong(get_task("counting=1,comparison=1", rewards="signed")) == {
-        "counting": -1,
-        "comparison": -1,
-    }
-    one = get_task(
-        "counting=1,comparison=1", **{"rewards": "binary", "comparison.rewards": "signed"}
-    )
-    assert wrong(one) == {"counting": 0, "comparison": -1}
+    def silence(mixture):
+        """What an empty completion earns, by task."""
+        problems = [mixture.problem(i) for i in range(2)]
+        return {p.task: mixture.reward(p, "").total for p in problems}
+
+    both = get_task("counting=1,comparison=1", rewards="signed")
+    assert silence(both) == {"counting": -1, "comparison": -1}
+    settings = {"rewards": "binary", "comparison.rewards": "signed"}
+    one = get_task("counting=1,comparison=1", **settings)
+    assert silence(one) == {"counting": 0, "comparison": -1}
     settings = parse_settings("counting.demonstrations=worked; sum3.demonstrations=direct")
     mixture = get_task("counting=1,sum3=1", **settings)
-    assert {
+    direct = {
         (p.task, mixture.solution(p).startswith("#")) for p in map(mixture.problem, range(40))
-    } == {("counting", False), ("sum3", True)}
+    }
+    assert direct == {("counting", False), ("sum3", True)}
 
 
 def test_a_users_own_task_in_a_mixture(tmp_path):
@@ -936,18 +972,18 @@ def test_a_users_own_task_in_a_mixture(tmp_path):
     problem = next(p for p in map(mixture.problem, range(4)) if p.task == own)
     assert mixture.reward(problem, "Lyon").total == 1 and mixture.reward(problem, "#3").total == 0
     assert [mixture.problem(i).task for i in range(4)].count(own) == 1
-    assert (
-        len(get_task(f"{own}=1,counting=1", split="val")) == 2
-    )  # one problem of its own, so one of each
+    # It has one problem, so there is one of each.
+    assert len(get_task(f"{own}=1,counting=1", split="val")) == 2
     with pytest.raises(ValueError, match="Capitals has 1 problems, fewer than its weight 2"):
         get_task(f"{own}=2,counting=1", split="val")
 
 
 def test_a_mixture_of_one_is_that_task():
-    mixture, task = get_task("0-20=7"), get_task("0-20")
-    assert len(mixture) == len(task) and [mixture.problem(i).prompt for i in range(9)] == [
-        task.problem(i).prompt for i in range(9)
-    ]
+    mixture = get_task("0-20=7")
+    task = get_task("0-20")
+    assert len(mixture) == len(task)
+    for i in range(9):
+        assert mixture.problem(i).prompt == task.problem(i).prompt
 
 
 @pytest.mark.parametrize(
@@ -999,7 +1035,8 @@ def test_a_curriculum_gives_its_tasks_with_their_first_steps():
     [
         (
             "0-20 until 20; 2-digit until 20; sum3",
-            "curriculum .*: '2-digit until 20' must be a task and the step it ends at, later than the one before",
+            "curriculum .*: '2-digit until 20' must be a task and the step it ends at,"
+            " later than the one before",
         ),
         ("0-20 until 30; 2-digit until 20; sum3", "'2-digit until 20' must be"),
         ("0-20 until 0; sum3", "'0-20 until 0' must be"),
@@ -1020,11 +1057,13 @@ def test_a_curriculum_that_does_not_fit_is_refused(text, message):
 
 
 def test_countdown_does_not_begin_with_the_easy_problems():
-    """What many draws hit is found first; evaluation takes the first n, so the order must not follow how often a problem is hit."""
+    """The order must not follow how often a problem is hit.
+
+    What many draws hit is found first, and evaluation takes the first n problems.
+    """
     task = get_task("countdown")
     problems = [task.problem(i) for i in range(len(task))]
-    easy = [
-        int(p.answer) == sum(p.meta["numbers"]) for p in problems
-    ]  # a sum is what random joining hits most often
+    # Random joining hits the plain sum most often.
+    easy = [int(p.answer) == sum(p.meta["numbers"]) for p in problems]
     half = len(easy) // 2
     assert abs(sum(easy[:half]) - sum(easy[half:])) < 40

@@ -1,24 +1,26 @@
-"""The R1 and the plain form: the same problems, judged by the same task, with the answer found elsewhere."""
+"""The R1 and the plain form: the same problems and judge, with the answer found elsewhere."""
 
 import pytest
 
 from nanorl.tasks import get_task
 from nanorl.tasks.problem import think_and_answer
 
-R1 = lambda thought, answer: f"<think>{thought}</think><answer>{answer}</answer>"
+
+def r1(thought, answer):
+    return f"<think>{thought}</think><answer>{answer}</answer>"
 
 
 @pytest.mark.parametrize(
     "text, found",
     [
-        (R1("2 + 2", "4"), (True, "4")),
-        (" " + R1("a\nb", " 4 ").replace("><", ">\n<") + "\n", (True, " 4 ")),
-        (R1("", ""), (True, "")),
-        ("so: " + R1("a", "4"), (False, "4")),
-        (R1("a", "4") + "!", (False, "4")),
+        (r1("2 + 2", "4"), (True, "4")),
+        (" " + r1("a\nb", " 4 ").replace("><", ">\n<") + "\n", (True, " 4 ")),
+        (r1("", ""), (True, "")),
+        ("so: " + r1("a", "4"), (False, "4")),
+        (r1("a", "4") + "!", (False, "4")),
         ("<answer>4</answer>", (False, "4")),
-        (R1("<think>a", "4"), (False, "4")),
-        (R1("a", "4") + "<answer>5</answer>", (False, "5")),
+        (r1("<think>a", "4"), (False, "4")),
+        (r1("a", "4") + "<answer>5</answer>", (False, "5")),
         ("<think>a</think><answer>4", (False, None)),
         ("<answer>4</answer><think>a</think>", (False, "4")),
         ("4", (False, None)),
@@ -36,17 +38,17 @@ ANSWER = SUM.problem(0).answer
 @pytest.mark.parametrize(
     "text, total, parts",
     [
-        (R1("so", ANSWER), 1.0, (1, 1, 1)),
-        (R1("so", f" {ANSWER}. "), 1.0, (1, 1, 1)),
-        (R1("so", "999"), 0.1, (1, 1, 0)),
-        (R1("so", "many"), 0.1, (1, 0, 0)),
-        (R1("so", ""), 0.1, (1, 0, 0)),
-        (R1("so", f"5 or {ANSWER}"), 0.1, (1, 0, 0)),
-        (R1("so", f"{ANSWER} or 5"), 0.1, (1, 0, 0)),
-        (R1("so", f"junk #{ANSWER}"), 0.1, (1, 0, 0)),
-        (R1("so", f"#{ANSWER}"), 0.1, (1, 0, 0)),
-        (R1("so", f"x = {ANSWER}"), 0.1, (1, 0, 0)),
-        (R1("so", f"${ANSWER} dollars" if ANSWER[0] != "-" else ANSWER), 1.0, (1, 1, 1)),
+        (r1("so", ANSWER), 1.0, (1, 1, 1)),
+        (r1("so", f" {ANSWER}. "), 1.0, (1, 1, 1)),
+        (r1("so", "999"), 0.1, (1, 1, 0)),
+        (r1("so", "many"), 0.1, (1, 0, 0)),
+        (r1("so", ""), 0.1, (1, 0, 0)),
+        (r1("so", f"5 or {ANSWER}"), 0.1, (1, 0, 0)),
+        (r1("so", f"{ANSWER} or 5"), 0.1, (1, 0, 0)),
+        (r1("so", f"junk #{ANSWER}"), 0.1, (1, 0, 0)),
+        (r1("so", f"#{ANSWER}"), 0.1, (1, 0, 0)),
+        (r1("so", f"x = {ANSWER}"), 0.1, (1, 0, 0)),
+        (r1("so", f"${ANSWER} dollars" if ANSWER[0] != "-" else ANSWER), 1.0, (1, 1, 1)),
         (f"<answer>{ANSWER}</answer>", 0.9, (0, 1, 1)),
         (ANSWER, 0.0, (0, 0, 0)),
         ("#" + ANSWER, 0.0, (0, 0, 0)),
@@ -55,10 +57,8 @@ ANSWER = SUM.problem(0).answer
 )
 def test_r1_rewards_form_and_answer_apart(text, total, parts):
     reward = SUM.reward(SUM.problem(0), text)
-    assert (
-        reward.total == pytest.approx(total)
-        and tuple(reward.parts[name] for name in ("format", "answered", "correct")) == parts
-    )
+    assert reward.total == pytest.approx(total)
+    assert tuple(reward.parts[name] for name in ("format", "answered", "correct")) == parts
 
 
 @pytest.mark.parametrize(
@@ -111,20 +111,19 @@ def test_demonstrations_earn_the_full_reward_and_say_nothing_of_the_problem_chan
 ):
     if task == "gsm8k":
         monkeypatch.setenv("NANORL_DATA", request.getfixturevalue("real_data"))
-    source, plain = get_task(task, "train", template=template), get_task(task, "train")
+    source = get_task(task, "train", template=template)
+    plain = get_task(task, "train")
     assert len(source) == len(plain)
+    roles = ["system", "user"] if template == "r1" else ["user"]
     for i in range(40):
-        problem, own = source.problem(i), plain.problem(i)
+        problem = source.problem(i)
+        own = plain.problem(i)
         reward = source.reward(problem, source.solution(problem))
         assert reward.total == pytest.approx(1.0) and all(reward.parts.values())
-        assert (problem.prompt[-1], problem.answer, problem.meta) == (
-            own.prompt[-1],
-            own.answer,
-            own.meta,
-        )
-        assert [m["role"] for m in problem.prompt] == (
-            ["system", "user"] if template == "r1" else ["user"]
-        )
+        assert problem.prompt[-1] == own.prompt[-1]
+        assert problem.answer == own.answer
+        assert problem.meta == own.meta
+        assert [m["role"] for m in problem.prompt] == roles
 
 
 @pytest.mark.parametrize("text", ["no #yes", "yes or no", "no, yes", "", "yesterday"])
@@ -132,8 +131,8 @@ def test_r1_wants_one_word(text):
     source = get_task("comparison", "val", template="r1")
     problem = source.problem(0)
     problem.answer = "yes"
-    assert source.reward(problem, R1("so", text)).total == pytest.approx(0.1)
-    assert source.reward(problem, R1("so", " Yes. ")).total == pytest.approx(1.0)
+    assert source.reward(problem, r1("so", text)).total == pytest.approx(0.1)
+    assert source.reward(problem, r1("so", " Yes. ")).total == pytest.approx(1.0)
 
 
 OWN = """
@@ -158,12 +157,11 @@ def test_a_users_own_task_keeps_its_deadline_and_lacks_what_it_lacks(tmp_path):
 def test_signed_rewards_stay_signed_and_a_mixture_may_name_one_task():
     signed = get_task("0-20", "val", template="plain", rewards="signed")
     assert signed.reward(signed.problem(0), "no idea").total == -1
-    mixed = get_task(
-        "0-20=1,comparison=1", "val", **{"0-20.template": "r1", "0-20.format_weight": "0.3"}
-    )
+    settings = {"0-20.template": "r1", "0-20.format_weight": "0.3"}
+    mixed = get_task("0-20=1,comparison=1", "val", **settings)
     assert {len(mixed.problem(i).prompt) for i in range(2)} == {1, 2}
     number = next(p for p in map(mixed.problem, range(2)) if len(p.prompt) == 2)
-    assert mixed.reward(number, R1("", "999")).total == pytest.approx(0.3)
+    assert mixed.reward(number, r1("", "999")).total == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Text <-> ids, against the `tokenizers` library and transformers; and where the loss falls in a chat."""
+"""Text <-> ids, against `tokenizers` and transformers; and where the loss falls in a chat."""
 
 import copy
 import json
@@ -95,17 +95,18 @@ def check_against_library(tokenizer, library, texts):
         assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids, text
 
 
-# ---- text <-> ids ---------------------------------------------------------------------------------------------
+# ---- text <-> ids
 
 
 def test_round_trip(trained):
     for text in [*TEXTS, *random_texts()]:
         ids = trained.encode(text)
-        assert trained.decode(ids) == text and all(0 <= i < trained.n_tokens for i in ids)
-    assert (
-        len(trained.encode("Calculate: 12")) == 5
-    )  # ' 12' is not one piece: each digit is its own
-    assert len(trained.encode(" world! It's")) < 8  # but words are merged
+        assert trained.decode(ids) == text
+        assert all(0 <= i < trained.n_tokens for i in ids)
+
+    # ' 12' is not one piece: each digit is its own. But words are merged.
+    assert len(trained.encode("Calculate: 12")) == 5
+    assert len(trained.encode(" world! It's")) < 8
 
 
 def test_many_texts_in_threads_give_the_ids_of_one_by_one(trained):
@@ -127,9 +128,8 @@ def test_ids_equal_the_librarys_with_gpt2s_splitting_rule(trained):
         "use_regex": True,
     }
     spec["normalizer"] = {"type": "NFC"}
-    check_against_library(
-        Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec)), [*TEXTS, *random_texts()]
-    )
+    library = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    check_against_library(Tokenizer(spec), library, [*TEXTS, *random_texts()])
 
 
 def test_qwens_ids_equal_the_librarys(qwen, real_data):
@@ -139,19 +139,17 @@ def test_qwens_ids_equal_the_librarys(qwen, real_data):
     with open(os.path.join(real_data, "gsm8k", "train.jsonl"), encoding="utf-8") as f:
         rows = [json.loads(line) for line, _ in zip(f, range(300))]
     assert len(rows) == 300
-    check_against_library(
-        qwen,
-        library,
-        [*TEXTS, *random_texts(), *(row[k] for row in rows for k in ("question", "answer"))],
-    )
+    gsm8k = [row[key] for row in rows for key in ("question", "answer")]
+    check_against_library(qwen, library, [*TEXTS, *random_texts(), *gsm8k])
     for text in TEXTS:
         assert qwen.decode(qwen.encode(text)) == unicodedata.normalize("NFC", text)
-    assert qwen.spec["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {
-        "Regex": PATTERN
-    }  # whose pattern ours says it is
-    assert (
-        len(qwen.encode("<think>")) == 1
-    )  # an added token, but not a special one: a word, for the library as well
+
+    # Our pattern is Qwen's, as it says.
+    split = qwen.spec["pre_tokenizer"]["pretokenizers"][0]
+    assert split["pattern"] == {"Regex": PATTERN}
+
+    # An added token, but not a special one: a word, for the library as well.
+    assert len(qwen.encode("<think>")) == 1
 
 
 def test_decode_of_any_ids(trained):
@@ -159,9 +157,10 @@ def test_decode_of_any_ids(trained):
     assert trained.decode([trained.special[TURN_START], trained.turn_end]) == TURN_START + TURN_END
     assert trained.decode(trained.encode("é")[:1]) == "\ufffd" or len(trained.encode("é")) == 1
     assert trained.decode(trained.encode("🏴")[:1]) == "\ufffd"  # a part of its bytes
-    assert (
-        trained.decode([trained.n_tokens, trained.n_tokens + 99, -1] + trained.encode("a")) == "a"
-    )  # rows that only pad the model
+
+    # Ids of rows that only pad the model.
+    padding = [trained.n_tokens, trained.n_tokens + 99, -1]
+    assert trained.decode(padding + trained.encode("a")) == "a"
 
 
 def test_ids_in_a_gap_before_added_tokens_say_nothing(trained):
@@ -170,20 +169,20 @@ def test_ids_in_a_gap_before_added_tokens_say_nothing(trained):
         {**spec["added_tokens"][0], "id": trained.n_tokens + 5, "content": "<far>"}
     )
     far = Tokenizer(spec)
-    assert (
-        far.n_tokens == trained.n_tokens + 6
-        and far.decode([trained.n_tokens + 2, *far.encode("a"), far.special["<far>"]]) == "a<far>"
-    )
+    assert far.n_tokens == trained.n_tokens + 6
+    ids = [trained.n_tokens + 2, *far.encode("a"), far.special["<far>"]]
+    assert far.decode(ids) == "a<far>"
     with pytest.raises(ValueError, match="no model or no added_tokens"):
         Tokenizer({})
 
 
 def test_training_stops_when_nothing_is_left_to_merge():
     small = Tokenizer.train(["ab ab"], 1000)
-    assert 256 + 3 < small.n_tokens < 270 and small.decode(small.encode("ab")) == "ab"
+    assert 256 + 3 < small.n_tokens < 270
+    assert small.decode(small.encode("ab")) == "ab"
 
 
-# ---- chat -----------------------------------------------------------------------------------------------------
+# ---- chat
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -196,9 +195,8 @@ CHAT = [
 
 def test_the_special_ids_come_from_no_text(trained):
     special = set(trained.special.values())
-    assert len(special) == 3 and trained.stop_ids == sorted(
-        {trained.turn_end, trained.document_end}
-    )
+    assert len(special) == 3
+    assert trained.stop_ids == sorted({trained.turn_end, trained.document_end})
     for name in trained.special:
         for text in (name, f"a{name}b", name * 3, f"<|im_{name}"):
             assert not special & set(trained.encode(text))
@@ -222,24 +220,25 @@ def test_nor_in_qwens_chat(qwen):
 
 def test_the_chat_is_chatml(trained):
     ids, mask = trained.render_chat(CHAT)
-    assert trained.decode(ids) == "".join(
-        f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT
-    )
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CHAT]
+    assert trained.decode(ids) == "".join(turns)
     assert len(ids) == len(mask)
 
 
 @pytest.mark.parametrize("turns", [3, 5])
 @pytest.mark.parametrize("said", ["#23", "\n\n 7", "", "assistant\n"])
 def test_the_prompt_is_a_prefix_of_the_chat(trained, turns, said):
-    # Also where the answer's first characters could merge with the header's last: training must see what sampling does.
+    # Also where the answer's first characters could merge with the header's last: training must
+    # see what sampling does.
     chat = CHAT[: turns - 1] + [{"role": "assistant", "content": said}]
-    prompt, (ids, mask) = trained.render_prompt(chat[:-1]), trained.render_chat(chat)
+    prompt = trained.render_prompt(chat[:-1])
+    ids, mask = trained.render_chat(chat)
     assert ids[: len(prompt)] == prompt
     rest = trained.encode(said) + [trained.turn_end]
-    assert ids[len(prompt) :] == rest + trained.encode("\n")
-    assert mask[len(prompt) :] == [1] * len(rest) + [0] * len(trained.encode("\n")) and not any(
-        mask[len(prompt) - 3 : len(prompt)]
-    )
+    tail = trained.encode("\n")
+    assert ids[len(prompt) :] == rest + tail
+    assert mask[len(prompt) :] == [1] * len(rest) + [0] * len(tail)
+    assert not any(mask[len(prompt) - 3 : len(prompt)])
 
 
 def test_the_loss_falls_on_what_the_assistant_says_and_its_end(trained):
@@ -254,17 +253,15 @@ def test_the_loss_falls_on_what_the_assistant_says_and_its_end(trained):
     assert [trained.decode(piece) for piece in learned] == ["5+8=13#23" + TURN_END, "#2" + TURN_END]
 
 
-# ---- files ----------------------------------------------------------------------------------------------------
+# ---- files
 
 
 def test_saved_and_read_again(trained, tmp_path):
     trained.save(str(tmp_path))
     again = Tokenizer.from_pretrained(str(tmp_path))
-    assert (
-        again.spec == trained.spec
-        and again.n_tokens == trained.n_tokens
-        and again.special == trained.special
-    )
+    assert again.spec == trained.spec
+    assert again.n_tokens == trained.n_tokens
+    assert again.special == trained.special
     assert (tmp_path / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     with pytest.raises(ValueError, match="no tokenizer.json in"):
         Tokenizer.from_pretrained(str(tmp_path / "none"))
@@ -274,8 +271,9 @@ def test_saved_and_read_again(trained, tmp_path):
     "model_type, normalizer", [("qwen3", None), ("llama", None), ("qwen2", {"type": "NFC"})]
 )
 def test_transformers_reads_it_and_renders_the_same_chat(trained, tmp_path, model_type, normalizer):
-    # model_type as in a checkpoint's config.json: AutoTokenizer may choose by it. For qwen2 it always takes Qwen's own
-    # class, which normalises to NFC, so that is compared with a tokenizer that does.
+    # model_type as in a checkpoint's config.json: AutoTokenizer may choose by it. For qwen2 it
+    # always takes Qwen's own class, which normalises to NFC, so that is compared with a tokenizer
+    # that does.
     transformers = pytest.importorskip("transformers")
     trained = Tokenizer({**trained.spec, "normalizer": normalizer})
     trained.save(str(tmp_path))
@@ -290,10 +288,8 @@ def test_transformers_reads_it_and_renders_the_same_chat(trained, tmp_path, mode
         CHAT[:-1], add_generation_prompt=True, tokenize=True, return_dict=False
     )
     assert list(prompt) == trained.render_prompt(CHAT[:-1])
-    assert (
-        list(theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False))
-        == trained.render_chat(CHAT)[0]
-    )
+    chat = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False)
+    assert list(chat) == trained.render_chat(CHAT)[0]
 
 
 @pytest.mark.parametrize(
@@ -366,22 +362,24 @@ def test_gpt2_has_no_chat_and_says_so(real_data):
     assert gpt2.stop_ids == [gpt2.document_end] == [50256]
 
 
-# ---- published tokenizers -------------------------------------------------------------------------------------
+# ---- published tokenizers
 
 
 def published(spec, pre_tokenizer=None, without=(), words=(), normalizer=None, **model):
-    """The tokenizer.json of a trained tokenizer, changed towards those of published models. without: bytes that the vocabulary lacks; words:
-    added tokens that are not special."""
+    """The tokenizer.json of a trained tokenizer, changed towards those of published models.
+
+    without: bytes that the vocabulary lacks. words: added tokens that are not special.
+    """
     spec = copy.deepcopy(spec)
     spec["pre_tokenizer"] = pre_tokenizer or spec["pre_tokenizer"]
     spec["normalizer"] = normalizer
     lacking = {char for char, byte in _byte_of_char().items() if byte in without}
-    vocab, n = spec["model"]["vocab"], len(spec["model"]["vocab"])
-    spec["model"]["vocab"] = {token: id for token, id in vocab.items() if token not in lacking}
+    vocab = spec["model"]["vocab"]
+    n = len(vocab)
+    spec["model"]["vocab"] = {token: i for token, i in vocab.items() if token not in lacking}
     pairs = [m if isinstance(m, list) else m.split(" ") for m in spec["model"]["merges"]]
-    assert not lacking & {char for pair in pairs for char in "".join(pair)}, (
-        "a byte that is missing is in no merge"
-    )
+    merged = {char for pair in pairs for char in "".join(pair)}
+    assert not lacking & merged, "a byte that is missing is in no merge"
     spec["model"].update(model)
     spec["added_tokens"] += [
         {**spec["added_tokens"][0], "id": n + i, "content": word, "special": False}
@@ -438,51 +436,49 @@ NASTY = [
 def test_ids_equal_the_librarys_for_what_published_tokenizers_have(trained, kind):
     spec = published(trained.spec, **PUBLISHED[kind])
     if kind == "whole words first":  # a token that no merge makes
-        spec["model"]["vocab"]["Gzqx"] = spec["model"]["vocab"]["Ġzqx"] = (
-            len(spec["model"]["vocab"]) + 1
-        )
-        del spec["model"]["vocab"]["Gzqx"]
+        vocab = spec["model"]["vocab"]
+        vocab["Ġzqx"] = len(vocab) + 1
     tokenizer, library = Tokenizer(spec), tokenizers.Tokenizer.from_str(json.dumps(spec))
     check_against_library(tokenizer, library, [*TEXTS, *NASTY, *random_texts(), "a zqx b zqxx zqx"])
     if kind == "bytes missing":
-        assert tokenizer.encode("th\x02e") == tokenizer.encode(
-            "the"
-        )  # a missing byte goes, and its neighbours meet
+        # A missing byte goes, and its neighbours meet.
+        assert tokenizer.encode("th\x02e") == tokenizer.encode("the")
     if kind == "whole words first":
         assert len(tokenizer.encode(" zqx")) == 1
 
 
 def corpora(real_data):
     with open(os.path.join(real_data, "gsm8k", "train.jsonl"), encoding="utf-8") as f:
-        yield (
-            "gsm8k",
-            [
-                text
-                for line in f
-                for text in (json.loads(line)["question"], json.loads(line)["answer"])
-            ],
-        )
+        rows = [json.loads(line) for line in f]
+    yield "gsm8k", [row[key] for row in rows for key in ("question", "answer")]
     with open(os.path.join(real_data, "text", "brown.txt"), encoding="utf-8") as f:
         brown = f.read()
     yield "brown", [brown[i : i + 20_000] for i in range(0, len(brown), 20_000)]
 
 
 def nasty_texts(specials, n=20_000):
-    """Emoji, CJK, Arabic, control characters, digits of many scripts and look-alikes of special tokens, in every order."""
+    """Texts of emoji, CJK, Arabic, control characters, digits of many scripts, in every order.
+
+    Look-alikes of special tokens are among them.
+    """
     rng = random.Random(1)
-    char = lambda low, high: chr(rng.randrange(low, high))
+
+    def char(low, high):
+        return chr(rng.randrange(low, high))
+
+    def number():
+        digits = str(rng.randrange(10 ** rng.randrange(1, 8)))
+        return digits + rng.choice(["²", "½", "Ⅳ", "٣", ""])
+
+    look_alikes = ["<|im_end", "</think>\u0338", "<think>", "<|eot_id|>", "\u0338"]
     kinds = [
-        lambda: rng.choice(
-            [*specials, "<|im_end", "</think>\u0338", "<think>", "<|eot_id|>", "\u0338"]
-        ),
+        lambda: rng.choice([*specials, *look_alikes]),
         lambda: char(0, 0x20) + char(0, 0x20),
         lambda: char(0x1F300, 0x1FAFF) + rng.choice(["\u200d", "\ufe0f", "🏽", ""]),
         lambda: char(0x4E00, 0x9FFF) * 2,
         lambda: char(0x600, 0x6FF) + char(0x620, 0x64A),
         lambda: rng.choice([" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u3000", "\xa0"]),
-        lambda: (
-            str(rng.randrange(10 ** rng.randrange(1, 8))) + rng.choice(["²", "½", "Ⅳ", "٣", ""])
-        ),
+        number,
         lambda: char(0xE000, 0x20000),
         lambda: rng.choice(["I'm", "THEY'LL", "ſ'ſ", "hello world", "ﬁn"]),
     ]
@@ -492,18 +488,15 @@ def nasty_texts(specials, n=20_000):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "model"])
 def test_real_tokenizers_give_the_librarys_ids_on_whole_corpora(real_data, request, name):
-    path = (
-        request.getfixturevalue("real_model")
-        if name == "model"
-        else os.path.join(real_data, "tokenizers", name)
-    )
-    ours, library = (
-        Tokenizer.from_pretrained(path),
-        tokenizers.Tokenizer.from_file(os.path.join(path, "tokenizer.json")),
-    )
+    if name == "model":
+        path = request.getfixturevalue("real_model")
+    else:
+        path = os.path.join(real_data, "tokenizers", name)
+    ours = Tokenizer.from_pretrained(path)
+    library = tokenizers.Tokenizer.from_file(os.path.join(path, "tokenizer.json"))
     library.encode_special_tokens = True
     for corpus, texts in [*corpora(real_data), ("nasty", nasty_texts(ours.special))]:
-        theirs = [
-            encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)
-        ]
-        assert sum(map(len, theirs)) > 300_000 and ours.encode_many(texts) == theirs, corpus
+        encodings = library.encode_batch(texts, add_special_tokens=False)
+        theirs = [encoding.ids for encoding in encodings]
+        assert sum(map(len, theirs)) > 300_000, corpus
+        assert ours.encode_many(texts) == theirs, corpus

@@ -1,4 +1,7 @@
-"""What earns a reward: attacks on each task's reader of answers and the verdict each must get, and what a verdict pays."""
+"""What earns a reward.
+
+Attacks on each task's reader of answers with the verdict each must get, and what a verdict pays.
+"""
 
 import ast
 import random
@@ -8,18 +11,17 @@ from collections import Counter
 from fractions import Fraction
 
 import pytest
-from test_tasks import fewer_problems  # noqa: F401, small tables here too
 
 from nanorl.tasks import Problem, get_task
 from nanorl.tasks.answers import word_after
 from nanorl.tasks.countdown import LONGEST, evaluate
+from test_tasks import fewer_problems  # noqa: F401, small tables here too
 
-NO_FORMAT, NO_ANSWER, WRONG, RIGHT = (
-    (0, 0, 0),
-    (1, 0, 0),
-    (1, 1, 0),
-    (1, 1, 1),
-)  # format, answered, correct
+# A verdict: format, answered, correct.
+NO_FORMAT = (0, 0, 0)
+NO_ANSWER = (1, 0, 0)
+WRONG = (1, 1, 0)
+RIGHT = (1, 1, 1)
 
 
 def check(task, problem, text, verdict):
@@ -29,7 +31,7 @@ def check(task, problem, text, verdict):
     return reward.total
 
 
-# ---- a number after the marker: arithmetic, counting, spelling -------------------------------------------------------
+# ---- a number after the marker: arithmetic, counting, spelling -----------------------------------
 
 NUMBERS = {  # the right answer is 12
     RIGHT: [
@@ -46,10 +48,12 @@ NUMBERS = {  # the right answer is 12
         "#24/2",
         "#" + "0" * 98 + "12",
         "#11 no, #12",
+        # Other scripts' digits: an odd way to write the right number.
         "#\uff11\uff12",
-        "#\u0661\u0662",  # other scripts' digits: an odd way to write the right number
+        "#\u0661\u0662",
+        # The first number after the last marker counts: naming many earns no more than one guess.
         "#12 or 13",
-    ],  # of several after the last marker the first, so that naming many earns no more than one guess
+    ],
     WRONG: [
         "#13 or 12",
         "#11 12 13",
@@ -128,7 +132,7 @@ def test_arithmetic_by_its_own_problems(preset):
             assert check(task, problem, text, verdict) == (verdict is RIGHT)
 
 
-# ---- a word after the marker: comparison, binary -----------------------------------------------------------------------
+# ---- a word after the marker: comparison, binary -------------------------------------------------
 
 WORDS = {  # the right answer is yes
     RIGHT: ["#yes", "4=4 8>3#yes", "#Yes.", "#YES", "# yes\n", "#\tyes .\n", "#no #yes"],
@@ -247,14 +251,12 @@ def test_the_word_after_the_marker(text, word):
     assert word_after(text, "#") == word
 
 
-# ---- countdown: tags -------------------------------------------------------------------------------------------------------
+# ---- countdown: tags -----------------------------------------------------------------------------
 
 PROBLEM = Problem([], "33", {"numbers": [3, 7, 12]})
-T, A, B = (
-    "<think></think>",
-    "<answer>3*7+12</answer>",
-    "<answer>3+7+12</answer>",
-)  # A is right, B is not
+T = "<think></think>"
+A = "<answer>3*7+12</answer>"  # right
+B = "<answer>3+7+12</answer>"  # wrong
 
 TAGS = [  # text, format, verdict on the answer
     (T + A, 1, RIGHT),
@@ -310,13 +312,13 @@ def test_countdown_tags():
         task = get_task("countdown", format_weight=weight)
         for text, well_formed, verdict in TAGS:
             total = check(task, PROBLEM, text, (well_formed, *verdict[1:]))
-            assert total == pytest.approx(
-                float(weight) * well_formed + (1 - float(weight)) * (verdict is RIGHT)
-            )
+            for_format = float(weight) * well_formed
+            for_answer = (1 - float(weight)) * (verdict is RIGHT)
+            assert total == pytest.approx(for_format + for_answer)
         assert task.reward(PROBLEM, T + A).total == 1
 
 
-# ---- countdown: the answer ---------------------------------------------------------------------------------------------------
+# ---- countdown: the answer -----------------------------------------------------------------------
 
 ANSWERS = {  # of 3, 7, 12 for 33
     RIGHT: [
@@ -454,17 +456,16 @@ def test_countdown_answers():
 def test_countdown_uses_each_number_as_often_as_given_and_computes_exactly(
     numbers, target, answer, verdict
 ):
-    check(
-        get_task("countdown"),
-        Problem([], str(target), {"numbers": numbers}),
-        f"{T}<answer>{answer}</answer>",
-        verdict,
-    )
+    task = get_task("countdown")
+    problem = Problem([], str(target), {"numbers": numbers})
+    check(task, problem, f"{T}<answer>{answer}</answer>", verdict)
 
 
 def by_python(text):
-    """What `evaluate` must give, by Python's own parser: (value, numbers used), or None where anything but + - * / and
-    brackets over whole numbers is in the text."""
+    """What `evaluate` must give, by Python's own parser: (value, numbers used).
+
+    None where the text has anything but + - * / and brackets over whole numbers.
+    """
     text = re.sub(r"\s", " ", text.translate(str.maketrans("×÷−–", "*/--")))
     if len(text) > LONGEST or set(text) - set("0123456789+-*/() "):
         return None
@@ -474,21 +475,21 @@ def by_python(text):
         if isinstance(node, ast.Constant):
             used.append(node.value)
             return Fraction(node.value)
-        a, b = (
-            value(node.left),
-            value(node.right),
-        )  # AttributeError for any other node, such as a sign before a number
-        return {
+        # AttributeError for any other node, such as a sign before a number.
+        a = value(node.left)
+        b = value(node.right)
+        operations = {
             ast.Add: a.__add__,
             ast.Sub: a.__sub__,
             ast.Mult: a.__mul__,
             ast.Div: a.__truediv__,
-        }[type(node.op)](b)
+        }
+        return operations[type(node.op)](b)
 
+    # Python refuses 07; the grammar does not.
+    text = re.sub(r"\b0+(?=\d)", "", text).strip()
     try:
-        tree = ast.parse(
-            re.sub(r"\b0+(?=\d)", "", text).strip(), mode="eval"
-        )  # Python refuses 07; the grammar does not
+        tree = ast.parse(text, mode="eval")
         return value(tree.body), used
     except (SyntaxError, AttributeError, KeyError, ZeroDivisionError):
         return None
@@ -496,15 +497,14 @@ def by_python(text):
 
 def random_expression(rng, depth):
     if depth == 0 or rng.random() < 0.2:
-        return (
-            rng.choice(["", " ", "0"])
-            + str(rng.choice([0, 1, 2, 3, 7, 12, 100]))
-            + rng.choice(["", "", "\n"])
-        )
-    a, b = random_expression(rng, depth - 1), random_expression(rng, depth - 1)
-    return rng.choice(["{}{}{}", "({}{}{})", "{} {} {}", "(({}{}{}))"]).format(
-        a, rng.choice("++--**//×÷−–"), b
-    )
+        before = rng.choice(["", " ", "0"])
+        number = rng.choice([0, 1, 2, 3, 7, 12, 100])
+        after = rng.choice(["", "", "\n"])
+        return f"{before}{number}{after}"
+    a = random_expression(rng, depth - 1)
+    b = random_expression(rng, depth - 1)
+    form = rng.choice(["{}{}{}", "({}{}{})", "{} {} {}", "(({}{}{}))"])
+    return form.format(a, rng.choice("++--**//×÷−–"), b)
 
 
 def test_the_grammar_agrees_with_pythons_own_parser():
@@ -512,18 +512,23 @@ def test_the_grammar_agrees_with_pythons_own_parser():
     kinds = Counter()
     for _ in range(4000):
         text = random_expression(rng, rng.randrange(5))
-        for _ in range(rng.choice([0, 0, 1, 2])):  # broken at random
+        # Break some of them at random.
+        for _ in range(rng.choice([0, 0, 1, 2])):
             at = rng.randrange(len(text) + 1)
-            text = text[:at] + rng.choice(["", "", *"()+-*/ 07.=x"]) + text[at + rng.randrange(3) :]
+            inserted = rng.choice(["", "", *"()+-*/ 07.=x"])
+            text = text[:at] + inserted + text[at + rng.randrange(3) :]
         expected = by_python(text)
         assert evaluate(text) == expected, text
-        kinds[
-            "none" if expected is None else "fraction" if expected[0].denominator > 1 else "whole"
-        ] += 1
+        if expected is None:
+            kinds["none"] += 1
+        elif expected[0].denominator > 1:
+            kinds["fraction"] += 1
+        else:
+            kinds["whole"] += 1
     assert min(kinds.values()) > 300 and len(kinds) == 3
 
 
-# ---- any text ------------------------------------------------------------------------------------------------------------------
+# ---- any text ------------------------------------------------------------------------------------
 
 TASKS = {
     "0-20": "12",
@@ -536,20 +541,16 @@ TASKS = {
 
 
 def a_problem(name):
-    return Problem(
-        [], TASKS[name], {"numbers": [3, 7, 12] if name == "countdown" else [7, 5], "signs": ["+"]}
-    )
+    numbers = [3, 7, 12] if name == "countdown" else [7, 5]
+    return Problem([], TASKS[name], {"numbers": numbers, "signs": ["+"]})
 
 
 def looks_right(name, text):
     """A coarse second opinion on a text that was paid for."""
     if name == "countdown":
         answer = re.findall(r"(?s)<answer>((?:(?!<answer>).)*?)</answer>", text)[-1].split("=")[0]
-        return (
-            (result := by_python(answer)) is not None
-            and result[0] == 33
-            and sorted(result[1]) == [3, 7, 12]
-        )
+        result = by_python(answer)
+        return result is not None and result[0] == 33 and sorted(result[1]) == [3, 7, 12]
     tail = text.split("#")[-1].strip()
     if name == "comparison":
         return tail.rstrip(". \n").upper() == "YES"
@@ -560,7 +561,9 @@ def looks_right(name, text):
 
 
 def test_no_text_makes_a_reward_raise_or_pays_for_what_is_not_right():
-    rng, tasks, paid = random.Random(0), {name: get_task(name) for name in TASKS}, Counter()
+    rng = random.Random(0)
+    tasks = {name: get_task(name) for name in TASKS}
+    paid = Counter()
     pieces = [
         "#",
         "#",
@@ -604,19 +607,16 @@ def test_no_text_makes_a_reward_raise_or_pays_for_what_is_not_right():
     for n in range(5000):
         text = "".join(rng.choices(pieces, k=rng.randrange(9)))
         if n % 4 == 0:
-            text = rng.randbytes(rng.randrange(200)).decode(
-                "utf-8", rng.choice(["replace", "surrogateescape", "ignore"])
-            )
+            noise = rng.randbytes(rng.randrange(200))
+            text = noise.decode("utf-8", rng.choice(["replace", "surrogateescape", "ignore"]))
         elif n % 4 == 1:
             text = "#" + rng.choice(list(TASKS.values())) + text[:2]
         for name, task in tasks.items():
             reward = task.reward(a_problem(name), text)
             well_formed, answered, correct = reward.parts.values()
-            assert (
-                {well_formed, answered, correct} <= {0, 1}
-                and correct <= answered
-                and (answered <= well_formed or name == "countdown")
-            )
+            assert {well_formed, answered, correct} <= {0, 1}
+            assert correct <= answered
+            assert answered <= well_formed or name == "countdown"
             if correct:
                 assert looks_right(name, text), (name, text)
                 paid[name] += 1
@@ -662,30 +662,28 @@ def huge(n):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_completion_of_a_megabyte_is_judged_at_once(name):
-    task, problem = get_task(name), a_problem(name)
-    for n in (
-        1_000,
-        20_000,
-        1_000_000,
-    ):  # from small to large: a reader whose time explodes fails early
+    task = get_task(name)
+    problem = a_problem(name)
+    # From small to large: a reader whose time explodes fails early.
+    for n in (1_000, 20_000, 1_000_000):
         for text in huge(n):
             begun = time.process_time()
             task.reward(problem, text)
             assert time.process_time() - begun < 0.1, text[:100]
 
 
-# ---- what a verdict pays -----------------------------------------------------------------------------------------------------------
+# ---- what a verdict pays -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["0-20", "counting", "spelling", "comparison", "binary"])
 def test_binary_and_signed_rewards(name):
     wrong = {"comparison": "no"}.get(name, "1")
     for rewards, low in [("binary", 0), ("signed", -1)]:
-        task, problem = get_task(name, rewards=rewards), a_problem(name)
-        assert [
-            task.reward(problem, text).total
-            for text in ("#" + problem.answer, "#" + wrong, "#", "", problem.answer)
-        ] == [1, low, low, low, low]
+        task = get_task(name, rewards=rewards)
+        problem = a_problem(name)
+        texts = ("#" + problem.answer, "#" + wrong, "#", "", problem.answer)
+        totals = [task.reward(problem, text).total for text in texts]
+        assert totals == [1, low, low, low, low]
 
 
 GRADED = [
@@ -729,13 +727,10 @@ GRADED = [
             "27": -0.5,
         },
     ),
-    (
-        "0-20",
-        [1, 2],
-        "*",
-        {"2": 1, "3": -0.5, "-1": -0.5, "1": 0.5, "4": 0.25},
-    ),  # 3 is off by one, but it is 1 + 2
-    ("0-20", [2, 2], "+", {"4": 1, "0": -0.5, "5": 0.5}),  # 4 is 2 x 2 as well, and right
+    # 3 is off by one, but it is 1 + 2.
+    ("0-20", [1, 2], "*", {"2": 1, "3": -0.5, "-1": -0.5, "1": 0.5, "4": 0.25}),
+    # 4 is 2 x 2 as well, and right.
+    ("0-20", [2, 2], "+", {"4": 1, "0": -0.5, "5": 0.5}),
     ("0-20", [5, 0], "-", {"5": 1, "0": -0.5}),
     ("2-digit", [50, 20], "-", {"30": 1, "29": 0.5, "35": 0.25, "36": 0, "70": -0.5, "1000": -0.5}),
     (
@@ -744,12 +739,13 @@ GRADED = [
         "+",
         {"700": 1, "701": 0.5, "705": 0.25, "706": 0, "300": -0.5, "100000": -0.5},
     ),
+    # In a chain there is no one other operation to take for the right one.
     (
         "chain4",
         [9, 8, 7, 6, 5],
         "++--",
         {"13": 1, "12": 0.5, "18": 0.25, "19": 0, "35": 0, "": -1},
-    ),  # no one other operation
+    ),
     (
         "3x2",
         [500, 20],
@@ -779,8 +775,9 @@ def test_graded_rewards(preset, numbers, signs, pays):
     task = get_task(preset, rewards="graded")
     answer = next(text for text, paid in pays.items() if paid == 1)
     problem = Problem([], answer, {"numbers": numbers, "signs": list(signs)})
+    verdicts = {1: RIGHT, -1: NO_ANSWER}
     for text, paid in pays.items():
-        verdict = RIGHT if paid == 1 else NO_ANSWER if paid == -1 else WRONG
+        verdict = verdicts.get(paid, WRONG)
         assert check(task, problem, f"1+1=2 #{text}", verdict) == paid, text
     assert check(task, problem, answer, NO_FORMAT) == -1
 
@@ -788,9 +785,5 @@ def test_graded_rewards(preset, numbers, signs, pays):
 def test_graded_rewards_are_full_within_the_precision():
     task = get_task("0-20", rewards="graded", precision="0")
     problem = Problem([], "19", {"numbers": [7, 12], "signs": ["+"]})
-    assert [task.reward(problem, text).total for text in ("#19.5", "#18.5", "#19.6", "#21")] == [
-        1,
-        1,
-        0.5,
-        0.25,
-    ]
+    totals = [task.reward(problem, text).total for text in ("#19.5", "#18.5", "#19.6", "#21")]
+    assert totals == [1, 1, 0.5, 0.25]

@@ -1,9 +1,13 @@
 """python tests/fakecuda/check_engine.py fp64|fp32|bf16
 
 The engine on the simulated GPU, with captured and replayed graphs, against the engine on the CPU,
-over calls with other prompts, other weights and other settings. A line of JSON a call: how many
-completions are equal, how far their log-probs are apart, how many graphs were captured. In the last
-line: where the host waited for the GPU, and the kernels of one captured step.
+over calls with other prompts, other weights and other settings. Then labels by likelihood, and one
+micro-batch of the learner. Where something is wrong, it says what and ends with status 1. In bf16
+nothing has to be equal.
+
+A line of JSON a call: how many completions are equal, how far their log-probs are apart, how many
+graphs were captured, how often the host waited for the GPU. In the last line: the micro-batch's
+waits by function, and the kernels of one captured step.
 """
 
 import collections
@@ -16,23 +20,49 @@ sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.getcwd()]
 import fakecuda  # before torch, which asks once what devices there are
 import torch
 
+from nanorl import grpo, learner
+from nanorl.batch import pack
+from nanorl.cache import DecodeBatch
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
+from nanorl.rollout import Rollout, length_table
 
 torch.set_num_threads(1)
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+# The type of the activations, of the weights, and how far log-probs may be apart. Where the two
+# types differ, the engine decodes from a copy, which a refresh has to bring up to date.
+DTYPES = {
+    "fp64": (torch.float64, torch.float32, 1e-12),
+    "fp32": (torch.float32, torch.float32, 1e-4),
+    "bf16": (torch.bfloat16, torch.float32, float("inf")),
+}
 CONFIG = GPTConfig(50, 3, 32, 4, 2, 8, 64, context=256, qk_norm=True, tie_embeddings=False)
 VOCABULARY, ROWS, STOP_IDS = 50, 12, {3}
+LOOK_EVERY = 8  # decode steps
+
+# How often the host waits for the GPU in a micro-batch of the learner, at most: its tensors are
+# copied to the GPU, then for each rectangle of the attention its slots and its mask, then where the
+# outputs are, and the sums for the log are looked at once, with one number put there.
+MAKE_BATCH = 8
+A_RECTANGLE = 3
+OUTPUTS = 1
+TOKEN_SUMS = 2
 
 
 def build(dtype):
+    compute_dtype, weight_dtype, _ = DTYPES[dtype]
     torch.manual_seed(0)
     model = GPT(CONFIG)
     for p in model.parameters():
         if p.dim() == 2:
             p.data.normal_(0, 0.3)
-    model = model.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    model.compute_dtype = dtype
+    model = model.to(weight_dtype)
+    model.compute_dtype = compute_dtype
+    return model
+
+
+def build_on_gpu(dtype):
+    model = build(dtype).to("cuda")
+    model.compute_dtype = DTYPES[dtype][0]
     return model
 
 
@@ -48,8 +78,8 @@ def make_calls():
     greedy = (prompts(9, 7), 1, 40, 0.0)
     after_greedy = (prompts(6, 20), 4, 40, 1.0)
     longer = (prompts(5, 90), 4, 40, 1.0)
-    after_longer = (prompts(6, 20), 4, 40, 1.0)
-    return [*usual, greedy, after_greedy, longer, after_longer]
+    cooler = (prompts(6, 20), 4, 40, 0.7)
+    return [*usual, greedy, after_greedy, longer, cooler]
 
 
 def sample(engine, number, prompts, samples, new_tokens, temperature):
@@ -72,31 +102,132 @@ def largest_gap(a, b):
     return max(gaps, default=0.0)
 
 
-def main():
-    dtype = DTYPES[sys.argv[1]]
-    calls = make_calls()
-    on_cpu = Engine(build(dtype), ROWS)
-    expected = [sample(on_cpu, number, *call) for number, call in enumerate(calls)]
-    with fakecuda.device() as log:
-        model = build(dtype).to("cuda")
-        model.compute_dtype = dtype
-        engine = Engine(model, ROWS)
-        for number, call in enumerate(calls):
-            before = fakecuda.CUDAGraph.count
-            log.syncs.clear()
-            found = sample(engine, number, *call)
-            row = dict(
-                equal=sum(a.ids == b.ids for a, b in zip(found, expected[number])),
-                of=len(found),
-                gap=largest_gap(found, expected[number]),
-                captures=fakecuda.CUDAGraph.count - before,
-                steps=len(engine.stats["live"]),
-            )
-            print(json.dumps(row))
+def must(holds, what):
+    if not holds:
+        sys.exit(f"FAILED: {what}")
 
-        graphs = [graph for graph in engine.batch.graphs.values() if graph is not None]
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+def check_calls(dtype, log):
+    """All calls, on the CPU and on the GPU -> the engine on the GPU."""
+    compute_dtype, _, bound = DTYPES[dtype]
+    exact = compute_dtype != torch.bfloat16
+    on_cpu, on_gpu = Engine(build(dtype), ROWS), Engine(build_on_gpu(dtype), ROWS)
+    prefills = count_prefills()
+    for number, call in enumerate(make_calls()):
+        expected = sample(on_cpu, number, *call)
+        before = fakecuda.CUDAGraph.captures
+        log.syncs.clear()
+        prefills.clear()
+        found = sample(on_gpu, number, *call)
+        row = dict(
+            equal=sum(a.ids == b.ids for a, b in zip(found, expected)),
+            of=len(expected),
+            gap=largest_gap(found, expected),
+            captures=fakecuda.CUDAGraph.captures - before,
+            steps=len(on_gpu.stats["live"]),
+            prefills=prefills["cuda"],
+            syncs=sum(log.syncs.values()),
+            syncs_in_steps=fakecuda.syncs_within("cache.py step"),
+            looks=fakecuda.syncs_within("engine.py _gone"),
+        )
+        print(json.dumps(row), flush=True)
+        must(not exact or row["equal"] == row["of"], f"call {number}: other tokens: {row}")
+        must(row["gap"] <= bound, f"call {number}: other log-probs: {row}")
+        must(row["syncs_in_steps"] == 0, f"call {number}: a sync in a decode step: {log.syncs}")
+
+        # Also after prompts came in, if that is when a look is due.
+        looks = row["steps"] // LOOK_EVERY + row["prefills"]
+        must(row["looks"] <= looks, f"call {number}: {row['looks']} looks, at most {looks}")
+    return on_cpu, on_gpu
+
+
+def count_prefills():
+    """From now on counts them by device."""
+    counts = collections.Counter()
+    original = DecodeBatch.prefill
+
+    def prefill(batch, prompts):
+        counts[batch.device.type] += 1
+        return original(batch, prompts)
+
+    DecodeBatch.prefill = prefill
+    return counts
+
+
+def check_likelihood(on_cpu, on_gpu, bound):
+    prompts, _, _, _ = make_calls()[0]
+    candidates = [[1, 2, 5]] * len(prompts)
+    pairs = zip(
+        on_cpu.next_logprobs(prompts, candidates),
+        on_gpu.next_logprobs(prompts, candidates),
+    )
+    gap = max(abs(a - b) for x, y in pairs for a, b in zip(x, y))
+    must(gap <= bound, f"likelihoods of labels {gap} apart")
+
+
+# ---- learning ------------------------------------------------------------------------------------
+
+
+def learn(engine, prompts, groups):
+    """One micro-batch of these completions -> (gradients, sums for the log, rectangles)."""
+    model = engine.learner
+    rollouts = [Rollout(None, p, group, None, None, None) for p, group in zip(prompts, groups)]
+    lengths = length_table(rollouts, len(groups[0]))  # (P, G)
+    advantages = grpo.advantages((lengths % 2).double())  # (P, G)
+    weights = grpo.token_weights(lengths)  # (P, G)
+    (batch,) = pack(rollouts, advantages, weights, 10**6, model.cos.device)
+    outputs = learner.forward(model, batch, with_entropy=True)
+    gain = batch.advantages * outputs.logprobs  # (S,)
+    (-(batch.token_weights * gain).sum() / lengths.sum().item()).backward()
+    sums = learner.token_sums(outputs, batch, grpo.Objective())
+    gradients = [p.grad.cpu() for p in model.parameters()]
+    rectangles = len(learner.SharedPrefixAttention(batch.rows, "cpu").blocks)
+    return gradients, sums, rectangles
+
+
+def check_learner(on_cpu, on_gpu, log, exact):
+    """-> how often the host waited for the GPU, by function."""
+    prompts, samples, new_tokens, _ = make_calls()[0]
+    groups = on_cpu.generate(prompts, samples, new_tokens, stop_ids=STOP_IDS)
+    expected, expected_sums, rectangles = learn(on_cpu, prompts, groups)
+    log.syncs.clear()
+    found, sums, _ = learn(on_gpu, prompts, groups)
+    if exact:
+        gaps = [float((a - b).abs().max()) for a, b in zip(found, expected)]
+        must(max(gaps) < 1e-4, f"other gradients: {gaps}")
+        off = {name: abs(sums[name] - expected_sums[name]) for name in sums}
+        must(max(off.values()) < 1e-3, f"other sums: {off}")
+
+    counts = {
+        "make_batch": fakecuda.syncs_within("batch.py make_batch"),
+        "forward": fakecuda.syncs_within("learner.py forward"),
+        "token_sums": fakecuda.syncs_within("learner.py token_sums"),
+    }
+    counts["elsewhere"] = sum(log.syncs.values()) - sum(counts.values()) - len(found)
+    bounds = {
+        "make_batch": MAKE_BATCH,
+        "forward": A_RECTANGLE * rectangles + OUTPUTS,
+        "token_sums": TOKEN_SUMS,
+        "elsewhere": 0,  # none in backward
+    }
+    for name, count in counts.items():
+        must(count <= bounds[name], f"{count} syncs in {name}, at most {bounds[name]}: {log.syncs}")
+    return {**counts, "rectangles": rectangles}
+
+
+def main():
+    dtype = sys.argv[1]
+    compute_dtype, _, bound = DTYPES[dtype]
+    with fakecuda.device() as log:
+        on_cpu, on_gpu = check_calls(dtype, log)
+        graphs = [graph for graph in on_gpu.batch.graphs.values() if graph is not None]
+        check_likelihood(on_cpu, on_gpu, bound)
+        micro_batch = check_learner(on_cpu, on_gpu, log, compute_dtype != torch.bfloat16)
         kernels = collections.Counter(str(op.func) for op in graphs[0].recording.ops)
-        last = dict(syncs=log.syncs, kernels=sum(kernels.values()), by_op=kernels)
+        last = dict(micro_batch=micro_batch, kernels=sum(kernels.values()), by_op=kernels)
         print(json.dumps(last))
 
 
