@@ -4,6 +4,7 @@ Nothing that a program does outlives its run or reaches the caller.
 """
 
 import glob
+import itertools
 import math
 import os
 import re
@@ -61,8 +62,10 @@ def processes(marker):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_folder_for_temporary_files():
+def own_folder_for_temporary_files(tmp_path_factory):
     """What another process leaves in the common folder is then not taken for ours."""
+    # pytest makes its own folder when it is first asked for, and that must not lie in ours.
+    tmp_path_factory.getbasetemp()
     with tempfile.TemporaryDirectory(prefix="sandbox-tests-") as folder:
         os.chmod(folder, 0o711)  # programs run as another user
         patch = pytest.MonkeyPatch()
@@ -76,10 +79,14 @@ def homes():
     return set(glob.glob(os.path.join(tempfile.gettempdir(), "nanorl-*")))
 
 
+RUNS = itertools.count(1)  # numbers the runs of this process
+
+
 def run_clean(program, test=INCREMENT, seconds=2.0, layers=LAYERS, **settings):
     """run(), which must be back in time and leave nothing."""
     # No other run has these seconds, so they mark this run's processes.
-    seconds += float.fromhex("0x1p-20") * (1 + hash(program) % 1000)
+    number = 1000 * os.getpid() + next(RUNS)
+    seconds += float.fromhex("0x1p-40") * number
     before = homes()
     begun = time.monotonic()
     result = run(program, "f", test, seconds=seconds, layers=layers, **settings)
@@ -324,12 +331,21 @@ def test_the_supervisor_and_the_tester_cannot_be_looked_into(layers):
     # The program can look into itself, so the test sees what it looks for.
     itself = "[os.readlink('/proc/self')]"
     assert run_clean(PEEK.format(pids=itself), layers=layers).passed
-    others = (
-        "[int(p) for p in os.listdir('/proc') if p.isdigit()"
-        " and open(f'/proc/{p}/cmdline').read() == open('/proc/self/cmdline').read()"
-        " and p != os.readlink('/proc/self')]"
-    )
-    result = run_clean("import os\n" + PEEK.format(pids=others), layers=layers)
+    # Another process may end before its command line is read.
+    others = """
+import os
+def command(p):
+    try:
+        return open(f"/proc/{p}/cmdline").read()
+    except OSError:
+        return None
+OTHERS = [
+    int(p)
+    for p in os.listdir("/proc")
+    if p.isdigit() and command(p) == command("self") and p != os.readlink("/proc/self")
+]
+"""
+    result = run_clean(others + PEEK.format(pids="OTHERS"), layers=layers)
     assert result.why == "wrong: AssertionError"
 
 
