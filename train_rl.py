@@ -49,13 +49,13 @@ selfcheck = False  # compare the first step's gradient with a naive fp64 impleme
 # ---- task and rollouts
 task = "sum3"  # a name, path.py:Class, mixture 'sum3=50,counting=50', stages '0-20 until 20; sum3'
 task_args = ""  # the task's settings, 'name=value; name=value'
-reward_weights = ""  # 'correct=1; format=0.2': a reward is this sum of its parts; empty: its total
+reward_weights = ""  # 'correct=1; format=0.2': its parts' weights in the reward; empty: its total
 problems = 0  # train on so many fixed problems, the first of the split; 0: on all of them
 prompts_per_step = 16  # P, problems of a step, over all ranks
 samples_per_prompt = 16  # G, samples of each problem
 max_new_tokens = 64  # a completion is cut off here, and has then failed
 temperature = 1.0  # of sampling; the learner divides its logits by it too
-resample = 0  # groups without signal give their place to others, up to so many times a step (DAPO)
+resample = 0  # at most so many times a step, groups without signal are replaced by others (DAPO)
 overlong = "zero"  # a completion that is cut off has failed (zero), or is not in the loss (mask)
 sampler = "engine"  # engine: the fast one; plain: nanorl/sampler.py, the one to read and to change
 device_rows = 0  # most rows decoded at once on one device; 0: what half the free memory holds
@@ -178,6 +178,7 @@ def main():
         meter.sampled()
 
         # Compare: a sample is as good as its reward is above the mean of its group.
+        # From here to the loss P counts this rank's problems.
         rewards = rollout.reward_table(rollouts, G)  # (P, G)
         advantages = grpo.advantages(rewards, advantage)  # (P, G)
 
@@ -198,7 +199,7 @@ def main():
             for batch in batches:
                 outputs = learner.forward(policy.model, batch, temperature, with_entropy=True)
                 gain = batch.advantages * outputs.logprobs  # (S,) A * log pi
-                if not objective.is_default:  # the clipped ratio, a KL term
+                if not objective.is_default:  # instead: the clipped ratio, a KL term
                     gain = grpo.surrogate(outputs.logprobs, batch, objective)  # (S,)
                 loss = -(batch.token_weights * gain).sum() / N
                 loss.backward()

@@ -16,8 +16,8 @@ SHORT = 512
 class MaskedAttention:
     """Attention where `allowed` (B, 1, T, T_keys), bool, lets query t see a key; None: causal.
 
-    One mask in the kernel's own form serves all layers: of a bool one each layer would make and
-    keep a copy for its backward.
+    The mask is made once, in the form that the kernel adds to the scores, and serves all layers.
+    From a bool mask each layer would make such a form anew and keep it for its backward.
     """
 
     def __init__(self, allowed=None):

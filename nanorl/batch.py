@@ -51,7 +51,7 @@ class Batch:
     targets: torch.Tensor  # (S,) the token
     predicted_at: torch.Tensor  # (S,) the slot whose activations predict it
     advantages: torch.Tensor  # (S,) float64, its completion's
-    token_weights: torch.Tensor  # (S,) float64, what it counts in the loss, over N
+    token_weights: torch.Tensor  # (S,) float64, its weight in the loss
     sampler_logprobs: torch.Tensor  # (S,) float64, as it was sampled
     # One entry a completion.
     lengths: torch.Tensor  # (completions,) sampled tokens of each; their sum is S

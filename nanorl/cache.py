@@ -375,8 +375,9 @@ class Layout:
             cells.append(cell)
             placed[row.prompt_slot] += 1
 
-        # A fixed shape takes in slots that are not in use. Their values harm nothing: they see one
-        # key, because a softmax over none is not a number, and are no older than the oldest row.
+        # A fixed shape takes in slots that are not in use. What they hold harms nothing: such a row
+        # sees one key, since a softmax over none is not a number, and its age is 1, so that it is
+        # never older than the oldest row.
         fill(self.cell, cells, rest=0)
         fill(self.row_at, row_at, rest=0)
         fill(self.starts, [prompt_lengths[row.prompt_slot] for row in rows], rest=0)

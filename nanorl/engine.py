@@ -29,7 +29,7 @@ class Engine:
 
     stats, of the last call: what its completions needed, however it was done (see `needed`), and
         live     rows decoded in each step
-        row_slots    that there were
+        row_slots    how many rows fit
         work     {prefill, decode}: what was computed, in the terms of report/cost.py
     """
 

@@ -85,8 +85,8 @@ def token_weights(lengths, kind="token", max_new_tokens=1, counted=None):
     token     1         every token counts alike
     sequence  1 / L_i   every completion counts alike (GRPO); favours short right answers
     constant  1 / L_max every token counts alike, the step's length does not (Dr. GRPO)
-    counted (bool, same shape): completions that are not have weight 0 and no part in the
-    denominator (DAPO's overlong mask).
+    counted (bool, same shape): a completion that is not counted has weight 0, and N leaves it out
+    (DAPO's overlong mask).
     """
     if kind == "token":
         weights = torch.ones_like(lengths, dtype=torch.float64)
@@ -156,9 +156,11 @@ def kl(logprobs, reference, estimator="k3", old_logprobs=None):
 def kl_to_go(logprobs, reference, lengths):
     """k1 in the reward: what a token's advantage is lowered by, times kl_coef, (S,).
 
+    logprobs: of the policy that sampled. lengths: tokens of each completion.
+
     It is the sum of d = log pi - log pi_ref over the token itself and all later ones of its
-    completion, with log pi of the policy that sampled. Its gradient is that of the whole
-    sequence's KL(pi || ref), exactly, in expectation. lengths: tokens of each completion.
+    completion. It has no gradient of its own. As a part of the advantage it gives the loss the
+    gradient of the whole sequence's KL(pi || ref), exactly, in expectation.
     """
     d = (logprobs - reference).double()
     # Running sums over all completions: only differences within one are used.
@@ -189,7 +191,7 @@ def surrogate(logprobs, batch, objective):
 
 
 def lowered(batch, objective):
-    """k1 in the reward: the batch, its advantages lowered by the KL to go. Else as it is."""
+    """The batch with its advantages lowered by the KL to go: k1 in the reward. Else as it is."""
     if objective.kl_estimator != "k1-in-reward":
         return batch
     to_go = kl_to_go(batch.sampler_logprobs, batch.reference_logprobs, batch.lengths)

@@ -282,7 +282,7 @@ def _copy_weights(file, parameters, tied):
                 if tied and name == "lm_head.weight":
                     continue
                 if name not in parameters:
-                    raise ValueError(f"{file} holds {name}, which this architecture has not")
+                    raise ValueError(f"{file} holds {name}, which this architecture does not have")
                 tensor, parameter = weights.get_tensor(name), parameters[name]
                 if tensor.shape != parameter.shape:
                     found, expected = tuple(tensor.shape), tuple(parameter.shape)

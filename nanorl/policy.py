@@ -14,8 +14,8 @@ class Policy:
 
     model: the GPT whose tokens are sampled and whose log-probs are learnt from.
     adapters: LoRA's, which are trained in place of the weights, or None.
-    reference: called, it gives a context that gives the model a KL term measures from; or None.
-        Without a KL term that model does not exist in memory.
+    reference: `with policy.reference() as model:` gives the model that a KL term measures from.
+        None without a KL term: then that model is not in memory.
     """
 
     model: object

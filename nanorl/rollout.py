@@ -138,10 +138,11 @@ def score(task, problem, texts, finished, judged=None, part_weights=None):
     judged: what judge() gave for them, if it was asked already. part_weights {part: weight}: a
     reward's total is this sum of its parts. A text earns what reward() says, with two exceptions:
 
-    1. reward() raised or took too long: it earns what silence earns, the empty text, or 0 if that
-       is more. To break the verifier must not pay.
-    2. The completion was cut off: it earns at most that. The task is to solve the problem within
-       the limit, and where a wrong answer costs something, rambling on must not be a way around it.
+    1. reward() raised or took too long: it earns what silence, the empty text, earns, and never
+       more than 0. To break the verifier must not pay.
+    2. The completion was cut off: it earns at most what silence earns, and at most 0. The task is
+       to solve the problem within the limit. Where a wrong answer costs something, rambling on
+       must not be a way around it.
     """
     if judged is None:
         judged = judge(task, [(problem, text) for text in texts])

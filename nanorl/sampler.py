@@ -96,7 +96,7 @@ class Cache:
         self.values = [v.repeat_interleave(G, dim=0) for v in self.values]
 
     def see(self, lengths, longest, t):
-        """Before token t is fed: what it may look at, (B, 1, 1, length), and where it is kept."""
+        """Say what the token t that is fed next may see, (B, 1, 1, length), and where it goes."""
         slot = torch.arange(self.length, device=lengths.device)
         in_prompt = slot < lengths[:, None]  # (B, length)
         new = (slot >= longest) & (slot <= longest + t)  # (length,), itself included

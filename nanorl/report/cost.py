@@ -64,8 +64,11 @@ def adapter_flops(adapters, tokens):
 
 
 def times_forward(adapters):
-    """How many forwards a forward and backward need: backward takes as much for the activations,
-    and as much again for the weights. LoRA's are next to nothing."""
+    """How many forwards a forward and a backward cost.
+
+    The gradient of the activations costs one forward, and that of the weights another. LoRA's
+    adapters are so small that their gradient is left out.
+    """
     return 2 if adapters else 3
 
 

@@ -124,7 +124,5 @@ def read_rl_run(name, flag):
             f"{flag}: that run is at step {rl['step']} of {settings['steps']}: let it end first"
         )
     if ";" in settings["task"]:
-        raise ValueError(
-            f"{flag}: its task is a curriculum, {settings['task']}, which SFT has none of"
-        )
+        raise ValueError(f"{flag}: its task is a curriculum, {settings['task']}, and SFT has none")
     return rl
