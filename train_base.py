@@ -83,7 +83,7 @@ def main():
     directory = os.path.join(run.directory, "tokens")
     tokenizer = prepare(run, directory)
     rows, ranks = batch_tokens // seq_len, (dist.rank(), dist.world_size())
-    train = Windows(directory, "train", seq_len, rows, seed, *ranks)
+    train = Windows(directory, "train", seq_len, rows, seed, ranks)
     val = validation_windows(directory)
 
     # A new model, or that of the last checkpoint.
@@ -201,7 +201,7 @@ def validation_windows(directory):
     n = Windows(directory, "val", seq_len, 1).n
     windows = max(1, min(n, eval_tokens // seq_len))
     ranks = dist.rank(), dist.world_size()
-    return Windows(directory, "val", seq_len, windows, 0, *ranks)
+    return Windows(directory, "val", seq_len, windows, 0, ranks)
 
 
 @torch.no_grad()

@@ -101,9 +101,7 @@ def main():
     chats, held_out_chats, note = read_data(tokenizer)
     n, rows = min(examples or len(chats), len(chats)), batch_tokens // seq_len
     ranks = dist.rank(), dist.world_size()
-    train = PackedRows(
-        chats.__getitem__, n, seq_len, rows, seed, *ranks, pad=tokenizer.document_end
-    )
+    train = PackedRows(chats.__getitem__, n, seq_len, rows, seed, ranks, pad=tokenizer.document_end)
     some = min(n, 500)
     mean_length = sum(len(chats[i][0]) for i in range(some)) / some
     total_steps = steps or math.ceil(n * mean_length / batch_tokens)

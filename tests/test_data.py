@@ -241,10 +241,7 @@ def test_windows_over_shards_each_once_and_none_in_two(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_windows_of_all_ranks_are_the_batch_of_one(corpus, world_size):
     whole = Windows(corpus, "train", T, rows=6)
-    ranks = [
-        Windows(corpus, "train", T, rows=6, rank=r, world_size=world_size)
-        for r in range(world_size)
-    ]
+    ranks = [Windows(corpus, "train", T, rows=6, ranks=(r, world_size)) for r in range(world_size)]
     for _ in range(5):
         assert sorted(sum((starts(r, 1) for r in ranks), [])) == sorted(starts(whole, 1))
 
@@ -389,7 +386,7 @@ def test_packed_rows_resume_in_a_chunk_and_across_an_epoch():
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_packed_rows_of_all_ranks_are_the_batch_of_one(world_size):
     whole = make_rows(rows=6)
-    ranks = [make_rows(rows=6, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [make_rows(rows=6, ranks=(r, world_size)) for r in range(world_size)]
     for _ in range(6):
         shares = [examples_in(r.next()) for r in ranks]
         assert sorted(sum(shares, [])) == sorted(examples_in(whole.next()))

@@ -97,17 +97,16 @@ class PackedRows:
     """Batches of a step, from conversations: example(i) -> (ids, mask), for i < n_examples.
 
     Each epoch shuffles the examples by (seed, epoch), packs them `chunk` at a time and shuffles the
-    rows. A step has `rows` of them, of which every rank takes its share.
+    rows. A step has `rows` of them, of which every rank takes its share. ranks: this one's number,
+    and how many there are.
     """
 
-    def __init__(  # noqa: PLR0913  a data source's usual settings; all but four have defaults
-        self, example, n_examples, seq_len, rows, seed=0, rank=0, world_size=1, chunk=4096, pad=0
-    ):
+    def __init__(self, example, n_examples, seq_len, rows, seed=0, ranks=(0, 1), chunk=4096, pad=0):
         if n_examples < 1:
             raise ValueError("there are no training examples")
         self.example, self.n, self.seq_len, self.rows = example, n_examples, seq_len, rows
         self.seed, self.chunk, self.pad = seed, chunk, pad
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = ranks
         self.position = 0  # examples that were consumed before the current chunk
         self.offset = 0  # rows that were handed out of it
         self.packed = None  # its rows

@@ -189,11 +189,11 @@ class Windows:
 
     A window is T + 1 tokens of one shard. Every epoch visits each window once, in an order given
     by (seed, epoch). A global batch has `rows` windows and is the same for any number of ranks.
-    Each rank takes its share of it. Raises ValueError where the token files are not whole, or too
-    few for one batch.
+    Each rank takes its share of it. ranks: this one's number, and how many there are. Raises
+    ValueError where the token files are not whole, or too few for one batch.
     """
 
-    def __init__(self, directory, split, seq_len, rows, seed=0, rank=0, world_size=1):
+    def __init__(self, directory, split, seq_len, rows, seed=0, ranks=(0, 1)):
         index = read_index(directory)
         if not index.get("whole"):
             raise ValueError(
@@ -221,7 +221,7 @@ class Windows:
         self.T = seq_len
         self.rows = rows
         self.seed = seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size = ranks
         self.cursor = 0  # windows handed out so far
         self.epoch = None  # the one that self.order belongs to
 
