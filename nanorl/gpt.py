@@ -172,8 +172,9 @@ def rope_table(positions, head_dim, theta, scaling=None, dtype=torch.float32):
 
 def rotate(x, cos, sin):
     """Turn each pair (x[i], x[i + D/2]) of x (B, T, heads, D) by its position's angle."""
+    turned = x * cos
     halves_swapped = x.roll(x.size(-1) // 2, dims=-1)
-    return torch.addcmul(x * cos, halves_swapped, sin)
+    return torch.addcmul(turned, halves_swapped, sin)
 
 
 class Attention(nn.Module):
