@@ -11,6 +11,7 @@ import torch
 
 from nanorl.runtime import checkpoint
 from nanorl.runtime.config import read_constants
+from nanorl.runtime.run import Run
 from scripts import ROOT
 
 SETTINGS = dict(
@@ -335,3 +336,20 @@ def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     assert checkpoint.free_disk(str(tmp_path / "a" / "b")) == pytest.approx(free, rel=0.1)
     assert checkpoint.free_disk("no/such/folder") > 0
+
+
+def test_the_best_saved_step_stays_also_below_save_reward_above(tmp_path, monkeypatch):
+    """Above 1 no step is saved for its reward alone. The best of those that were saved is kept."""
+    monkeypatch.setenv("NANORL_OUT", str(tmp_path))
+    settings = dict(run_name="x", resume="auto", after_save="", max_bad_steps=9)
+    run = Run({**settings, "save_every": 1, "save_reward_above": 1.0}, "rl")
+
+    def write_model(path):
+        with open(os.path.join(path, "config.json"), "w"):
+            pass
+
+    for step, reward in enumerate((0.1, 0.5, 0.2, 0.3, 0.2), 1):
+        run.end_of_step(step, False, write_model, dict, reward)
+    assert run.best["step"] == 2
+    saved = sorted(path.name for path in (tmp_path / "x" / "rl").glob("step_*"))
+    assert saved == ["step_000001", "step_000002", "step_000004", "step_000005"]

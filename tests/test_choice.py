@@ -11,7 +11,7 @@ import torch
 
 from conftest import toy_model
 from nanorl.engine import Engine
-from nanorl.evaluate.outcomes import Sampling, by_likelihood, by_sampling
+from nanorl.evaluate.outcomes import Sampling, by_likelihood, by_sampling, which_fit
 from nanorl.evaluate.statistics import summary
 from nanorl.evaluate.words import describe
 from nanorl.rollout import label_logprobs
@@ -262,3 +262,11 @@ def test_the_published_files(real_data, monkeypatch):
         assert all(p.answer in p.meta["labels"] for p in problems)
         assert all(3 <= len(p.meta["labels"]) <= 5 for p in problems)
         assert all(task.reward(p, task.solution(p)).total == 1 for p in problems)
+
+
+def test_a_prompt_that_fits_the_context_exactly_is_asked(tokenizer):
+    asked = [Problem([{"role": "user", "content": "1+1"}], "2")]
+    n = len(tokenizer.render_prompt(asked[0].prompt))
+    engine = Engine(toy_model(vocab=tokenizer.n_tokens, context=n + 2))
+    assert which_fit(engine, tokenizer, asked, 2) == [True]
+    assert which_fit(engine, tokenizer, asked, 3) == [False]

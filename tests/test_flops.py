@@ -17,7 +17,13 @@ from nanorl.attention import CausalAttention, MaskedAttention, SharedPrefixAtten
 from nanorl.batch import pack
 from nanorl.engine import Engine
 from nanorl.lora import LoRA
-from nanorl.report.cost import causal_sampling_flops, forward_flops, learning_flops, sampling_flops
+from nanorl.report.cost import (
+    Meter,
+    causal_sampling_flops,
+    forward_flops,
+    learning_flops,
+    sampling_flops,
+)
 from nanorl.rollout import Rollout
 from scripts import RL, SMALL, call
 
@@ -170,3 +176,11 @@ def test_what_a_script_logs(what, out):
         logged.append(row["flops_total"] + row["flops_eval_total"])
         assert 0 < row["flops_causal_total"] < row["flops_total"]
     close(logged[1] - logged[0], found[1] - found[0])
+
+
+def test_the_share_of_the_devices_rate_is_of_the_learners_time():
+    """mfu, by hand: 40 FLOPs needed in 2 of 6 seconds, on a device that makes 10 a second."""
+    meter = Meter(toy_model(), None, {}, flop_rate=10.0, copy_rate=1.0)
+    meter.step_begun, meter.sampled_at, meter.learnt_at = 0.0, 4.0, 6.0
+    meter.step["causal/learner"] = 40
+    assert meter.rollout_and_learner(tokens=1, learnt_tokens=1)["mfu"] == 40 / 2 / 10

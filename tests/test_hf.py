@@ -314,6 +314,7 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
     for change, word in [
         ({"architectures": ["MambaForCausalLM"]}, "Mamba"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),  # the older name
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rms_norm_eps": None}, "lacks rms_norm_eps"),

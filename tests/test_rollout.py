@@ -283,3 +283,10 @@ def test_accuracy_given_format_by_hand():
     without = rollout_metrics([group([wrong_without_format] * 2)])
     assert "accuracy_given_format" not in without
     assert "accuracy_given_format" not in rollout_metrics(ROLLOUTS)
+
+
+def test_micro_batches_are_filled_to_the_last_token():
+    weights = grpo.token_weights(rollout.length_table(ROLLOUTS, 2), "sequence")
+    every = sum(batch.ids.numel() for batch in pack(ROLLOUTS, weights, weights, 1000, "cpu"))
+    assert len(pack(ROLLOUTS, weights, weights, every, "cpu")) == 1
+    assert len(pack(ROLLOUTS, weights, weights, every - 1, "cpu")) == 2

@@ -84,6 +84,14 @@ def test_the_smallest_visible_effect_is_seen_in_four_of_five_cases():
     t = draws.mean(1) / (draws.std(1, ddof=1) / math.sqrt(5))
     assert 0.72 < np.mean(t > student_t(0.05, 4)) < 0.86
 
+    # It is what the comparison states.
+    before = (rng.random((5, 20)) < 0.5).astype(int)
+    after = (rng.random((5, 20)) < 0.6).astype(int)
+    found = over_seeds(arm(*after), arm(*before))
+    error = (found["seeds_high"] - found["difference"]) / student_t(0.05, 4)
+    expected = (student_t(0.05, 4) + student_t(0.4, 4)) * error
+    assert found["smallest"] == pytest.approx(expected)
+
 
 def words(of, against):
     return verdict_over_seeds(over_seeds(of, against), "A", "B")
