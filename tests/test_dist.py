@@ -1,11 +1,13 @@
 """What ranks do together, and what a script's end tells its user."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
 from nanorl.runtime import dist
-from scripts import finish_ranks, ranks
+from scripts import ROOT, environment, finish_ranks, ranks
 
 CPU_ALLOCATION = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
 
@@ -80,3 +82,19 @@ torch.distributed.destroy_process_group()
 def test_ranks_agree():
     with ranks(["-c", TOGETHER], n=3) as processes:
         assert finish_ranks(processes) == [f"said by {r}\n" for r in range(3)]
+
+
+PARENT = """
+import subprocess, sys
+x = b"1" * (900 << 20)
+child = "from nanorl.runtime import dist as d; print(d.peak_memory(d.torch.device('cpu')))"
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the parent's peak is counted too")
+def test_the_peak_is_this_programs_and_not_its_parents():
+    ended = subprocess.run(
+        [sys.executable, "-c", PARENT], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert 50e6 < int(ended.stdout) < 800e6, ended.stderr

@@ -362,5 +362,11 @@ def peak_memory(device):
     """Most bytes in use so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Linux also knows it by program: ru_maxrss begins at what the parent process had.
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        for line in f:
+            if line.startswith("VmHWM"):
+                kilobytes = int(line.split()[1])
+                return kilobytes * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
