@@ -39,7 +39,7 @@ run_name = ""  # folder under out/; empty: d<depth>
 resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the initial weights and the order of the data
 device = "auto"  # auto, cpu, cuda
-dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
+dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
 # ---- model and text
 depth = 4  # layers; the width is 64 x depth
 vocab_size = 512  # tokens of the BPE to train; for real text some 8192 or more

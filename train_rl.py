@@ -43,7 +43,7 @@ model = ""  # a model directory or hub id to start from; empty: the run's SFT mo
 resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the problems of each step and every sampled token
 device = "auto"  # auto, cpu, cuda
-dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
+dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
 dry_run = False  # print what the run would do, and stop
 selfcheck = False  # compare the first step's gradient with a naive fp64 implementation, and stop
 # ---- task and rollouts

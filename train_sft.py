@@ -40,7 +40,7 @@ model = ""  # a model directory or hub id to start from; empty: the run's base m
 resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the order of the examples
 device = "auto"  # auto, cpu, cuda
-dtype = "auto"  # activations: auto, fp32, bf16, fp64 (tests)
+dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
 # ---- demonstrations
 data = ""  # conversations: files and globs with commas between, .jsonl, .parquet or .csv
 task = "sum3"  # without --data: one of nanorl/tasks, or path.py:Class

@@ -31,13 +31,20 @@ class MaskedAttention:
             return self.by_matrix_products(q, k, v)
         if self.allowed is not None and self.bias is None:
             self.bias = self.make_bias(q)
+        shared = q.size(1) != k.size(1)
+        if shared and q.device.type == "cuda" and self.allowed is not None:
+            # No fused kernel of a GPU takes a mask together with heads that share keys.
+            together = q.size(1) // k.size(1)
+            k = k.repeat_interleave(together, dim=1)
+            v = v.repeat_interleave(together, dim=1)
+            shared = False
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=self.bias,
             is_causal=self.allowed is None,
-            enable_gqa=q.size(1) != k.size(1),
+            enable_gqa=shared,
         )
 
     def make_bias(self, q):
@@ -144,12 +151,13 @@ class SharedPrefixAttention:
         self.output_at = output_at.to(device)
 
     def __call__(self, _layer, q, k, v):
+        q_table, k_table, v_table = table(q[0]), table(k[0]), table(v[0])
         outputs = []
         for block in self.blocks:
             # (b, heads, t or u + t, D) each
-            block_q = pick(q[0], block.query_slots).transpose(1, 2)
-            block_k = pick(k[0], block.key_slots).transpose(1, 2)
-            block_v = pick(v[0], block.key_slots).transpose(1, 2)
+            block_q = look_up(q_table, block.query_slots, q).transpose(1, 2)
+            block_k = look_up(k_table, block.key_slots, k).transpose(1, 2)
+            block_v = look_up(v_table, block.key_slots, v).transpose(1, 2)
             y = block.attend(block_q, block_k, block_v)
             outputs.append(y.transpose(1, 2).flatten(0, 1))  # (b * t, H, D)
         return pick(torch.cat(outputs), self.output_at)[None]
@@ -210,5 +218,16 @@ def pick(x, at):
     gets the sum of as many gradients, which is taken in fp32 or better: in bf16 a sum of 1,000
     ones is 256.
     """
-    table = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    return F.embedding(at, table).to(x.dtype).unflatten(-1, x.shape[1:])
+    return look_up(table(x), at, x[None])
+
+
+def table(x):
+    """x (n, ...) -> the table (n, rest) that look_up reads. On a GPU its kernel sums in fp32."""
+    if x.device.type == "cuda":
+        return x.flatten(1)
+    return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def look_up(rows, at, x):
+    """Rows of table(x[0]) -> (*at.shape, ...) with the shape and type that x[0]'s rows have."""
+    return F.embedding(at, rows).to(x.dtype).unflatten(-1, x.shape[2:])

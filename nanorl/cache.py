@@ -72,11 +72,13 @@ class DecodeBatch:
     fixed_shapes: a step does not work on just what is live, but on one of 16 shapes (4 numbers of
     rows x 4 numbers of columns) that has room for it. What it computes beyond changes nothing. A
     CUDA graph needs this: it replays a step at fixed sizes and addresses.
+    attention: DecodeAttention, or what takes its place (gpu.py).
     """
 
-    def __init__(self, model, capacity, settings, fixed_shapes):
+    def __init__(self, model, capacity, settings, fixed_shapes, attention=None):
         self.model, self.capacity, self.settings = model, capacity, settings
         self.fixed_shapes = fixed_shapes
+        self.attention = attention or DecodeAttention
         self.device = next(model.parameters()).device
 
         # On the host: who is decoded. So scheduling does not have to wait for the device.
@@ -274,7 +276,9 @@ class DecodeBatch:
         # replayed, like all that follow.
         if self.graphs[shape] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.graph_memory):
+            # Another thread, such as NCCL's, may call CUDA meanwhile.
+            options = dict(pool=self.graph_memory, capture_error_mode="thread_local")
+            with torch.cuda.graph(graph, **options):
                 self._decode(shape)
             self.graphs[shape] = graph
         self.graphs[shape].replay()
@@ -290,7 +294,7 @@ class DecodeBatch:
         column = self.layout.ages[slots] - 1  # (rows,)
         newest = self.ids[slots].gather(1, column[:, None])  # (rows, 1)
         positions = self.layout.starts[slots] + column  # (rows,)
-        attend = DecodeAttention(self, shape, column)
+        attend = self.attention(self, shape, column)
         h = self.model.hidden(newest, positions[:, None], attend)  # (rows, 1, C)
         self._sample(slots, h[:, 0])
 
@@ -388,11 +392,11 @@ class Layout:
 class DecodeAttention:
     """What GPT.hidden calls in a decode step: a token sees its prompt and its row's own tokens."""
 
-    def __init__(self, batch, shape, column):
+    def __init__(self, batch, shape, column, mask_dtype=None):
         """column (rows,): where each row's newest token goes in the own cache."""
         self.shape = shape
         self.prompt_cache, self.own_cache = batch.prompt_cache, batch.own_cache
-        layout, dtype = batch.layout, batch.float_dtype
+        layout, dtype = batch.layout, mask_dtype or batch.float_dtype
         self.cell = layout.cell[: shape.rows]  # (rows,)
         self.row_at = layout.row_at[: shape.prompts * shape.width]  # (prompts * width,)
 
@@ -522,10 +526,14 @@ def merge(a, a_lse, b, b_lse):
 
 
 def length_mask(lengths, columns, dtype):
-    """lengths (n,) -> (n, 1, 1, columns): 0 in the first lengths[i] columns, -inf in the others."""
-    beyond = torch.arange(columns, device=lengths.device) >= lengths[:, None]  # (n, columns)
-    zeros = torch.zeros(beyond.shape, dtype=dtype, device=lengths.device)
-    return zeros.masked_fill(beyond, float("-inf"))[:, None, None]
+    """lengths (n,) -> (n, 1, 1, columns): 0 in the first lengths[i] columns, -inf in the others.
+
+    Its rows are a multiple of 8 apart, as a GPU's kernels want them.
+    """
+    n, padded = len(lengths), round_up(columns, 8)
+    beyond = torch.arange(padded, device=lengths.device) >= lengths[:, None]  # (n, padded)
+    zeros = torch.zeros(n, padded, dtype=dtype, device=lengths.device)
+    return zeros.masked_fill(beyond, float("-inf"))[:, None, None, :columns]
 
 
 def pad(prompts, device):

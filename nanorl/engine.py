@@ -15,9 +15,13 @@ from collections import Counter
 import torch
 
 from nanorl import sampler
-from nanorl.cache import Capacity, DecodeBatch, Row, Settings, pad
+from nanorl.cache import Capacity, DecodeAttention, DecodeBatch, Row, Settings, pad
 from nanorl.gpt import LOGITS_AT_ONCE, all_logprobs, round_up
+from nanorl.gpu import KernelAttention, kernels_serve, put_together
 from nanorl.sampling import completion, row_keys
+
+# So many batches, each with its caches and graphs, are kept on a GPU: training's and evaluation's.
+KEPT = 2
 
 
 class Engine:
@@ -41,9 +45,17 @@ class Engine:
         self.device = next(model.parameters()).device
         self.fixed_shapes = self.device.type == "cuda"
 
-        # On a GPU caches and graphs are kept until a call with other settings, such as an
-        # evaluation. Elsewhere a call gives its memory back, for the learner.
-        self.batch = None
+        # On a GPU the same is done in fewer kernels (gpu.py).
+        self.attention = DecodeAttention
+        if kernels_serve(self.device, model.compute_dtype):
+            self.attention = KernelAttention
+            if self.model is not self.learner:
+                put_together(self.model)
+
+        # On a GPU caches and graphs are kept for calls with the same settings: {settings: batch},
+        # the least recently used first. Elsewhere a call gives its memory back, for the learner.
+        self.batches = {}
+        self.kept = KEPT if self.fixed_shapes else 1
         self.refresh()
 
     @torch.no_grad()
@@ -154,15 +166,18 @@ class Engine:
 
         # The kept one serves again if it is large enough. If not, one as large as both takes over.
         need = need._replace(prompt_columns=round_up(need.prompt_columns, 64))
-        if self.batch and self.batch.settings == settings:
-            larger = Capacity(*map(max, need, self.batch.capacity))
-            if larger == self.batch.capacity:
-                self.batch.clear()
-                return self.batch
-            need = larger
-        self.batch = None  # give its memory back before more is taken
-        self.batch = DecodeBatch(self.model, need, settings, fixed_shapes=True)
-        return self.batch
+        kept = self.batches.pop(settings, None)
+        if kept:
+            need = Capacity(*map(max, need, kept.capacity))
+        if kept is None or need != kept.capacity:
+            # Give memory back before more is taken.
+            kept = None
+            while len(self.batches) >= self.kept:
+                del self.batches[next(iter(self.batches))]
+            kept = DecodeBatch(self.model, need, settings, True, self.attention)
+        self.batches[settings] = kept
+        kept.clear()
+        return kept
 
     def _room(self, batch):
         """How many prompts can come in now, with all their rows."""
@@ -252,6 +267,7 @@ class PlainEngine:
 
     def __init__(self, model, max_rows=0):
         self.learner, self.model, self.max_rows, self.stats = model, model, max_rows, {}
+        self.kept = 1
 
     def refresh(self):
         pass

@@ -189,12 +189,17 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
+    def project(self, x):
+        """x (B, T, C) -> (B, T, H * D) and twice (B, T, K * D). together.py has a faster one."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x, cos, sin, attend):
         """x (B, T, C) -> (B, T, C)."""
         heads = (-1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # (B, T, K, D)
-        v = self.v_proj(x).unflatten(-1, heads)  # (B, T, K, D)
+        q, k, v = self.project(x)
+        q = self.q_norm(q.unflatten(-1, heads))  # (B, T, H, D)
+        k = self.k_norm(k.unflatten(-1, heads))  # (B, T, K, D)
+        v = v.unflatten(-1, heads)  # (B, T, K, D)
         y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, T, H, D)
         return self.o_proj(y.flatten(2))
 
@@ -208,8 +213,13 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.n_embd, config.n_inner, bias=False)
         self.down_proj = Linear(config.n_inner, config.n_embd, bias=False)
 
+    def project(self, x):
+        """x (B, T, C) -> twice (B, T, n_inner). together.py has a faster one."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -297,7 +307,7 @@ class GPT(nn.Module):
 
     def head(self, h):
         """(..., C) -> logits (..., V), without the rows of the table that no token uses."""
-        return F.linear(h, self.lm_head.weight[: self.config.n_tokens].to(h.dtype))
+        return logits_of(h, self.lm_head.weight[: self.config.n_tokens].to(h.dtype))
 
     def forward(self, ids, positions=None, attend=None):
         """ids (B, T) -> logits (B, T, V)."""
@@ -338,7 +348,7 @@ class TokenLogprobs(torch.autograd.Function):
         w = weight.to(h.dtype)  # (V, C)
         for start in range(0, n, rows_at_once):
             rows = slice(start, start + rows_at_once)
-            z = scaled(F.linear(h[rows], w), temperature)  # (rows, V)
+            z = scaled(logits_of(h[rows], w), temperature)  # (rows, V)
             log_total = z.logsumexp(-1)  # (rows,)
             log_totals[rows] = log_total
             logprobs[rows] = z.gather(-1, ids[rows, None])[:, 0] - log_total
@@ -361,7 +371,7 @@ class TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for start in range(0, len(h), ctx.rows_at_once):
             rows = slice(start, start + ctx.rows_at_once)
-            z = scaled(F.linear(h[rows], w), ctx.temperature)  # (rows, V)
+            z = scaled(logits_of(h[rows], w), ctx.temperature)  # (rows, V)
 
             # grad * (one at ids - softmax), in the place of the logits.
             some_grad = grad[rows, None]  # (rows, 1)
@@ -373,6 +383,17 @@ class TokenLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += grad_z.T @ h[rows]
         return grad_h, grad_weight, None, None, None, None
+
+
+def logits_of(h, weight):
+    """h (..., C), the head's weight (V, C) -> (..., V).
+
+    A GPU sums products of bf16 in fp32, and here they stay so. Elsewhere logits are as wide as h.
+    """
+    if h.device.type == "cuda" and h.dtype in (torch.bfloat16, torch.float16):
+        logits = torch.mm(h.flatten(0, -2), weight.T, out_dtype=torch.float32)
+        return logits.unflatten(0, h.shape[:-1])
+    return F.linear(h, weight)
 
 
 def scaled(logits, temperature):

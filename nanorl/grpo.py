@@ -242,7 +242,7 @@ def token_sums(logprobs, entropy, batch, objective):
     low = (ratio < 1 - objective.clip_low) & (batch.advantages < 0)
     high = (ratio > 1 + objective.clip_high) & (batch.advantages > 0)
 
-    found = {"tokens": gap.new_tensor(len(gap)), "entropy": entropy.double().sum()}
+    found = {"tokens": gap.new_full((), len(gap)), "entropy": entropy.double().sum()}
     found["gap"] = gap.abs().sum()
     found["gap_kl"] = (off - gap).sum()
     found["kl"] = k.to(gap).sum()

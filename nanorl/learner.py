@@ -66,6 +66,6 @@ def chat_loss(model, inputs, targets, mask, document, positions):
     sees nothing of the others in its row; positions: the token's in its conversation.
     """
     h = model.hidden(inputs, positions, CausalAttention(document))  # (B, T, C)
-    said = mask.bool()
-    logprobs, _ = model.logprobs(h[said], targets[said])  # (said,)
+    said = mask.flatten().nonzero().squeeze(1)  # (said,) a mask would be looked at in every use
+    logprobs, _ = model.logprobs(h.flatten(0, 1)[said], targets.flatten()[said])  # (said,)
     return -logprobs.sum()

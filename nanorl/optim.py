@@ -98,10 +98,15 @@ def group_norms(model):
     The attention has its QK norms with it, and a head that is the embedding is the embedding. The
     squares add up to the square of the global norm.
     """
-    squares = {}
+    grads = {}  # part -> its gradients
     for name, p in model.named_parameters():
         if p.grad is not None:
             part = next(part for part, piece in PARTS.items() if piece in name)
-            square = p.grad.double().square().sum()
-            squares[part] = squares.get(part, 0.0) + square
-    return {part: float(squares[part]) ** 0.5 for part in PARTS if part in squares}
+            grads.setdefault(part, []).append(p.grad)
+    if not grads:
+        return {}
+
+    # Norms of norms: no gradient is copied to fp64, and the device is looked at once.
+    parts = [part for part in PARTS if part in grads]
+    norms = [torch.nn.utils.get_total_norm(grads[part]).double() for part in parts]
+    return dict(zip(parts, torch.stack(norms).tolist()))

@@ -240,24 +240,26 @@ def test_kept_caches_survive_an_interrupted_call_and_calls_of_other_sizes():
     model, prompts = toy_model(), prompts_of([5, 2, 8])
     stops = [3, 5, 9, 11]
     engine = Engine(model)
-    engine.fixed_shapes = True
+    engine.fixed_shapes, engine.kept = True, 2
     with pytest.raises(KeyboardInterrupt):
         engine.generate(prompts, 4, 20, stop_ids=stops, progress=interrupt)
-    kept = engine.batch
-    for args in (
-        (prompts_of([4], seed=1), 4, 20),
-        (prompts, 4, 20),
-        (prompts, 1, 20, 0.0),
-        (prompts_of([70]), 4, 20),
-        (prompts, 4, 20),
+    (usual,) = engine.batches.values()
+    for args, same_memory in (
+        ((prompts_of([4], seed=1), 4, 20), True),
+        ((prompts, 4, 20), True),
+        ((prompts, 1, 20, 0.0), True),  # an evaluation takes nothing from it
+        ((prompts, 4, 20), True),
+        ((prompts_of([70]), 4, 20), False),
+        ((prompts, 4, 20), False),
     ):
         again = engine.generate(*args, stop_ids=stops)
         fresh = Engine(model).generate(*args, stop_ids=stops)
         assert [[c.ids for c in g] for g in again] == [[c.ids for c in g] for g in fresh]
-        if args[1:] == (4, 20) and len(args[0][0]) < 64 and kept is not None:
-            assert engine.batch is kept  # the same memory
-        else:
-            kept = None
+        assert (usual in engine.batches.values()) is same_memory
+
+    # Of a third kind of call the memory is that of the kind that was used least recently.
+    engine.generate(prompts, 4, 20, 0.5, stop_ids=stops)
+    assert [settings.temperature for settings in engine.batches] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 70, 512, 5000])

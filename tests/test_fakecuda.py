@@ -69,7 +69,16 @@ def test_the_engine_gives_the_cpus_completions(dtype):
     assert all(call["steps"] > 20 and call["syncs_in_steps"] == 0 for call in calls)
     assert calls[0]["captures"] > 5 > 2 > calls[1]["captures"]  # the same settings: replayed
     assert 230 < last["kernels"] < 290
-    assert last["micro_batch"]["make_batch"] == 8 and last["micro_batch"]["token_sums"] == 2
+    assert last["micro_batch"]["make_batch"] == 8 and last["micro_batch"]["token_sums"] == 1
+
+
+def test_the_kernels_of_a_decode_step():
+    """In depth 20's shape. Each costs some microseconds, however few rows there are."""
+    counted = json.loads(said(on_fake_gpu("tests/fakecuda/count_kernels.py")))
+    assert counted["layer"] <= 33
+    assert counted["by_op"]["aten.mm.default"] == 4
+    assert counted["by_op"]["aten._scaled_dot_product_efficient_attention.default"] == 2
+    assert counted["rest"] <= 115
 
 
 # ---- whole scripts -------------------------------------------------------------------------------
@@ -190,10 +199,9 @@ def test_syncs_of_a_micro_batch(both):
     """Stated here, so that one more is noticed: what a micro-batch takes to the GPU, and one look.
 
     base    inputs, targets; the loss
-    sft     five tensors; the mask of what the assistant says, in both its uses and in backward;
-            the loss
-    rl      eight tensors; of attention's rectangles three each, and one; a number and the look at
-            the sums. With the five rectangles of the toy's micro-batch 26
+    sft     five tensors; where the assistant speaks; the loss
+    rl      eight tensors; of attention's rectangles three each, and one; the look at the sums.
+            With the five rectangles of the toy's micro-batch 25
     """
     base = waits(both["base"], "train_base.py loss_of", but=["train_base.py bits_per_byte"])
     assert base + looks_of_main(both["base"], "train_base.py") <= 2 * 3
@@ -202,21 +210,21 @@ def test_syncs_of_a_micro_batch(both):
     sft = waits(both["sft"], "packing.py split", setup) + looks_of_main(both["sft"], "train_sft.py")
     sft += waits(both["sft"], "learner.py chat_loss", setup)
     in_backward = sum(s["count"] for s in both["sft"]["syncs"] if s["site"] == "autograd")
-    assert sft + in_backward <= 2 * 9
+    assert sft + in_backward <= 2 * 7
 
     probe = ["forecast.py say"]
     rl = both["rl"]
     sums = waits(rl, "grpo.py token_sums", probe)
     micro_batches = waits(rl, "batch.py make_batch", probe) // 8
-    assert micro_batches >= 3 and sums == 2 * micro_batches
+    assert micro_batches >= 3 and sums == micro_batches
     learning = sums + waits(rl, "batch.py pack", probe) + waits(rl, "learner.py forward", probe)
-    assert learning <= 26 * micro_batches
+    assert learning <= 25 * micro_batches
     assert not any(s["site"] == "autograd" for s in rl["syncs"])
     assert looks_of_main(rl, "train_rl.py") == 0
 
-    # An update: the gradient's norm, and each part's for the log.
+    # An update: the gradient's norm, and its parts' for the log.
     assert waits(rl, "optim.py update") == 2
-    assert waits(rl, "optim.py group_norms") == 2 * 4
+    assert waits(rl, "optim.py group_norms") == 2
 
 
 # As a script, after others have joined the ranks.
@@ -273,8 +281,8 @@ SLIPS = {
     ),
     "a host tensor": (
         "cache.py",
-        "beyond = torch.arange(columns, device=lengths.device)",
-        "beyond = torch.arange(columns)",
+        "beyond = torch.arange(padded, device=lengths.device)",
+        "beyond = torch.arange(padded)",
     ),
     "a host tensor where the GPU takes one, by waiting": (
         "cache.py",
@@ -309,8 +317,8 @@ SLIPS = {
     ),
     "a graph of other settings": (
         "engine.py",
-        "if self.batch and self.batch.settings == settings:",
-        "if self.batch and self.batch.settings.samples == settings.samples:",
+        "kept = self.batches.pop(settings, None)",
+        "kept = self.batches.pop(next(iter(self.batches), None), None)",
     ),
     "slots that are not in use have no newest token": (
         "cache.py",

@@ -115,10 +115,11 @@ def memory_lines(rollouts, engine, policy, settings):
     small, large = memory.passes(model, rollouts)
     activations = memory.activation_bytes(model, small, large, tokens, packed=True)
 
-    # The sampler: its cache in a step, or in an evaluation, if that is larger.
+    # The sampler: its cache in a step, or in an evaluation, if that is larger. On a GPU both are
+    # kept.
     longest = max(len(rollout.prompt_ids) for rollout in rollouts)
     new_tokens = settings["max_new_tokens"]
-    cache = 0
+    caches = []
     for asked, samples in (
         (problems, settings["samples_per_prompt"]),
         (share(settings["eval_problems"]), 1),
@@ -126,7 +127,9 @@ def memory_lines(rollouts, engine, policy, settings):
         rows = min(engine.max_rows, asked * samples)
         prompts = min(engine.max_rows, asked)
         needed = memory.cache_bytes(model.config, itemsize, prompts, longest, rows, new_tokens)
-        cache = max(cache, needed)
+        caches.append(needed)
+    stays = engine.kept > 1
+    cache = sum(caches) if stays else max(caches)
 
     # Models beside the policy: the sampler's narrower copy, and a reference of its own.
     copies = []
@@ -135,7 +138,7 @@ def memory_lines(rollouts, engine, policy, settings):
     if policy.reference and not policy.adapters:
         with policy.reference() as reference:
             copies.append(reference)
-    parts = memory.estimate(model, copies, policy.params, used, activations, cache)
+    parts = memory.estimate(model, copies, policy.params, used, activations, cache, stays)
     return memory.describe(parts, dist.free_memory(device))
 
 

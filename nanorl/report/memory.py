@@ -4,7 +4,8 @@ In the order of a step of RL:
 
     weights       of the policy, and copies: the sampler's narrower ones, a KL term's reference
     cache         of the sampler, while it decodes; its size follows from its shapes
-    activations   what backward needs, while the learner runs: never at one time with the cache
+    activations   what backward needs, while the learner runs: on a CPU never at one time with the
+                  cache, which a GPU keeps
     gradients     as large as what is trained
     optimizer     AdamW's two moments, each as large as that
 
@@ -143,26 +144,28 @@ def rows_that_fit(engine, params, samples, new_tokens):
     model = engine.learner
     gradients_and_moments = 12 * sum(p.numel() for p in params)
     free = dist.free_memory(model.cos.device) - gradients_and_moments
-    rows = free // 2 // bytes_per_row(model, new_tokens)
+    rows = free // 2 // engine.kept // bytes_per_row(model, new_tokens)
     return max(samples, int(dist.total(rows, "min")))
 
 
 # ---- all of it -----------------------------------------------------------------------------------
 
 
-def estimate(model, copies, trained, used, activations, cache=0):
+def estimate(model, copies, trained, used, activations, cache=0, cache_stays=False):
     """-> {part: bytes}, whose sum is the peak.
 
     copies: other models in memory. trained: the parameters that the optimizer has. used: bytes in
-    use now, before the first step. activations, cache: bytes; they do not exist at one time.
+    use now, before the first step. activations, cache: bytes; they do not exist at one time, but
+    where cache_stays, as the engine's does on a GPU.
     """
     weights = bytes_of(model.parameters())
     of_copies = sum(bytes_of(copy.parameters()) for copy in copies)
     gradients = sum(p.numel() * p.element_size() for p in trained)
-    if cache > activations:
-        activations = 0
-    else:
-        cache = 0
+    if not cache_stays:
+        if cache > activations:
+            activations = 0
+        else:
+            cache = 0
     return dict(
         weights=weights,
         copies=of_copies,

@@ -35,11 +35,16 @@ def setup(device="auto", exact=False):
     device = _device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # Products of fp32 are in TF32, 10 bits of mantissa, as PyTorch's users expect on a GPU.
         torch.set_float32_matmul_precision("high")
+        # Sums of bf16 products stay in fp32, also where a kernel splits them.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        # cuDNN plans each new shape anew, for most of a second. RL has new shapes in every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if exact:
         torch.set_float32_matmul_precision("highest")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        _join("nccl" if device.type == "cuda" else "gloo")
+        _join(device)
     return device
 
 
@@ -59,8 +64,8 @@ def _device(name):
     return torch.device(name)
 
 
-def _join(backend):
-    """Join the process group that the environment describes."""
+def _join(device):
+    """Join the process group that the environment describes, on this rank's device."""
     timeout = timedelta(hours=1)
     store, number, world = next(dist.rendezvous("env://", timeout=timeout))
 
@@ -70,8 +75,10 @@ def _join(backend):
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"start {start}", store)
+    on_gpu = device.type == "cuda"
     dist.init_process_group(
-        backend,
+        "nccl" if on_gpu else "gloo",
+        device_id=device if on_gpu else None,
         store=store,
         rank=number,
         world_size=world,

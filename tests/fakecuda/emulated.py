@@ -114,7 +114,13 @@ def rms_norm(x, shape, weight, eps):
     return y.to(x.dtype), reciprocal
 
 
+def product(a, b, out_dtype):
+    """torch.mm(out_dtype=): sums and result in a wider type than the factors have."""
+    return a.to(out_dtype) @ b.to(out_dtype)
+
+
 EMULATED = {
+    aten.mm.dtype: product,
     aten._fused_rms_norm.default: rms_norm,
     aten._scaled_dot_product_efficient_attention.default: efficient_attention,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_attention_backward,
