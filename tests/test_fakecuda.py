@@ -318,7 +318,8 @@ SLIPS = {
     "a graph of other settings": (
         "engine.py",
         "kept = self.batches.pop(settings, None)",
-        "kept = self.batches.pop(next(iter(self.batches), None), None)",
+        "alike = [s for s in self.batches if s.samples == settings.samples]\n"
+        "        kept = self.batches.pop(alike[0] if alike else None, None)",
     ),
     "slots that are not in use have no newest token": (
         "cache.py",
