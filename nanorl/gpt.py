@@ -190,7 +190,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def project(self, x):
-        """x (B, T, C) -> (B, T, H * D) and twice (B, T, K * D). together.py has a faster one."""
+        """x (B, T, C) -> (B, T, H * D) and twice (B, T, K * D). gpu.py has a faster one."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, cos, sin, attend):
@@ -214,7 +214,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.n_inner, config.n_embd, bias=False)
 
     def project(self, x):
-        """x (B, T, C) -> twice (B, T, n_inner). together.py has a faster one."""
+        """x (B, T, C) -> twice (B, T, n_inner). gpu.py has a faster one."""
         return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x):
