@@ -23,6 +23,7 @@ from nanorl.evaluate.seeds import holm, over_seeds, verdict_over_seeds
 from nanorl.evaluate.statistics import Z_POWER
 from nanorl.runtime import checkpoint
 from nanorl.tools import versus_report
+from nanorl.tools.summary import read_json, read_lines
 
 ARMS = {"A": "rl", "B": "sft_more"}
 PAIRS = ("A - start", "B - start", "A - B")
@@ -30,16 +31,6 @@ FLOPS_APART = 0.01  # of FLOPs that count as equal
 
 
 # ---- what the runs have left ---------------------------------------------------------------------
-
-
-def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
-
-
-def read_lines(path):
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
 
 
 def seed_names(folder, only):
