@@ -177,16 +177,7 @@ def summarize(found, way, seconds, cost):
 
 
 def report(path, name, found, summaries, settings):
-    """A task's results: in words, unless a table of the benchmarks comes, and on disk."""
-    if task != "benchmarks":
-        seconds = sum(summary["seconds"] for summary in summaries.values())
-        print(f"{path}  {name}, {seconds:.1f} s")
-        for way, summary in summaries.items():
-            print(*words.summary_block(way, summary, temperature), sep="\n")
-        first = next(iter(found.values()))
-        for outcome in first[:examples]:
-            print(words.example(outcome))
-
+    """A task's results: on disk, then in words, unless a table of the benchmarks comes."""
     lines = []
     for way, some in found.items():
         how_sampled = {"how": way, "temperature": temperature if way == "sampled" else 0.0}
@@ -207,6 +198,15 @@ def report(path, name, found, summaries, settings):
     )
     results_files.add_to_summary(path, name, about)
 
+    if task != "benchmarks":
+        seconds = sum(summary["seconds"] for summary in summaries.values())
+        print(f"{path}  {name}, {seconds:.1f} s")
+        for way, summary in summaries.items():
+            print(*words.summary_block(way, summary, temperature), sep="\n")
+        first = next(iter(found.values()))
+        for outcome in first[:examples]:
+            print(words.example(outcome))
+
 
 def report_differences(paths, results, settings):
     """Two models' outcomes of the same problems: in words and on disk, beside the second."""
@@ -214,12 +214,14 @@ def report_differences(paths, results, settings):
     print(f"A {paths[0]}\nB {paths[1]}")
     for name, ways in first.items():
         found = dict(a=paths[0], b=paths[1], task=name, task_args=task_args, split=split)
+        lines = []
         for way, of_first in ways.items():
             found[way] = statistics.compare(of_first, second[name][way])
             if task == "benchmarks":
-                print(f"{name}, {way}")
-            print(*words.difference_block(way, found[way]), sep="\n")
+                lines.append(f"{name}, {way}")
+            lines += words.difference_block(way, found[way])
         results_files.write_json(paths[1], f"compare.{name}.json", {**found, "settings": settings})
+        print(*lines, sep="\n")
 
 
 # ---- every task ----------------------------------------------------------------------------------
@@ -248,11 +250,11 @@ def survey(path, where, settings):
             rows[name] = row
     if dist.is_main():
         rows = dict(sorted(rows.items(), key=lambda item: item[1]["dead"]))
+        result = dict(model=path, split=split, tasks=rows, skipped=skipped, settings=settings)
+        results_files.write_json(path, f"{label('all')}.json", result)
         n = sample_problems or "all"
         print(f"{path}  {split}, {n} problems a task x {samples} at temperature {temperature:g}")
         print(*words.survey_table(rows, samples), sep="\n")
-        result = dict(model=path, split=split, tasks=rows, skipped=skipped, settings=settings)
-        results_files.write_json(path, f"{label('all')}.json", result)
 
 
 # ---- tasks by name -------------------------------------------------------------------------------

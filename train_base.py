@@ -21,7 +21,14 @@ import torch
 from nanorl import learner
 from nanorl.data.corpus import Corpus
 from nanorl.data.task_text import TaskText
-from nanorl.data.tokens import Windows, describe, read_index, tokenize
+from nanorl.data.tokens import (
+    Windows,
+    check_same_content,
+    content_of_shards,
+    describe,
+    read_index,
+    tokenize,
+)
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
@@ -83,6 +90,7 @@ def main():
     directory = os.path.join(run.directory, "tokens")
     tokenizer = prepare(run, directory)
     rows, ranks = batch_tokens // seq_len, (dist.rank(), dist.world_size())
+    content = content_of_shards(read_index(directory))
     train = Windows(directory, "train", seq_len, rows, seed, ranks)
     val = validation_windows(directory)
 
@@ -99,6 +107,7 @@ def main():
     if run.resumed:
         load_states(optimizers, run.state["optimizers"])
         train.load_state_dict(run.state["data"])
+        check_same_content(run.state, content)
 
     def loss_of(inputs, targets):
         return learner.text_loss(net, inputs.to(device), targets.to(device))
@@ -109,6 +118,7 @@ def main():
             flops=dict(meter.total),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
             data=train.state_dict(),
+            content=content,
         )
 
     # What this run will do.

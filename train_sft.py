@@ -19,7 +19,8 @@ from nanorl import learner
 from nanorl import policy as policies
 from nanorl.data.conversations import read_conversations
 from nanorl.data.demonstrations import Demonstrations
-from nanorl.data.packing import PackedRows, collate, pack_rows
+from nanorl.data.packing import PackedRows, collate, content_of, pack_rows
+from nanorl.data.tokens import check_same_content
 from nanorl.engine import Engine
 from nanorl.evaluate.outcomes import held_out
 from nanorl.hf import local_model, save_model
@@ -102,8 +103,10 @@ def main():
     n, rows = min(examples or len(chats), len(chats)), batch_tokens // seq_len
     ranks = dist.rank(), dist.world_size()
     train = PackedRows(chats.__getitem__, n, seq_len, rows, seed, ranks, pad=tokenizer.document_end)
-    some = min(n, 500)
-    mean_length = sum(len(chats[i][0]) for i in range(some)) / some
+    some = [chats[i] for i in range(min(n, 500))]
+    mean_length = sum(len(ids) for ids, _ in some) / len(some)
+    # A resumed run must find what it began with. A task's problems are its own: some of them tell.
+    content = content_of([*chats, *held_out_chats] if data else some)
     total_steps = steps or math.ceil(n * mean_length / batch_tokens)
     if target:
         train.load_state_dict(target.cursor or train.state_dict())
@@ -113,6 +116,7 @@ def main():
         load_states(optimizers, run.state["optimizers"])
         policy.load_adapters(run.state["lora"])
         train.load_state_dict(run.state["data"])
+        check_same_content(run.state, content)
 
     def state():
         """What only this script knows of the run and needs to go on from here."""
@@ -120,6 +124,7 @@ def main():
             flops=dict(meter.total),
             optimizers=[optimizer.state_dict() for optimizer in optimizers],
             data=train.state_dict(),
+            content=content,
             lora=policy.adapter_state(),
         )
 

@@ -17,7 +17,7 @@ What a template does to a last assistant turn is not taken over. Qwen3's puts an
 from dataclasses import dataclass
 
 from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
@@ -148,6 +148,19 @@ def read_template(template, style, bos="", eos=""):
     return Opening(alone.removesuffix(prompt), before, inside, frozenset(strips))
 
 
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: transformers marks what is learned with it.
+
+    It writes what stands inside. What is learned is not read from the template.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)  # the tag's own name
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
 def _render(template, bos, eos, turns):
     """The text that a template writes for turns of (role, said), up to the assistant's words.
 
@@ -155,7 +168,7 @@ def _render(template, bos, eos, turns):
     """
     # The settings are those of transformers. The sandbox keeps a template from running code.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation]
     )
     environment.globals["raise_exception"] = _raise_exception
     messages = [{"role": role, "content": said} for role, said in turns]

@@ -248,7 +248,11 @@ def load_model(path, dtype=None, device=None):
 
 def _count_tokens(path, config):
     """How many tokens tokenizer.json has. Raises ValueError when it is not the model's own."""
-    n_tokens = Tokenizer.from_pretrained(path).n_tokens
+    tokenizer = Tokenizer.from_pretrained(path)
+    n_tokens = tokenizer.n_tokens
+    if n_tokens == config.vocab_size + 1 and tokenizer.pads_last():
+        # A pad token was added, and no row for it: the model never sees one.
+        n_tokens -= 1
     # Only the models that nanorl writes say how many tokens they were trained with.
     trained_with = read_json(os.path.join(path, "config.json")).get("n_tokens")
     too_many = n_tokens > config.vocab_size

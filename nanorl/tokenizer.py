@@ -40,13 +40,17 @@ DIGITS_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 )
 
+# tiktoken's regular expressions end in a panic at a million characters of white space in a row. A
+# text that is longer than this is encoded by the library.
+LONGEST_TEXT = 500_000
+
 DOCUMENT_END = "<|endoftext|>"  # ends a text in pretraining
 LLAMA3_DOCUMENT_END = "<|end_of_text|>"  # Llama-3's name for it
 
 
 def read_json(file):
     """Read a JSON file. Raises ValueError that names the file when it is damaged."""
-    with open(file, encoding="utf-8") as f:
+    with open(file, encoding="utf-8-sig") as f:
         try:
             return json.load(f)
         except ValueError as error:
@@ -103,7 +107,7 @@ def _pattern_of(spec):
     """
     pre_tokenizer = spec.get("pre_tokenizer") or {}
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step.get("type") for step in steps]
+    kinds = [step.get("type") for step in steps] or [None]
 
     # The last step must write bytes as characters. It may also cut by GPT-2's pattern.
     if kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space"):
@@ -111,7 +115,7 @@ def _pattern_of(spec):
         if cuts and kinds == ["ByteLevel"]:
             return GPT2_PATTERN
         if cuts and kinds == ["Digits", "ByteLevel"]:
-            return DIGITS_PATTERN % ("" if steps[0]["individual_digits"] else "+")
+            return DIGITS_PATTERN % ("" if steps[0].get("individual_digits") else "+")
         if not cuts and kinds == ["Split", "ByteLevel"] and _keeps_matches(steps[0]):
             return steps[0]["pattern"]["Regex"]
     raise ValueError(
@@ -122,9 +126,9 @@ def _pattern_of(spec):
 
 def _keeps_matches(split):
     """Whether a Split step makes each match of a regular expression a piece, as tiktoken does."""
-    if "Regex" not in split["pattern"]:
+    if "Regex" not in split.get("pattern", {}):
         return False
-    return (split["behavior"], split["invert"]) == ("Isolated", False)
+    return (split.get("behavior"), bool(split.get("invert"))) == ("Isolated", False)
 
 
 def _ranks_of(model, special):
@@ -200,7 +204,7 @@ def _read_template_text(path, config):
     """A published chat template, or None: its own file comes before tokenizer_config.json."""
     file = os.path.join(path, "chat_template.jinja")
     if os.path.exists(file):
-        with open(file, encoding="utf-8") as f:
+        with open(file, encoding="utf-8-sig") as f:
             return f.read()
     template = config.get("chat_template")
     if isinstance(template, list):
@@ -241,17 +245,15 @@ class Tokenizer:
                 "tokenizer.json has no model or no added_tokens: "
                 "it is damaged, or no tokenizer of the `tokenizers` library"
             )
-        model, added_tokens = spec["model"], spec["added_tokens"]
-        _check_model(model)
+        added_tokens = spec["added_tokens"]
         self.spec = spec
-        self.normalizer = _normalizer_of(spec)
-        pattern = _pattern_of(spec)
         self.config = {}  # what a published tokenizer_config.json says
-
-        # The tokens.
-        self.special = {token["content"]: token["id"] for token in added_tokens}
-        ranks = _ranks_of(model, self.special)
-        _check_merges(model, ranks)
+        try:
+            pattern, ranks = self._read_spec(spec)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"tokenizer.json is damaged, or not as nanorl knows it ({error!r})"
+            ) from error
         self.encoding = tiktoken.Encoding(
             "nanorl", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
@@ -281,6 +283,17 @@ class Tokenizer:
         self.bos_id = {"bos_token_id": self.special[bos]} if bos in self.special else {}
         if self.style:
             self._read_opening(chat_template or self.style.template, eos)
+
+    def _read_spec(self, spec):
+        """Read the normaliser and the special tokens -> (pattern, ranks) for tiktoken."""
+        model = spec["model"]
+        _check_model(model)
+        self.normalizer = _normalizer_of(spec)
+        pattern = _pattern_of(spec)
+        self.special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        ranks = _ranks_of(model, self.special)
+        _check_merges(model, ranks)
+        return pattern, ranks
 
     def _name_document_end(self):
         """The token that ends a document, or None."""
@@ -360,23 +373,37 @@ class Tokenizer:
         """
         name_of = {token_id: name for name, token_id in self.special.items()}
         config = {
-            "pad_token": name_of[self.document_end],
+            "pad_token": name_of.get(self.document_end),
             "clean_up_tokenization_spaces": False,
             **self.config,
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": name_of[self.turn_end],
         }
+        if self.style:
+            config["eos_token"] = name_of[self.turn_end]
         if self.bos:
             config["bos_token"] = self.bos
 
         files = {
             "tokenizer.json": json.dumps(self.spec, ensure_ascii=False),
             "tokenizer_config.json": json.dumps(config, indent=2),
-            "chat_template.jinja": self.chat_template,
         }
+        if self.style:
+            files["chat_template.jinja"] = self.chat_template
         for name, text in files.items():
             with open(os.path.join(path, name), "w", encoding="utf-8") as f:
                 f.write(text)
+
+    def pads_last(self):
+        """Whether the highest id is a pad token that no text, no chat and no stop has."""
+        pad = _token_text(self.config.get("pad_token"))
+        if self.special.get(pad) != self.n_tokens - 1:
+            return False
+        if self.words and self.words.fullmatch(pad):
+            return False
+        used = set(self.stop_ids)
+        if self.style:
+            used.update(self.opens_alone, self.opens_with_system, self.inside)
+        return self.special[pad] not in used
 
     # ---- text <-> ids
 
@@ -401,8 +428,12 @@ class Tokenizer:
         if self.normalizer == "NFC":
             text = unicodedata.normalize("NFC", text)
 
-        # The library leaves out bytes that have no token. tiktoken cannot.
-        if self.missing and not self.missing.isdisjoint(text.encode(errors="replace")):
+        # The library leaves out bytes that have no token, and takes a text of any length. tiktoken
+        # cannot.
+        data = text.encode(errors="replace") if self.missing else b""
+        if len(text) > LONGEST_TEXT or not self.missing.isdisjoint(data):
+            # Half of a surrogate pair becomes U+FFFD, as in tiktoken.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             return self._library.encode(text, add_special_tokens=False).ids
         return self.encoding.encode_ordinary(text)
 
@@ -462,7 +493,12 @@ class Tokenizer:
 
         inside: ids and texts that come between the head and what is said.
         """
-        role, content = message["role"], message["content"]
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(
+                f"a message has role {role!r} and content {str(content)[:40]!r} "
+                f"({type(content).__name__}): both must be texts"
+            )
         if role in self.opening.strips:
             content = content.strip()
         head = self._head(role)

@@ -222,6 +222,16 @@ def test_role_tokens_that_are_not_marked_special_come_from_no_text_either(spec):
         assert not set(made.encode(text)) & set(made.special.values())
 
 
+def test_a_template_that_marks_what_is_learned():
+    """transformers renders such templates, and so do we."""
+    said = "message['content'] + '<|im_end|>\\n' }}"
+    marked = CHATML.template.replace(
+        said, "'' }}{% generation %}{{ " + said + "{% endgeneration %}"
+    )
+    assert marked != CHATML.template
+    assert read_template(marked, CHATML) == read_template(CHATML.template, CHATML)
+
+
 @pytest.mark.parametrize(
     "template, words",
     [

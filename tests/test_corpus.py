@@ -167,6 +167,18 @@ def test_gz_is_read_like_what_it_holds(tmp_path):
     assert texts_of(tmp_path / "b.txt.gz")[0] == texts_of(tmp_path / "a.txt")[0] == ["one", "two"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    """Also where files with one were joined."""
+    lines = {
+        "a.txt": ["<|endoftext|>", "one", "<|endoftext|>", "two"],
+        "a.jsonl": ['{"text": "one"}', '{"text": "two"}'],
+        "a.csv": ["text,id", "one,1", "two,2"],
+    }[name]
+    (tmp_path / name).write_text("".join(f"\ufeff{line}\n" for line in lines), encoding="utf-8")
+    assert [text for text in texts_of(tmp_path / name)[0] if text] == ["one", "two"]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.parquet"])
 def test_bytes_that_are_not_utf8_become_fffd_and_are_counted(tmp_path, name):
     raw = [b"caf\xe9 au lait", "café".encode(), b"cut \xe2\x82", b"plain"]
@@ -197,6 +209,12 @@ def test_a_lone_surrogate_of_json_is_no_crash(tmp_path):
     assert texts[0].startswith("a\ufffd") and texts[1] == "b🙂" and len(bad) == 1
 
 
+def test_half_of_a_character_in_a_conversation_is_named(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\\ud83d\\ude42"}\n{"prompt": "a\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: it holds .ud83d, half of a character"):
+        read_conversations(str(tmp_path / "a.jsonl"), tokenizer, 64)
+
+
 BROKEN = [
     ("a.jsonl", '{"text": "a"}\n\n{"text": "b\n', "a.jsonl, line 3: not JSON"),
     ("a.jsonl", '{"text": "a"}\n["b"]\n', "a.jsonl, line 2: not an object"),
@@ -207,6 +225,10 @@ BROKEN = [
     ),
     ("a.jsonl", '{"text": 5}\n', "a.jsonl, line 1: 'text' is 5, not text.*--text_field="),
     ("a.csv", "id,body\n1,b\n", "a.csv, line 2: no field 'text'"),
+    ("a.csv", "id,text\n1,b\n2,a, b\n", "a.csv, line 3: it has not the 2 fields"),
+    ("a.csv", "text,id\nb,1\na\n", "a.csv, line 3: it has not the 2 fields"),
+    ("a.csv", 'text,id\n"b,1\na,2\n', "a.csv, line 3: not CSV"),
+    ("a.csv", "text,text\nb,1\n", "a.csv, line 1: two columns have one name"),
     ("a.parquet", "PAR1 and no more", "a.parquet cannot be read"),
     ("a.txt.gz", "not gzip", "a.txt.gz cannot be read"),
     ("a.txt", "a\0b", "a.txt is not UTF-8 text .it holds zero bytes"),
@@ -368,6 +390,18 @@ U, A, S = (
         ),
         ({"prompt": "Hi?", "completion": "Yes."}, [U, A]),
         ({"prompt": "Hi?", "messages": [U, A, U, A]}, [U, A, U, A]),
+        ({"messages": [U, A], "system": "Be brief."}, [S, U, A]),
+        ({"conversations": [S, U, A], "system": ""}, [S, U, A]),
+        ({"messages": [U, A], "system": None, "history": None}, [U, A]),
+        (
+            {
+                "instruction": "Hi?",
+                "output": "Yes.",
+                "system": "Be brief.",
+                "history": [["Hi?", "Yes."]],
+            },
+            [S, U, A, U, A],
+        ),
     ],
 )
 def test_rows_become_messages(row, messages):
@@ -383,7 +417,7 @@ def test_rows_become_messages(row, messages):
         ),
         ({"messages": "Hi"}, "not a list"),
         ({"messages": ["Hi"]}, "not a list of objects"),
-        ({"messages": []}, "no messages"),
+        ({"messages": []}, "its messages are empty"),
         ({"messages": [U, {"role": "assistant"}]}, "message 2: no 'content' or 'value'"),
         (
             {"messages": [U, {"role": "assistant", "content": [{"text": "Yes."}]}]},
@@ -399,6 +433,11 @@ def test_rows_become_messages(row, messages):
         ({"instruction": 5, "output": "a"}, "'instruction' is 5, not a string"),
         ({"instruction": "a", "input": 5, "output": "a"}, "'input' is 5, not a string"),
         ({"prompt": "a", "completion": None}, "no 'completion'"),
+        ({"messages": [S, U, A], "system": "Be kind."}, "begin with another: keep one"),
+        ({"messages": [U, A], "history": [["a", "b"]]}, "both messages and history"),
+        ({"prompt": "a", "completion": "b", "history": "a"}, "'history' is not a list of"),
+        ({"prompt": "a", "completion": "b", "history": [["a"]]}, "'history' is not a list of"),
+        ({"prompt": "a", "completion": "b", "system": 5}, "'system' is 5, not a string"),
     ],
 )
 def test_rows_that_are_no_conversation_are_named(row, words, tmp_path, tokenizer):
@@ -406,6 +445,20 @@ def test_rows_that_are_no_conversation_are_named(row, words, tmp_path, tokenizer
     with pytest.raises(ValueError, match=f"a.jsonl, line 2: .*{words}") as raised:
         read_conversations(str(path), tokenizer, 64)
     assert "\n" not in str(raised.value)
+
+
+def test_columns_that_are_not_read_are_said_and_all_broken_rows_counted(tmp_path, tokenizer):
+    rows_of_text = [
+        {"prompt": "a", "completion": "b", "context": "c", "id": 3, "empty": ""},
+        {"prompt": "b", "completion": "b", "context": "c"},
+        {"messages": [U, {**A, "weight": 0}], "prompt": "Hi?"},
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows_of_text)
+    _, _, note = read_conversations(str(path), tokenizer, 64)
+    assert note == "not read: context (2 rows), messages.weight (1 rows), prompt (1 rows)"
+    path = write_rows(tmp_path / "b.jsonl", [*rows_of_text, {"text": "a"}, {"messages": [U]}])
+    with pytest.raises(ValueError, match="b.jsonl, line 4: no messages.*; 2 rows are no conv"):
+        read_conversations(str(path), tokenizer, 64)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
@@ -633,7 +686,13 @@ def test_base_resumes_with_the_text_it_began_with(out):
     shutil.rmtree(out / "r" / "base" / "tokens")
     assert call("train_base.py", *arguments, "--resume=must") is None
     assert_same_run(out / "r_before" / "base", out / "r" / "base", "step_000004")
+    # The same documents in another order give the same tokenizer and as many windows.
     back()
+    reordered = paragraphs(150)[::-1]
+    source.write_text("\n<|endoftext|>\n".join(reordered), encoding="utf-8")
+    shutil.rmtree(out / "r" / "base" / "tokens")
+    message = call("train_base.py", *arguments, "--resume=must")
+    assert "the data has changed" in message and "\n" not in message
     source.write_text("\n<|endoftext|>\n".join(paragraphs(150, seed=5)), encoding="utf-8")
     shutil.rmtree(out / "r" / "base" / "tokens")
     message = call("train_base.py", *arguments, "--resume=must")
@@ -719,6 +778,15 @@ def test_sft_on_conversations_killed_and_resumed_equals_the_uninterrupted_run(ou
     shutil.copy(out / "chats.jsonl", out / "more2.jsonl")
     message = call("train_sft.py", *arguments)
     assert "the data has changed" in message and "\n" not in message
+
+    # The same conversations in another order are as many, and not the same ones at the cursor.
+    os.remove(out / "more2.jsonl")
+    before = (out / "more.jsonl").read_text()
+    (out / "more.jsonl").write_text("\n".join(before.splitlines()[::-1]))
+    message = call("train_sft.py", *arguments, "--resume=must")
+    assert "the data has changed" in message and "\n" not in message
+    (out / "more.jsonl").write_text(before)
+    assert call("train_sft.py", *arguments, "--resume=must") is None
 
 
 MISTAKES = [

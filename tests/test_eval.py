@@ -1,11 +1,14 @@
 """eval.py as a person runs it: one model, two compared, all tasks, two ranks."""
 
+import io
 import json
 import os
 import sys
 
 import pytest
 
+from nanorl.evaluate import words
+from nanorl.runtime import results
 from nanorl.tasks import TASKS, Problem
 from scripts import BASE, ROOT, SFT, TOY, call, finish_ranks, ranks
 from toy_task import Toy
@@ -34,6 +37,30 @@ def written(stage, name):
     if name.endswith(".jsonl"):
         return [json.loads(line) for line in text.splitlines()]
     return json.loads(text)
+
+
+def test_a_terminal_of_another_encoding_loses_no_results(models, monkeypatch):
+    """What it cannot show becomes "?". A UnicodeEncodeError would be a ValueError."""
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr("nanorl.evaluate.words.example", "→ {}".format)
+    options = ["--problems=2", "--samples=0", "--task=counting", "--max_new_tokens=2"]
+    assert call("eval.py", *EVAL, *options, f"--model={models[1]}") is None
+    screen.flush()
+    assert b"? {" in screen.buffer.getvalue()
+
+
+def test_results_are_on_disk_before_they_are_printed(models, monkeypatch):
+    def no_words(*_):
+        raise RuntimeError("no words")
+
+    written_to = []
+    monkeypatch.setattr(results, "write", lambda path, name, text: written_to.append(name))
+    monkeypatch.setattr(words, "summary_block", no_words)
+    options = ["--problems=2", "--samples=0", "--task=counting", "--max_new_tokens=2"]
+    with pytest.raises(RuntimeError, match="no words"):
+        call("eval.py", *EVAL, *options, f"--model={models[1]}")
+    assert written_to == ["counting.jsonl", "summary.json"]
 
 
 def test_one_model(models, capsys):

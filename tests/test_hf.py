@@ -1,5 +1,6 @@
 """Both doors, with transformers as the oracle."""
 
+import copy
 import json
 import os
 import subprocess
@@ -332,6 +333,27 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
     (tmp_path / "config.json").write_text(json.dumps(config)[:-20])
     with pytest.raises(ValueError, match="config.json cannot be read"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_pad_token_needs_no_row(tmp_path, tokenizer, special):
+    """One id more than the table has rows is taken where it is a pad token that no text has."""
+    n = tokenizer.n_tokens
+    save_model(toy_model(vocab=n, dtype=torch.float32), tokenizer, tmp_path)
+    spec = copy.deepcopy(tokenizer.spec)
+    pad = {**spec["added_tokens"][0], "id": n, "content": "[PAD]", "special": special}
+    spec["added_tokens"].append(pad)
+    padded = Tokenizer(spec)
+    padded.config["pad_token"] = "[PAD]"
+    padded.save(tmp_path)
+    if not special:  # then "[PAD]" in a text is this id
+        with pytest.raises(ValueError, match="do not belong together"):
+            load_model(tmp_path)
+        return
+    model = load_model(tmp_path)
+    assert model.config.n_tokens == n
+    save_model(model, Tokenizer.from_pretrained(tmp_path), tmp_path)
+    assert load_model(tmp_path).config.n_tokens == n
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):

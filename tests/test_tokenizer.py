@@ -152,6 +152,33 @@ def test_qwens_ids_equal_the_librarys(qwen, real_data):
     assert len(qwen.encode("<think>")) == 1
 
 
+def test_a_text_of_any_length(trained, monkeypatch):
+    """tiktoken panics at a million spaces in a row, and the panic is no Exception."""
+    assert trained.decode(trained.encode(" " * 1_200_000)) == " " * 1_200_000
+    ids = [trained.encode(text) for text in [*TEXTS, "half \ud83d"]]
+    monkeypatch.setattr("nanorl.tokenizer.LONGEST_TEXT", 0)
+    assert [trained.encode(text) for text in [*TEXTS, "half \ud83d"]] == ids
+
+
+@pytest.mark.parametrize(
+    "message", [{"content": None}, {"content": 5}, {"role": None}, {"role": 1}]
+)
+def test_a_message_that_is_no_text_is_refused(trained, message):
+    with pytest.raises(ValueError, match="both must be texts"):
+        trained.render_prompt([{"role": "user", "content": "a", **message}])
+
+
+def test_without_chat_tokens_it_can_be_saved(trained, tmp_path):
+    spec = copy.deepcopy(trained.spec)
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] == DOCUMENT_END]
+    for name in (TURN_START, TURN_END):
+        spec["model"]["vocab"].pop(name, None)
+    Tokenizer(spec).save(tmp_path)
+    again = Tokenizer.from_pretrained(str(tmp_path))
+    assert again.spec == spec and again.style is None
+    assert not (tmp_path / "chat_template.jinja").exists()
+
+
 def test_decode_of_any_ids(trained):
     assert trained.decode([]) == ""
     assert trained.decode([trained.special[TURN_START], trained.turn_end]) == TURN_START + TURN_END
@@ -321,6 +348,13 @@ def test_transformers_reads_it_and_renders_the_same_chat(trained, tmp_path, mode
             lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"),
             "pre-tokenizer .* is not supported",
         ),
+        (lambda s: s.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "pre-token"),
+        (lambda s: s["pre_tokenizer"]["pretokenizers"][0].pop("pattern"), "pre-tokenizer"),
+        (lambda s: s["model"].pop("merges"), "tokenizer.json is damaged.*'merges'"),
+        (lambda s: s["model"].pop("type"), "tokenizer.json is damaged.*'type'"),
+        (lambda s: s["model"]["merges"].append("q zzz"), "tokenizer.json is damaged.*'qzzz'"),
+        (lambda s: s["model"]["vocab"].update({"\u4e00": 999}), "tokenizer.json is damaged"),
+        (lambda s: s.update(added_tokens=None), "tokenizer.json is damaged"),
         (lambda s: s["model"]["merges"].reverse(), "ids do not follow its merges"),
         (lambda s: s["model"]["vocab"].update(xyz=999), "tokens that none of its merges makes"),
         (

@@ -1,6 +1,7 @@
 """Files that --data names -> conversations for SFT, some of them held out by their content."""
 
 import json
+from collections import Counter
 
 import numpy as np
 
@@ -18,6 +19,16 @@ ROLES = {
 }
 
 
+# What a row may hold -> the columns that are read of it.
+COLUMNS = {
+    "messages": ("messages", "system"),
+    "conversations": ("conversations", "system"),
+    "instruction": ("instruction", "input", "output", "system", "history"),
+    "prompt": ("prompt", "completion", "system", "history"),
+}
+TURN = ("role", "content", "from", "value")  # what is read of a message
+
+
 def messages_of(row):
     """A row -> chat messages, dicts with role and content.
 
@@ -28,13 +39,60 @@ def messages_of(row):
         instruction, input, output    Alpaca; the input may be empty or missing
         prompt, completion
 
+    and may hold besides
+
+        system                        what the system says first
+        history                       with the last two: earlier turns, a list of [question, answer]
+
     Raises ValueError that says what is wrong.
     """
-    turns = row.get("messages") or row.get("conversations")
-    if not turns:
-        return _question_and_answer(row)
+    form = _form_of(row)
+    if form in ("messages", "conversations"):
+        messages = _read_turns(row[form], form)
+        if row.get("history"):
+            raise ValueError(f"it has both {form} and history: put the history into {form}")
+    else:
+        messages = _read_history(row.get("history") or []) + _question_and_answer(row, form)
+
+    if row.get("system"):
+        if messages[0]["role"] == "system":
+            raise ValueError(f"it has a system, and its {form} begin with another: keep one")
+        messages.insert(0, {"role": "system", "content": _text(row, "system")})
+    return messages
+
+
+def _form_of(row):
+    """Which of COLUMNS the row holds. Raises ValueError where it is none."""
+    for form in COLUMNS:
+        if row.get(form) is not None:
+            return form
+    fields = ", ".join(map(str, row)) or "nothing"
+    raise ValueError(f"no messages, conversations, instruction or prompt in it, only {fields}")
+
+
+def unread(row):
+    """The names of a row's columns that hold text and are not read, sorted.
+
+    What its messages have besides role and content is among them, as 'messages.weight'.
+    """
+    form = _form_of(row)
+    names = set()
+    for name, value in row.items():
+        if name not in COLUMNS[form] and value and isinstance(value, (str, list, dict)):
+            names.add(name)
+    turns = row[form] if isinstance(row[form], list) else []
+    for turn in turns:
+        others = [name for name in turn if name not in TURN and turn[name] is not None]
+        names.update(f"{form}.{name}" for name in others)
+    return sorted(names)
+
+
+def _read_turns(turns, form):
+    """A list of {role, content} or of {from, value} -> messages."""
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("its messages are not a list of objects with role and content")
+        raise ValueError(f"its {form} are not a list of objects with role and content")
+    if not turns:
+        raise ValueError(f"its {form} are empty")
     messages = []
     for number, turn in enumerate(turns, 1):
         try:
@@ -53,19 +111,29 @@ def messages_of(row):
     return messages
 
 
-def _question_and_answer(row):
+def _read_history(history):
+    """A list of [question, answer] -> messages."""
+    shape = "'history' is not a list of [question, answer], all of them strings"
+    if not isinstance(history, list):
+        raise ValueError(shape)
+    messages = []
+    for pair in history:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            raise ValueError(shape)
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    return messages
+
+
+def _question_and_answer(row, form):
     """A row without a list of messages -> the user's message and the assistant's."""
-    if "instruction" in row:
-        question = _text(row, "instruction")
+    question = _text(row, form)
+    if form == "instruction":
         answer = _text(row, "output")
         if row.get("input"):
             question += "\n\n" + _text(row, "input")
-    elif "prompt" in row:
-        question = _text(row, "prompt")
-        answer = _text(row, "completion")
     else:
-        fields = ", ".join(map(str, row)) or "nothing"
-        raise ValueError(f"no messages, conversations, instruction or prompt in it, only {fields}")
+        answer = _text(row, "completion")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -88,15 +156,16 @@ def read_conversations(patterns, tokenizer, seq_len):
     """Files of rows -> (examples to train on, examples held out, note).
 
     An example is (ids, mask), numpy arrays, as tokenizer.render_chat gives them. A conversation
-    that does not fit a row of seq_len inputs is left out. The note says how many are, and is ""
-    where none is. Raises ValueError for a row that is no conversation, and where fewer than two
-    different conversations fit.
+    that does not fit a row of seq_len inputs is left out. The note says how many are, and what
+    columns are not read; it is "" where there is neither. Raises ValueError for rows that are no
+    conversations, and where fewer than two different conversations fit.
     """
     examples = []
     hashes = []  # of the examples' messages
     n_conversations = 0
     longest = 0  # in tokens
-    for messages, ids, mask in _rendered(patterns, tokenizer):
+    n_unread = Counter()  # {column: its rows}
+    for messages, ids, mask in _rendered(patterns, tokenizer, n_unread):
         n_conversations += 1
         longest = max(longest, len(ids))
         # The last token of a row is a target and never an input.
@@ -126,16 +195,31 @@ def read_conversations(patterns, tokenizer, seq_len):
             held_out.append(example)
         else:
             train.append(example)
+
+    if n_unread:
+        columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in n_unread.items())
+        note = "\n      ".join(filter(None, [note, f"not read: {columns}"]))
     return train, held_out, note
 
 
-def _rendered(patterns, tokenizer):
-    """Yield (messages, ids, mask) of every row. Raises ValueError that names the row."""
+def _rendered(patterns, tokenizer, n_unread):
+    """Yield (messages, ids, mask) of every row. Counts in n_unread the columns that are not read.
+
+    Raises ValueError for rows that are no conversations, once all have been seen: it names the
+    first and says how many there are.
+    """
+    broken = []
     for path in find_files(patterns):
         for row_name, row in read_rows(path):
             try:
                 messages = messages_of(row)
-                ids, mask = tokenizer.render_chat(messages)
             except ValueError as error:
-                raise ValueError(f"{row_name}: {error}") from None
-            yield messages, ids, mask
+                broken.append(f"{row_name}: {error}")
+                continue
+            n_unread.update(unread(row))
+            if not broken:
+                yield messages, *tokenizer.render_chat(messages)
+    if len(broken) > 1:
+        raise ValueError(f"{broken[0]}; {len(broken):,} rows are no conversations: mend them all")
+    if broken:
+        raise ValueError(broken[0])

@@ -1,5 +1,6 @@
 """Files that --data names -> documents for pretraining, some of them held out by their content."""
 
+import codecs
 import heapq
 import json
 import os
@@ -102,9 +103,12 @@ def plain_documents(path):
 
 
 def _lines(f):
-    """Yield the lines of a file, one longer than MAX_BYTES in parts."""
+    """Yield the lines of a file, one longer than MAX_BYTES in parts.
+
+    A byte-order mark before a line is no part of it: files that were joined have some inside.
+    """
     while line := f.readline(MAX_BYTES):
-        yield line
+        yield line.removeprefix(codecs.BOM_UTF8)
 
 
 def row_documents(path, field, not_utf8):

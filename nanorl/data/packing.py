@@ -3,6 +3,7 @@
 Order is a pure function of (seed, epoch), so a cursor is all the state there is.
 """
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,15 @@ class Rows(NamedTuple):
         )
         slots, real, pairs = (int(counts[name]) for name in ("slots", "real", "pairs"))
         return (slots, slots * self.inputs.size(1)), (real, pairs)
+
+
+def content_of(examples):
+    """A hash of (ids, mask) of all the examples, in order."""
+    content = hashlib.blake2b(digest_size=16)
+    for ids, mask in examples:
+        content.update(np.array([len(ids), *ids], np.int64).tobytes())
+        content.update(np.array(mask, bool).tobytes())
+    return content.hexdigest()
 
 
 def pack_rows(examples, seq_len):

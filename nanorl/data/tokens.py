@@ -3,6 +3,7 @@
 Order is a pure function of (seed, epoch), so a cursor, one integer, is all the state there is.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ def read_index(directory):
 
     whole: whether all of them are written. made_from: see tokenize. facts: what the source says
     about its documents. dtype: of the ids. shards: a list with, for each split, its `documents`,
-    `bytes` of text and `tokens`.
+    `bytes` of text and `tokens`, and besides a hash of its `content`.
     """
     path = os.path.join(directory, "tokens.json")
     if not os.path.exists(path):
@@ -50,6 +51,14 @@ def _write_index(directory, index):
 def total(index, name, splits=SPLITS):
     """`documents`, `bytes` or `tokens` of all shards."""
     return sum(shard[split][name] for shard in index["shards"] for split in splits)
+
+
+def content_of_shards(index):
+    """A hash of all the token files, or "" where the index was written before it had one."""
+    hashes = [shard.get("content", "") for shard in index["shards"]]
+    if not all(hashes):
+        return ""
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=16).hexdigest()
 
 
 def describe(index):
@@ -137,6 +146,7 @@ def _write_shard(documents, tokenizer, directory, number, dtype, bar):
     It ends when its documents hold SHARD_BYTES or run out.
     """
     counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
+    content = hashlib.blake2b(digest_size=16)
     with (
         open(shard_path(directory, "train", number), "wb") as train,
         open(shard_path(directory, "val", number), "wb") as val,
@@ -149,7 +159,9 @@ def _write_shard(documents, tokenizer, directory, number, dtype, bar):
             encoded = tokenizer.encode_many([text for _, _, text in batch])
             for (split, nbytes, _), ids in zip(batch, encoded):
                 ids.append(tokenizer.document_end)
-                files[split].write(np.array(ids, dtype).tobytes())
+                data = np.array(ids, dtype).tobytes()
+                files[split].write(data)
+                content.update(data)
                 counts[split]["documents"] += 1
                 counts[split]["bytes"] += nbytes
                 counts[split]["tokens"] += len(ids)
@@ -158,6 +170,7 @@ def _write_shard(documents, tokenizer, directory, number, dtype, bar):
         for f in files.values():
             f.flush()
             os.fsync(f.fileno())
+    counts["content"] = content.hexdigest()
     return counts
 
 
@@ -260,4 +273,16 @@ def check_same_data(state, n):
         raise ValueError(
             f"the data has changed: {n:,} windows or examples, {state['n']:,} when the run was "
             "saved; put it back, or start another --run_name"
+        )
+
+
+def check_same_content(state, content):
+    """Refuse to go on with data that was edited. Raises ValueError.
+
+    state: a run's, whose hash `content` is missing or "" where none was taken.
+    """
+    if content and state.get("content", "") not in ("", content):
+        raise ValueError(
+            "the data has changed: there are as many texts as when the run was saved, but other "
+            "ones; put them back, or start another --run_name"
         )

@@ -124,6 +124,9 @@ def run(main):
     What is no defect ends it with one line: a user's mistake (ValueError), too little memory, a
     full disk, a rank that is gone. With NANORL_DEBUG=1 the traceback is shown instead.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        # A terminal of another encoding shows "?" for what it lacks. It used to end the run.
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except BrokenPipeError:

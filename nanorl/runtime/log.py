@@ -131,7 +131,7 @@ def write_records(file, records):
     with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as zipped:
         for record in records:
             line = json.dumps(record, ensure_ascii=False) + "\n"
-            zipped.write(line.encode("utf-8"))
+            zipped.write(line.encode("utf-8", "backslashreplace"))
 
 
 def size_of(records):

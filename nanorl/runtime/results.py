@@ -10,7 +10,8 @@ def write(path, name, text):
     """Write text to the file `name` in the eval folder of the model at `path`."""
     file = checkpoint.eval_file(path, name)
     os.makedirs(os.path.dirname(file), exist_ok=True)
-    with open(file + ".tmp", "w", encoding="utf-8") as f:
+    # A task's text may hold half of a surrogate pair, which JSON writes as \ud83d.
+    with open(file + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(text)
     os.replace(file + ".tmp", file)
 

@@ -129,22 +129,50 @@ def _read_jsonl(f, path, _only, bad):
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{name}: not JSON ({reason})") from None
         if not isinstance(row, dict):
             raise ValueError(f'{name}: not an object: a row is written {{"field": value, ...}}')
+        if bad is None:
+            _check_surrogates(line, row, name)
         yield name, row
+
+
+def _check_surrogates(line, row, name):
+    """Raises ValueError for a row of JSON with half of a surrogate pair: UTF-8 cannot write it."""
+    if "\\u" not in line:
+        return  # no character is written as an escape
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise ValueError(
+            f"{name}: it holds {half}, half of a character: write both halves, or take it out"
+        ) from None
 
 
 def _read_csv(f, path, _only, bad):
     csv.field_size_limit(2**31 - 1)  # the default refuses cells beyond 128 KB
-    reader = csv.DictReader(line for _, line in _lines(f, path, bad))
+    # strict: a quote that is never closed is an error. Otherwise it would take in all that follows.
+    reader = csv.DictReader((line for _, line in _lines(f, path, bad)), strict=True)
     # A row may go over several lines. It is named after its last.
     try:
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}, line 1: two columns have one name: {', '.join(header)}")
         for row in reader:
-            yield f"{path}, line {reader.line_num}", row
+            name = f"{path}, line {reader.line_num}"
+            # DictReader puts None for a field that is missing, and under None those beyond.
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{name}: it has not the {len(header)} fields that the header names: "
+                    'put a text with commas or quotes in quotes, "a, ""b"""'
+                )
+            yield name, row
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        line = reader.reader.line_num
+        raise ValueError(f"{path}, line {line}: not CSV ({error})") from None
 
 
 def _read_parquet(f, path, only, _bad):

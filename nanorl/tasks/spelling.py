@@ -3,6 +3,7 @@
 A model sees a word as one or a few tokens. To count its letters it must know how they are spelled.
 """
 
+import codecs
 import os
 import string
 from functools import lru_cache
@@ -11,6 +12,7 @@ import numpy as np
 
 from nanorl.tasks.answers import is_close, number_after
 from nanorl.tasks.counting import count_along
+from nanorl.tasks.files import decode, open_bytes
 from nanorl.tasks.problem import (
     REWARDS,
     STYLES,
@@ -46,8 +48,8 @@ def _problems(split, path):
 
 def _read_words(path):
     """A file -> its first MOST_WORDS words of 3 to 14 plain letters, in lower case, none twice."""
-    with open(path, encoding="utf-8") as f:
-        all_words = f.read().split()
+    with open_bytes(path) as f:
+        all_words = decode(f.read().removeprefix(codecs.BOM_UTF8), path).split()
     words = {}  # a dict keeps their order
     for word in all_words:
         if 3 <= len(word) <= 14 and word.isascii() and word.isalpha():
