@@ -1,7 +1,8 @@
 """Who sees whom: attention for rows as they are, documents in a row, samples that share a prompt.
 
 CausalAttention and SharedPrefixAttention are an `attend(layer, q, k, v)` for GPT.hidden:
-q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The letters are gpt.py's.
+q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). flex.py has the second in one kernel, for
+a GPU. The letters are gpt.py's.
 """
 
 from dataclasses import dataclass

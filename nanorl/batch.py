@@ -60,7 +60,7 @@ class Batch:
 
     @property
     def visible_pairs(self):
-        """(query, key) pairs that attention needs; it computes more (SharedPrefixAttention)."""
+        """(query, key) pairs that attention needs; it computes more (attention.py)."""
         return sum(row.visible_pairs for row in self.rows)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanorl import grpo
-from nanorl.attention import CausalAttention, SharedPrefixAttention, pick
+from nanorl.attention import CausalAttention, pick
+from nanorl.flex import packed_attention
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Forward:
 
 def forward(model, batch, temperature=1.0, with_entropy=False):
     """-> Forward. The head runs only where a log-prob is needed, in chunks."""
-    attend = SharedPrefixAttention(batch.rows, batch.ids.device)
+    device, dtype = batch.ids.device, model.compute_dtype
+    attend = packed_attention(batch.rows, device, dtype, model.config.head_dim)
     h = model.hidden(batch.ids, batch.positions, attend)  # (1, T, C): each prompt is there once
     h = pick(h[0], batch.predicted_at)  # (S, C)
     logprobs, entropy = model.logprobs(h, batch.targets, temperature, with_entropy)

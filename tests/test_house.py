@@ -15,6 +15,7 @@ SCRIPTS = ("train_base", "train_sft", "train_rl", "eval")
 # The core lies flat in nanorl/; what a reader of the algorithm need not open is in folders.
 CORE = {
     "attention": set(),
+    "flex": {"attention"},
     "chat": set(),
     "grpo": set(),
     "optim": set(),
@@ -31,7 +32,7 @@ CORE = {
     "problems": {"tasks"},
     "rollout": {"grpo", "sampling", "tasks"},
     "batch": {"rollout"},
-    "learner": {"batch", "attention", "grpo"},
+    "learner": {"batch", "attention", "flex", "grpo"},
 }
 FOLDERS = {
     "tasks": set(),

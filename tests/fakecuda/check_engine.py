@@ -19,8 +19,9 @@ import sys
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.getcwd()]
 import fakecuda  # before torch, which asks once what devices there are
 import torch
+from emulated import flex_attention
 
-from nanorl import grpo, learner
+from nanorl import attention, flex, grpo, learner
 from nanorl.batch import pack
 from nanorl.cache import DecodeBatch
 from nanorl.engine import Engine
@@ -40,11 +41,13 @@ VOCABULARY, ROWS, STOP_IDS = 50, 12, {3}
 LOOK_EVERY = 8  # decode steps
 
 # How often the host waits for the GPU in a micro-batch of the learner, at most: its tensors are
-# copied to the GPU, then for each rectangle of the attention its slots and its mask, then where the
-# outputs are, and the sums for the log are looked at once.
+# copied to the GPU, then what the attention needs, and the sums for the log are looked at once.
+# Attention by rectangles: for each its slots and its mask, then where the outputs are. In one
+# kernel: each slot's run, and the squares.
 MAKE_BATCH = 8
 A_RECTANGLE = 3
 OUTPUTS = 1
+ONE_KERNEL = 2
 TOKEN_SUMS = 1
 
 
@@ -184,18 +187,25 @@ def learn(engine, prompts, groups):
     (-(batch.token_weights * gain).sum() / lengths.sum().item()).backward()
     sums = learner.token_sums(outputs, batch, grpo.Objective())
     gradients = [p.grad.cpu() for p in model.parameters()]
-    rectangles = len(learner.SharedPrefixAttention(batch.rows, "cpu").blocks)
+    model.zero_grad()
+    rectangles = len(attention.SharedPrefixAttention(batch.rows, "cpu").blocks)
     return gradients, sums, rectangles
 
 
-def check_learner(on_cpu, on_gpu, log, exact):
-    """-> how often the host waited for the GPU, by function."""
+def check_learner(on_cpu, on_gpu, log, exact, one_kernel):
+    """-> how often the host waited for the GPU, by function.
+
+    one_kernel: whether attention on the GPU is PackedFlexAttention.
+    """
+    flex.flex_serves = lambda device, *_: one_kernel and device.type == "cuda"
+    flex.compiled_flex = lambda: flex_attention
     prompts, samples, new_tokens, _ = make_calls()[0]
     groups = on_cpu.generate(prompts, samples, new_tokens, stop_ids=STOP_IDS)
     expected, expected_sums, rectangles = learn(on_cpu, prompts, groups)
     log.syncs.clear()
     found, sums, _ = learn(on_gpu, prompts, groups)
     if exact:
+        sums["computed_slots"] = expected_sums["computed_slots"]  # one kernel pads otherwise
         gaps = [float((a - b).abs().max()) for a, b in zip(found, expected)]
         must(max(gaps) < 1e-4, f"other gradients: {gaps}")
         off = {name: abs(sums[name] - expected_sums[name]) for name in sums}
@@ -209,7 +219,7 @@ def check_learner(on_cpu, on_gpu, log, exact):
     counts["elsewhere"] = sum(log.syncs.values()) - sum(counts.values()) - len(found)
     bounds = {
         "make_batch": MAKE_BATCH,
-        "forward": A_RECTANGLE * rectangles + OUTPUTS,
+        "forward": ONE_KERNEL if one_kernel else A_RECTANGLE * rectangles + OUTPUTS,
         "token_sums": TOKEN_SUMS,
         "elsewhere": 0,  # none in backward
     }
@@ -226,9 +236,16 @@ def main():
         *_, batch = on_gpu.batches.values()
         graphs = [graph for graph in batch.graphs.values() if graph is not None]
         check_likelihood(on_cpu, on_gpu, bound)
-        micro_batch = check_learner(on_cpu, on_gpu, log, compute_dtype != torch.bfloat16)
+        exact = compute_dtype != torch.bfloat16
+        micro_batch = check_learner(on_cpu, on_gpu, log, exact, one_kernel=False)
+        in_one_kernel = check_learner(on_cpu, on_gpu, log, exact, one_kernel=True)
         kernels = collections.Counter(str(op.func) for op in graphs[0].recording.ops)
-        last = dict(micro_batch=micro_batch, kernels=sum(kernels.values()), by_op=kernels)
+        last = dict(
+            micro_batch=micro_batch,
+            in_one_kernel=in_one_kernel,
+            kernels=sum(kernels.values()),
+            by_op=kernels,
+        )
         print(json.dumps(last))
 
 

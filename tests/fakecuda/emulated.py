@@ -3,6 +3,8 @@
 The memory-efficient attention (Rabe and Staats 2021), forward and backward: with its results'
 shapes, types and strides, and with what it refuses. And RMSNorm as one kernel, which is taken in
 inference mode; elsewhere PyTorch takes it apart before it comes here.
+
+FlexAttention is no operator: what PyTorch compiles for it, the simulation computes by ops.
 """
 
 import torch
@@ -100,6 +102,36 @@ def scores_of(query, key, bias, is_causal, scale):
         later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(later, float("-inf"))
     return scores
+
+
+def flex_attention(query, key, value, *, block_mask, enable_gqa):
+    """As its compiled kernel goes: by the lists of squares, and by the mask in partial ones alone.
+
+    query (1, H, T, D), key and value (1, K, T, D) -> (1, H, T, D). All the memory is on the GPU.
+    """
+    (_, H, T, D), K = query.shape, key.size(1)
+    assert H % K == 0 and (enable_gqa or H == K), "heads that do not share keys"
+    assert block_mask.seq_lengths == (T, T) and T % block_mask.BLOCK_SIZE[0] == 0
+    slots = torch.arange(T, device=query.device)
+    partial = in_listed_squares(block_mask.kv_num_blocks, block_mask.kv_indices, T)
+    full = in_listed_squares(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, T)
+    allowed = full | (partial & block_mask.mask_mod(0, 0, slots[:, None], slots[None]))
+
+    # Where a query sees nothing, the kernel gives zeros.
+    sees_nothing = ~allowed.any(1, keepdim=True)  # (T, 1)
+    key, value = key.repeat_interleave(H // K, 1), value.repeat_interleave(H // K, 1)
+    scores = query @ key.transpose(-1, -2) * D**-0.5
+    scores = scores.masked_fill(~(allowed | sees_nothing), float("-inf"))
+    return (scores.softmax(-1) @ value).masked_fill(sees_nothing, 0)
+
+
+def in_listed_squares(count, where, T):
+    """count (1, 1, blocks) and where (1, 1, blocks, blocks) -> (T, T), bool."""
+    blocks = where.size(-1)
+    is_listed = torch.arange(blocks, device=where.device) < count[0, 0, :, None]
+    squares = torch.zeros_like(is_listed).scatter(1, where[0, 0].long(), is_listed)
+    size = T // blocks
+    return squares.repeat_interleave(size, 0).repeat_interleave(size, 1)
 
 
 def rms_norm(x, shape, weight, eps):
