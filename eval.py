@@ -13,7 +13,8 @@ what the model says; code (humaneval) is run in nanorl/tasks/sandbox.py.
 Writes into <model>/eval/: <task>.jsonl (an outcome a problem, which can be judged again) and
 summary.json, of all tasks evaluated so far; of two models also compare.<task>.json, with the
 second; of all tasks all.json alone. Another split than val is in the name, <task>.<split>, and so
-are shots, <task>.5shot.
+are shots, <task>.5shot. An evaluation that is smaller than the one on disk is filed beside it, as
+<task>.greedy20x1 for 20 problems. A read-only model's results go to out/<its path>/eval.
 """
 
 import os
@@ -75,6 +76,10 @@ def main():
     if compare:
         names = compare.split(",")
     paths = [model_directory(name) for name in names]
+    for path in paths:
+        folder = results_files.check_folder(path)
+        if not folder.startswith(path):
+            dist.say(f"the results of {path} go to {folder}")
     if task == "all":
         survey(paths[0], where, settings)
     else:
@@ -113,7 +118,10 @@ def evaluate_model(path, tasks, where, settings):
         results[name], summaries = {}, {}
         for way, (n, sampling) in ways_of(source, new_tokens_of(name)).items():
             begun = time.time()
-            found = answer(engine, tokenizer, source, n, sampling, f"{name} {way}")
+            try:
+                found = answer(engine, tokenizer, source, n, sampling, f"{name} {way}")
+            except ValueError as error:
+                raise ValueError(f"{path}, {name}: {error}") from None
             seconds = time.time() - begun
             cost = cost_of(engine, way)
             if dist.is_main():
@@ -182,7 +190,9 @@ def report(path, name, found, summaries, settings):
     for way, some in found.items():
         how_sampled = {"how": way, "temperature": temperature if way == "sampled" else 0.0}
         lines += [{**how_sampled, **outcome} for outcome in some]
-    results_files.write_lines(path, f"{name}.jsonl", lines)
+    stored = results_files.read(path, "summary.json").get(name, {})
+    filed = file_under(stored, name, summaries)
+    results_files.write_lines(path, f"{filed}.jsonl", lines)
     own_name = task_name(name)
     about = dict(
         model=path,
@@ -196,7 +206,7 @@ def report(path, name, found, summaries, settings):
             "shots": shots_of(own_name),
         },
     )
-    results_files.add_to_summary(path, name, about)
+    results_files.add_to_summary(path, filed, about)
 
     if task != "benchmarks":
         seconds = sum(summary["seconds"] for summary in summaries.values())
@@ -206,6 +216,14 @@ def report(path, name, found, summaries, settings):
         first = next(iter(found.values()))
         for outcome in first[:examples]:
             print(words.example(outcome))
+
+
+def file_under(stored, name, found):
+    """The label of results on disk. Says so where a larger evaluation keeps the name."""
+    filed = results_files.label_beside(stored, name, found)
+    if filed != name:
+        print(f"{name} is on disk from a larger evaluation, which stays; this one is {filed}")
+    return filed
 
 
 def report_differences(paths, results, settings):
@@ -220,7 +238,10 @@ def report_differences(paths, results, settings):
             if task == "benchmarks":
                 lines.append(f"{name}, {way}")
             lines += words.difference_block(way, found[way])
-        results_files.write_json(paths[1], f"compare.{name}.json", {**found, "settings": settings})
+        compared = f"compare.{name}"
+        stored = results_files.read(paths[1], f"{compared}.json")
+        filed = file_under(stored, compared, found)
+        results_files.write_json(paths[1], f"{filed}.json", {**found, "settings": settings})
         print(*lines, sep="\n")
 
 
@@ -251,10 +272,19 @@ def survey(path, where, settings):
     if dist.is_main():
         rows = dict(sorted(rows.items(), key=lambda item: item[1]["dead"]))
         result = dict(model=path, split=split, tasks=rows, skipped=skipped, settings=settings)
-        results_files.write_json(path, f"{label('all')}.json", result)
+        stored = results_files.read(path, f"{label('all')}.json").get("tasks", {})
+        filed = file_under(largest(stored), label("all"), largest(rows))
+        results_files.write_json(path, f"{filed}.json", result)
         n = sample_problems or "all"
         print(f"{path}  {split}, {n} problems a task x {samples} at temperature {temperature:g}")
         print(*words.survey_table(rows, samples), sep="\n")
+
+
+def largest(rows):
+    """A survey's rows -> {way: the row of the most problems}, by which its size is known."""
+    if not rows:
+        return {}
+    return {"sampled": max(rows.values(), key=lambda row: row["n"])}
 
 
 # ---- tasks by name -------------------------------------------------------------------------------
@@ -302,7 +332,7 @@ def shots_of(name):
 
 
 def label(name):
-    """What a task's results are filed under. The next evaluation with this label replaces them."""
+    """What a task's results are filed under, until a later evaluation that is not smaller."""
     shown = f".{shots}shot" if shots_of(name) else ""
     return name + shown if split == "val" or name == "humaneval" else f"{name}{shown}.{split}"
 
@@ -356,7 +386,10 @@ def together(work):
 def send(path):
     """--after_save, of a model that was evaluated."""
     folder = path
-    if os.path.exists(os.path.join(path, "DONE")):  # a checkpoint, out/<run>/<stage>/step_000040
+    results = checkpoint.eval_folder(path)
+    if not results.startswith(path):  # they are not with the model, which is read-only
+        folder = os.path.dirname(results)
+    elif os.path.exists(os.path.join(path, "DONE")):  # out/<run>/<stage>/step_000040
         folder = os.path.dirname(os.path.dirname(path))
     command = AfterSave(after_save, folder, dist.is_main())
     command()

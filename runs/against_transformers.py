@@ -8,7 +8,6 @@ where two tokens are within rounding of each other. Such a pair of logits is sho
 JSON.
 """
 
-import json
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from nanorl.engine import Engine
 from nanorl.hf import load_model, local_model
 from nanorl.runtime.config import configure
+from nanorl.runtime.log import to_json
 from nanorl.tasks import get_task, is_correct, parse_settings
 from nanorl.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def main():
         judged_differently=judged_differently,
         seconds=seconds,
     )
-    print(json.dumps(found))
+    print(to_json(found))
 
 
 def render(tokenizer, problem):

@@ -8,7 +8,6 @@ batched passes; transformers takes what one would write first, a forward pass of
 for each choice. A line of JSON a task.
 """
 
-import json
 import os
 import sys
 import time
@@ -22,6 +21,7 @@ from nanorl.evaluate.statistics import summary
 from nanorl.hf import load_model, local_model
 from nanorl.runtime import dist
 from nanorl.runtime.config import configure
+from nanorl.runtime.log import to_json
 from nanorl.tasks import get_task
 from nanorl.tokenizer import Tokenizer
 
@@ -40,6 +40,8 @@ def main():
     weight_dtype, compute_dtype = dist.dtypes(dtype, torch.device("cpu"))
     net, tokenizer = load_model(path, weight_dtype), Tokenizer.from_pretrained(path)
     net.compute_dtype = compute_dtype
+    # transformers gives a probability to the rows that only pad the embedding. So do we here.
+    net.config.n_tokens = net.config.vocab_size
     engine = Engine(net)
 
     load = transformers.AutoModelForCausalLM.from_pretrained
@@ -54,7 +56,7 @@ def main():
         row.update(compare(engine, tokenizer, exact, their_tokenizer, task, n))
         ratios = in_turns(engine, tokenizer, alike, their_tokenizer, task, min(timed, n))
         row["times_faster_than_a_pass_a_choice"] = [round(ratio, 2) for ratio in ratios]
-        print(json.dumps(row), flush=True)
+        print(to_json(row), flush=True)
 
 
 def compare(engine, tokenizer, their_net, their_tokenizer, task, n):

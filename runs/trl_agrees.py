@@ -13,7 +13,6 @@ not even where that token ends every turn of the prompt, as in SmolLM2. nanorl h
 trains all. `gradient_off` leaves that one row out, and `gradient_off_with_pad_row` does not.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from nanorl.hf import load_model, local_model
 from nanorl.learner import forward
 from nanorl.rollout import Rollout, length_table
 from nanorl.runtime.config import configure
+from nanorl.runtime.log import to_json
 from nanorl.sampling import Completion
 from nanorl.tasks import get_task
 
@@ -57,7 +57,7 @@ def main():
     for ours, theirs in SETTINGS.items():
         step = step_of_trl(path, tokenizer, data, ours, theirs)
         row = compare(path, tokenizer, pad_row, ours, step)
-        print(json.dumps(row), flush=True)
+        print(to_json(row), flush=True)
 
 
 def reward(text):
@@ -153,6 +153,8 @@ def compare(path, tokenizer, pad_row, ours, step):
         tokens=int(lengths.sum()),
     )
     net = load_model(path)
+    # TRL gives a probability to the rows that only pad the embedding. So do we here.
+    net.config.n_tokens = net.config.vocab_size
     for form in ("clipped", "reinforce"):
         loss = backward(net, batches, form, temperature, N)
         gradient = {name: p.grad for name, p in net.named_parameters()}

@@ -109,6 +109,18 @@ def test_a_save_that_fails_leaves_none_and_the_earlier_one_intact(tmp_path):
     assert sorted(os.listdir(tmp_path / "step_000002")) == files
 
 
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
+    def ruined(path):
+        raise FloatingPointError("model.norm.weight holds values that are not finite")
+
+    with pytest.raises(ValueError, match="step 1 is not saved.*one that the run started from"):
+        checkpoint.save(str(tmp_path), 1, ruined, {})
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match="model.norm.weight.*the last good .*step_000001"):
+        checkpoint.save(str(tmp_path), 2, ruined, {})
+    assert whole(tmp_path) == {1: 0} and os.listdir(tmp_path) == ["step_000001"]
+
+
 def test_without_done_it_is_not_a_checkpoint(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)

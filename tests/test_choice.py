@@ -221,6 +221,19 @@ def test_a_prompt_that_does_not_fit_is_not_solved_and_told(files, tokenizer):
         by_sampling(Engine(model), tokenizer, task, range(4), Sampling(1, 2, 0.0))
 
 
+def test_a_model_that_gives_no_numbers_is_refused(files, tokenizer):
+    """Else the first label is the likeliest, and 31% of ARC-Easy are right."""
+    task = get_task("arc_easy", "val")
+    model = toy_model(vocab=tokenizer.n_tokens, context=512)
+    model.lm_head.weight.data[5] = torch.nan
+    engine = Engine(model)
+    with pytest.raises(ValueError, match="log-probs are not finite on problem 0"):
+        by_likelihood(engine, tokenizer, task, range(4))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="log-probs are not finite on problem 0"):
+            by_sampling(engine, tokenizer, task, range(4), Sampling(1, 2, temperature))
+
+
 def test_a_label_of_several_tokens_is_refused(tokenizer):
     problem = Problem([{"role": "user", "content": "?"}], "AB", {"labels": ["AB", "C"]})
     with pytest.raises(ValueError, match="the labels AB are more than one token"):

@@ -3,12 +3,13 @@
 import io
 import json
 import os
+import shutil
 import sys
 
 import pytest
 
 from nanorl.evaluate import words
-from nanorl.runtime import results
+from nanorl.runtime import checkpoint, results
 from nanorl.tasks import TASKS, Problem
 from scripts import BASE, ROOT, SFT, TOY, call, finish_ranks, ranks
 from toy_task import Toy
@@ -208,6 +209,10 @@ def test_all_tasks(models, capsys, monkeypatch):
             is None
         )
         assert list(written(models[1], "all.json")["skipped"]) == skipped
+    fewer = ["--task=all", "--samples=4", "--sample_problems=2", "--allow_code"]
+    assert call("eval.py", *EVAL, f"--model={models[1]}", *fewer) is None
+    assert written(models[1], "all.json")["tasks"]["toy"]["n"] == 6
+    assert written(models[1], "all.sampled2x4.json")["tasks"]["toy"]["n"] == 2
     lines = said.splitlines()
     table = [line for line in lines if line.split()[0] in result["tasks"]]
     assert [line.split()[0] for line in table] == list(result["tasks"])  # every task, once
@@ -236,6 +241,8 @@ def test_two_ranks_give_the_results_of_one(models, monkeypatch):
 
     A task that one rank cannot load is skipped by both.
     """
+    for folder in (folder for stage in models for folder in stage.glob("step_*/eval")):
+        shutil.rmtree(folder)  # larger evaluations would stay
     few = [*EVAL, "--examples=0", "--samples=2", "--sample_problems=1"]
     runs = [
         [*few, TOY, "--problems=3", f"--compare={models[0]},{models[1]}"],
@@ -289,6 +296,83 @@ def test_a_mistake_gets_one_line(models, capsys, mistake, words):
     message = call("eval.py", *(m.replace("{sft}", str(models[1])) for m in mistake))
     assert isinstance(message, str) and words in message and "\n" not in message
     assert capsys.readouterr().out == ""  # before any work
+
+
+SIZED = [*EVAL, "--task=binary", "--examples=0", "--sample_problems=3"]
+
+
+def test_a_smaller_evaluation_replaces_no_larger_one(models, capsys):
+    both = f"--compare={models[0]},{models[1]}"
+    larger = ["--problems=6", "--samples=2"]
+    assert call("eval.py", *SIZED, *larger, both) is None
+    names = ("summary.json", "binary.jsonl", "compare.binary.json")
+    first = {name: written(models[1], name) for name in names}
+
+    # Fewer problems, and none sampled: it is filed beside, and the person is told.
+    capsys.readouterr()
+    assert call("eval.py", *SIZED, "--problems=4", "--samples=0", both) is None
+    said = capsys.readouterr().out
+    assert "binary is on disk from a larger evaluation, which stays; this one is binary.g" in said
+    second = {name: written(models[1], name) for name in names}
+    beside = second["summary.json"].pop("binary.greedy4x1")
+    assert second == first and first["summary.json"]["binary"]["sampled"]["n"] == 3
+    assert beside["greedy"]["n"] == 4 == len(written(models[1], "binary.greedy4x1.jsonl"))
+    assert written(models[1], "compare.binary.greedy4x1.json")["greedy"]["n"] == 4
+
+    # One that is not smaller takes the name.
+    assert call("eval.py", *SIZED, "--problems=7", "--samples=2", both) is None
+    assert written(models[1], "summary.json")["binary"]["greedy"]["n"] == 7
+    assert written(models[1], "compare.binary.json")["greedy"]["n"] == 7
+
+
+@pytest.mark.parametrize(
+    "new, label",
+    [
+        ({"greedy": {"n": 9}}, "t.greedy9x1"),
+        ({"greedy": {"n": 10}}, "t.greedy10x1"),  # nothing is sampled
+        ({"greedy": {"n": 9}, "sampled": {"n": 5, "samples": 4}}, "t.greedy9x1-sampled5x4"),
+        ({"greedy": {"n": 10}, "sampled": {"n": 5, "samples": 2}}, "t.greedy10x1-sampled5x2"),
+        ({"greedy": {"n": 10}, "sampled": {"n": 5, "samples": 4}}, "t"),
+        ({"greedy": {"n": 12}, "sampled": {"n": 6, "samples": 8}, "likelihood": {"n": 1}}, "t"),
+    ],
+)
+def test_which_evaluation_is_smaller(new, label):
+    stored = {"greedy": {"n": 10}, "sampled": {"n": 5, "samples": 4}, "settings": {"samples": 8}}
+    assert results.label_beside(stored, "t", new) == label
+    assert results.label_beside({}, "t", new) == "t"
+
+
+@pytest.fixture
+def read_only(models, monkeypatch):
+    """The SFT model, in a folder that cannot be written, as os.access says of such a disk."""
+    ask, path = os.access, checkpoint.latest(str(models[1]))
+    monkeypatch.setattr(os, "access", lambda p, *a: not str(p).startswith(path) and ask(p, *a))
+    return path
+
+
+def test_a_read_only_models_results_are_kept_in_out(read_only, capsys, tmp_path, monkeypatch):
+    os.makedirs(os.path.join(read_only, "eval"), exist_ok=True)
+    with open(os.path.join(read_only, "eval", "owners.json"), "w") as f:
+        f.write('{"n": 1}')
+    before = sorted(os.listdir(os.path.join(read_only, "eval")))
+    monkeypatch.setenv("NANORL_OUT", str(tmp_path))
+    few = [*EVAL, "--task=0-20", "--problems=2", "--samples=0", f"--model={read_only}"]
+    told = f"--after_save=echo {{dir}} > {tmp_path / 'told'}"
+    assert call("eval.py", *few, told) is None
+    folder = tmp_path / read_only.strip("/").replace("/", "--")
+    assert f"the results of {read_only} go to {folder}/eval" in capsys.readouterr().out
+    assert "0-20" in json.loads((folder / "eval" / "summary.json").read_text())
+    assert (tmp_path / "told").read_text().strip() == str(folder)
+    assert sorted(os.listdir(os.path.join(read_only, "eval"))) == before
+    # What its owner has left is still found.
+    assert results.read(read_only, "owners.json") == {"n": 1}
+
+
+def test_results_that_cannot_be_written_are_told_before_the_work(read_only, capsys, monkeypatch):
+    monkeypatch.setenv("NANORL_OUT", os.path.join(read_only, "out"))
+    message = call("eval.py", *EVAL, "--task=0-20", "--problems=2", f"--model={read_only}")
+    assert "no results can be written for" in message and "NANORL_OUT=<folder>" in message
+    assert capsys.readouterr().out == ""
 
 
 def test_file_names_are_safe(models):

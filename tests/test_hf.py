@@ -14,6 +14,7 @@ from conftest import ROOT, toy_model
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, local_model, save_model, write_config
+from nanorl.runtime import checkpoint
 from nanorl.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -195,6 +196,112 @@ def test_rows_that_only_pad_a_published_embedding_get_no_probability(tmp_path, t
     assert torch.equal(again.lm_head.weight, theirs.lm_head.weight)  # padding and all
 
 
+def change_weights(path, **changes):
+    """Write the model's file again, with other tensors. "__" in a name stands for a dot."""
+    weights = load_file(path / "model.safetensors")
+    weights.update({name.replace("__", "."): tensor for name, tensor in changes.items()})
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["Llama tied", "Qwen2 tied"])
+def test_a_head_of_its_own_counts_whatever_the_config_says(kind, tmp_path, tokenizer):
+    published(kind, tmp_path / "in")
+    head = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)) * 0.2
+    change_weights(tmp_path / "in", lm_head__weight=head)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    ours = load_model(tmp_path / "in")
+    ids = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0))
+    check_against(theirs, ours, ids, greedy=20)
+    assert torch.equal(ours.lm_head.weight, head)
+
+    # A second copy of the embedding is the embedding, and goes out once.
+    embedding = ours.model.embed_tokens.weight.detach()
+    change_weights(tmp_path / "in", lm_head__weight=embedding.clone())
+    tied = load_model(tmp_path / "in")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+    # A head that stands in the embedding's place is both.
+    weights = load_file(tmp_path / "in" / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(tmp_path / "in").model.embed_tokens.weight, embedding)
+
+
+def test_a_whole_file_comes_before_a_stale_index(tmp_path):
+    theirs = published("Llama", tmp_path, max_shard_size="50KB")
+    for shard in tmp_path.glob("*.safetensors"):
+        stale = {name: torch.zeros_like(tensor) for name, tensor in load_file(shard).items()}
+        save_file(stale, shard, metadata={"format": "pt"})
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(load_model(tmp_path).lm_head.weight, theirs.lm_head.weight)
+
+
+def test_an_index_without_a_map_is_named(tmp_path):
+    published("Llama", tmp_path, max_shard_size="50KB")
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json has no weight_map"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+def test_what_a_config_leaves_out_is_transformers_default(kind, tmp_path):
+    """Missing entries, nulls, and a stored table of RoPE, as older files have them."""
+    published(kind, tmp_path, num_key_value_heads=4)
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(8)}
+    change_weights(tmp_path, **table)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["architectures"], config["rms_norm_eps"]
+    config.update(rope_parameters=None, num_key_value_heads=None, partial_rotary_factor=None)
+    file.write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0))
+    check_against(theirs, load_model(tmp_path), ids, greedy=20)
+    options = ("hidden_act", "attention_bias", "mlp_bias", "use_sliding_window", "rope_theta")
+    file.write_text(json.dumps({**config, **dict.fromkeys(options)}))
+    load_model(tmp_path)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    adapter = {"base_model_name_or_path": "some/base", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    for find in (load_model, local_model):
+        with pytest.raises(ValueError, match="is a LoRA adapter of some/base, not a model: merge"):
+            find(str(tmp_path))
+    # One that lies beside a whole model is not in the way.
+    published("Llama", tmp_path)
+    load_model(tmp_path)
+
+
+def test_a_model_may_be_named_from_home(tmp_path, monkeypatch):
+    published("Llama", tmp_path / "some")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_model("~/some") == checkpoint.resolve("~/some") == str(tmp_path / "some")
+
+
+def test_the_config_names_the_special_ids(tmp_path, tokenizer):
+    """A reader of config.json alone would take a Llama's own default, 1 and 2."""
+    model = toy_model(vocab=tokenizer.n_tokens, dtype=torch.float32, qk_norm=False)
+    save_model(model, tokenizer, tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert config.eos_token_id == tokenizer.stop_ids
+    assert config.pad_token_id == tokenizer.document_end
+    assert config.bos_token_id is None
+
+
+def test_what_no_architecture_has_or_is_not_finite_is_not_written(tmp_path, tokenizer):
+    both = toy_model(vocab=tokenizer.n_tokens, qk_norm=True, qkv_bias=True)
+    with pytest.raises(ValueError, match="both qk_norm and qkv_bias"):
+        save_model(both, tokenizer, tmp_path)
+    model = toy_model(vocab=tokenizer.n_tokens)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="model.norm.weight holds values that are not"):
+        save_model(model, tokenizer, tmp_path / "nan")
+    assert not (tmp_path / "nan" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_a_real_model(real_model, real_data, tmp_path):
     """1,000 tokens of text and 200 greedy tokens against transformers, in and out again."""
@@ -297,6 +404,11 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
     for change, word in [
         ({"model.norm.weight": torch.zeros(5)}, "model.norm.weight is"),
         ({"extra": torch.zeros(1)}, "extra"),
+        ({"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight.*not finite"),
+        (
+            {"model.norm.weight": torch.tensor([1.0] * 31 + [torch.inf])},
+            "model.norm.weight.*not finite",
+        ),
     ]:
         save_file({**good, **change}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=word):
@@ -314,11 +426,13 @@ def test_damage_and_strangers_are_named(tmp_path, tokenizer):
     config = json.loads((tmp_path / "config.json").read_text())
     for change, word in [
         ({"architectures": ["MambaForCausalLM"]}, "Mamba"),
+        ({"architectures": None, "model_type": "gpt2"}, "Gpt2ForCausalLM"),
+        ({"architectures": None, "model_type": None}, "neither architectures nor a model_type"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),  # the older name
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"rms_norm_eps": None}, "lacks rms_norm_eps"),
+        ({"hidden_size": None}, "lacks hidden_size"),
         ({"head_dim": None}, "lacks head_dim"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8}},

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from nanorl.report.watch import Watch
+from nanorl.runtime import results
 from nanorl.runtime.log import RunLog, duration, size, size_of
 
 
@@ -41,6 +42,23 @@ def test_rows_are_json_whatever_the_numbers(tmp_path):
         parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
     )
     assert (strict["loss"], strict["grad_norm"], strict["reward"]) == (None, None, 0.5)
+
+
+def test_nothing_not_finite_is_written_however_deep(tmp_path):
+    strict = {"parse_constant": lambda name: pytest.fail(f"{name} is not JSON")}
+    nested = {"parts": [{"correct": float("nan")}, (1.0, float("-inf"))], "text": "NaN"}
+    null = {"parts": [{"correct": None}, [1.0, None]], "text": "NaN"}
+    log = RunLog(str(tmp_path))
+    log.card(**nested)
+    card = json.loads((tmp_path / "run.json").read_text(), **strict)
+    assert {**card, **null} == card
+    log.rollouts(1, [nested])
+    with gzip.open(tmp_path / "rollouts" / "step_000001.jsonl.gz") as f:
+        assert json.loads(f.read(), **strict) == null
+    results.write_json(str(tmp_path), "a.json", nested)
+    results.write_lines(str(tmp_path), "a.jsonl", [nested])
+    for name in ("a.json", "a.jsonl"):
+        assert json.loads((tmp_path / "eval" / name).read_text(), **strict) == null
 
 
 def test_cut_drops_later_rows_rollouts_and_a_torn_line(tmp_path):

@@ -452,6 +452,23 @@ def test_sft_and_base_stop_when_no_gradient_is_finite(script, out):
     assert trainer_state(out / "ruined" / stage, 3)["bad"] == 2
 
 
+def test_weights_that_are_not_finite_are_not_saved(out):
+    """AdamW at a rate that fp32 has no number for: the first step ruins the model."""
+    start = [*SFT, f"--model={out / 'a' / 'base'}", "--dtype=fp32", "--warmup=0", "--steps=1"]
+    message = call(
+        "train_sft.py", *start, "--run_name=no-number", "--optimizer=adamw", "--matrix_lr=1e300"
+    )
+    assert "step 1 is not saved in" in message and "not finite" in message
+    assert not list((out / "no-number" / "sft").glob("*step_*"))
+
+
+def test_a_run_that_ends_in_skipped_updates_says_so(out, capsys):
+    start = [*SFT, f"--model={out / 'a' / 'base'}", "--optimizer=adamw", "--matrix_lr=1e300"]
+    assert call("train_sft.py", *start, "--run_name=skips", "--warmup=0", "--steps=3") is None
+    said = capsys.readouterr().out
+    assert "WARNING: the last 2 steps changed nothing, because the gradient was not finite" in said
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 

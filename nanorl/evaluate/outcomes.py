@@ -4,6 +4,7 @@ An outcome is a dict, with all that is needed to judge it again: index, prompt, 
 sample texts, rewards, solved, parts, lengths (in tokens), finished. Of multiple choice also chance.
 """
 
+import math
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -26,6 +27,7 @@ def by_sampling(engine, tokenizer, task, indices, sampling, progress=None, leave
     """Sample the problems `indices` of a task -> an outcome each.
 
     leave_long: a prompt that does not fit the model's context is no error but a problem not solved.
+    Raises ValueError for a model whose log-probs are not finite.
     """
     problems = [task.problem(i) for i in indices]
     fits = [True] * len(problems)
@@ -60,6 +62,8 @@ def by_sampling(engine, tokenizer, task, indices, sampling, progress=None, leave
 
 def outcome_of(index, rollout):
     completions = rollout.completions
+    for completion in completions:
+        check_finite(index, completion.logprobs)
     return dict(
         about(index, rollout.problem),
         texts=rollout.texts,
@@ -74,7 +78,7 @@ def outcome_of(index, rollout):
 def by_likelihood(engine, tokenizer, task, indices, progress=None):
     """Multiple choice: the answer is the label that is likeliest as its first token.
 
-    -> an outcome each, with the labels' logprobs.
+    -> an outcome each, with the labels' logprobs. Raises ValueError where they are not finite.
     """
     problems = [task.problem(i) for i in indices]
     fits = which_fit(engine, tokenizer, problems, 0)
@@ -87,6 +91,7 @@ def by_likelihood(engine, tokenizer, task, indices, progress=None):
             found.append(not_solved(index, problem, samples=1))
             continue
         logprobs = dict(zip(problem.meta["labels"], next(answered)))
+        check_finite(index, logprobs.values())
         label = max(logprobs, key=logprobs.get)
         solved = label == problem.answer
         outcome = about(index, problem)
@@ -94,6 +99,15 @@ def by_likelihood(engine, tokenizer, task, indices, progress=None):
         outcome.update(parts=[{"correct": float(solved)}], lengths=[1], finished=[True])
         found.append(dict(outcome, logprobs=logprobs))
     return found
+
+
+def check_finite(index, logprobs):
+    """Raise ValueError unless all are numbers: no answer can be read from NaN."""
+    if not all(math.isfinite(logprob) for logprob in logprobs):
+        raise ValueError(
+            f"the model's log-probs are not finite on problem {index}: its weights are broken or "
+            "too large, so take another checkpoint, or try --dtype=fp32"
+        )
 
 
 def which_fit(engine, tokenizer, problems, new_tokens):

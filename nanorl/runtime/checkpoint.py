@@ -63,22 +63,48 @@ def is_model(path):
 def resolve(path):
     """What a user names -> a model directory: that one, or the newest checkpoint in it.
 
-    Where there is neither, the path comes back as it is.
+    Where there is neither, the path comes back as it is, with ~ spelled out.
     """
+    path = os.path.expanduser(path)
     if is_model(path):
         return path
     return latest(path) or path
 
 
-def eval_file(path, name):
-    """The path of <model>/eval/<name>, where eval.py writes.
+def eval_folder(path):
+    """The folder that eval.py writes into: <model>/eval, where that can be written.
 
-    What a file's name may not hold, which a task's may, becomes "_". The hub's cache is not
-    nanorl's to write in: the results of a model there go to out/<owner>--<model>/eval.
+    The hub's cache is not nanorl's to write in: the results of a model there go to
+    out/<owner>--<model>/eval. Those of a model in a folder that is read-only go to out/<its whole
+    path, with "--" for "/">/eval.
     """
     cached = re.search(r"models--([^/]+)/snapshots/", path)
-    folder = stage_directory(cached[1], "eval") if cached else os.path.join(path, "eval")
-    return os.path.join(folder, re.sub(r"[^A-Za-z0-9._=,@-]", "_", name))
+    if cached:
+        return stage_directory(cached[1], "eval")
+    own = os.path.join(path, "eval")
+    if os.access(own if os.path.isdir(own) else path, os.W_OK):
+        return own
+    name = os.path.abspath(path).strip("/").replace("/", "--")
+    return stage_directory(name, "eval")
+
+
+def eval_file(path, name):
+    """The path of a file that eval.py writes for the model at `path`.
+
+    What a file's name may not hold, which a task's may, becomes "_".
+    """
+    return os.path.join(eval_folder(path), _safe(name))
+
+
+def _safe(name):
+    return re.sub(r"[^A-Za-z0-9._=,@-]", "_", name)
+
+
+def written_eval_file(path, name):
+    """eval_file, or what others have left in the model's own folder, which is read-only by now."""
+    file = eval_file(path, name)
+    own = os.path.join(path, "eval", _safe(name))
+    return own if os.path.exists(own) and not os.path.exists(file) else file
 
 
 def free_disk(path):
@@ -99,7 +125,7 @@ def save(directory, step, write_model, state, best_step=None):
 
     All is written to a temporary directory and flushed to disk before it takes its name. Returns a
     sentence that says what was saved and removed. Raises ValueError where the disk does not take
-    it.
+    it, and for a model that is not finite: no checkpoint gives way to one that can do nothing.
     """
     final = path_of(directory, step)
     temporary = os.path.join(directory, f".step_{step:06d}.tmp")
@@ -112,6 +138,9 @@ def save(directory, step, write_model, state, best_step=None):
 
     try:
         _write(temporary, write_model, state)
+    except FloatingPointError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ValueError(_not_finite(directory, step, error)) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if not _is_disk_error(error):
@@ -170,6 +199,16 @@ def _not_saved(directory, step, error):
     return (
         f"step {step} could not be saved in {directory} ({reason}): "
         f"free some space and start again; {outlook}"
+    )
+
+
+def _not_finite(directory, step, error):
+    """What to tell the user of a step that has ruined the model."""
+    last = latest(directory)
+    return (
+        f"step {step} is not saved in {directory}: {error}; the last good checkpoint is "
+        f"{last or 'the one that the run started from'}: start again with a lower learning rate "
+        "and another --run_name"
     )
 
 

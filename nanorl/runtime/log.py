@@ -9,6 +9,25 @@ import platform
 import subprocess
 import time
 
+# ---- JSON ----------------------------------------------------------------------------------------
+
+
+def to_json(value, **options):
+    """json.dumps, with null for infinities and NaN, which JSON lacks: other readers refuse them."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value):
+    """A value with None for every float in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -41,7 +60,7 @@ class RunLog:
             python=platform.python_version(),
             machine=platform.machine(),
         )
-        text = json.dumps(values, indent=2) + "\n"
+        text = to_json(values, indent=2) + "\n"
         _replace(self._path("run.json"), text.encode())
 
     def cut(self, step):
@@ -86,12 +105,9 @@ class RunLog:
         """Add a line to metrics.jsonl. Infinities and NaN, which JSON lacks, become null."""
         if not self.active:
             return
-        row = {"step": step, "time": round(time.time(), 3)}
-        for name, value in values.items():
-            missing = isinstance(value, float) and not math.isfinite(value)
-            row[name] = None if missing else value
+        row = {"step": step, "time": round(time.time(), 3), **values}
         with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(to_json(row) + "\n")
 
     def rollouts(self, step, records):
         """Write rollouts/step_000120.jsonl.gz, one record a completion, whole or not at all."""
@@ -130,7 +146,7 @@ def write_records(file, records):
     """
     with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as zipped:
         for record in records:
-            line = json.dumps(record, ensure_ascii=False) + "\n"
+            line = to_json(record, ensure_ascii=False) + "\n"
             zipped.write(line.encode("utf-8", "backslashreplace"))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 
 from nanorl.runtime import checkpoint
+from nanorl.runtime.log import to_json
 
 
 def write(path, name, text):
@@ -18,21 +19,63 @@ def write(path, name, text):
 
 def write_json(path, name, value):
     """Write a value as JSON. See `write` for path and name."""
-    write(path, name, json.dumps(value, indent=2))
+    write(path, name, to_json(value, indent=2))
 
 
 def write_lines(path, name, records):
     """Write records as JSON, each on a line. See `write` for path and name."""
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lines = [to_json(record, ensure_ascii=False) + "\n" for record in records]
     write(path, name, "".join(lines))
+
+
+def read(path, name):
+    """What the JSON file `name` in a model's eval folder holds; {} where there is none."""
+    file = checkpoint.written_eval_file(path, name)
+    if not os.path.exists(file):
+        return {}
+    with open(file, encoding="utf-8") as f:
+        return json.load(f)
 
 
 def add_to_summary(path, name, result):
     """Put the result of task `name` into summary.json, beside those of other tasks."""
-    summary = {}
-    file = checkpoint.eval_file(path, "summary.json")
-    if os.path.exists(file):
-        with open(file, encoding="utf-8") as f:
-            summary = json.load(f)
-    summary[name] = result
-    write_json(path, "summary.json", summary)
+    write_json(path, "summary.json", {**read(path, "summary.json"), name: result})
+
+
+def label_beside(stored, name, found):
+    """What an evaluation is filed under: `name`, or, if it is smaller than the stored one, a longer
+    label with its sizes, such as sum3.greedy20x1. So a smaller one replaces no larger one.
+
+    stored, found: {way: summary}, of the evaluation filed under `name` and of the new one. The new
+    one is smaller if it has fewer problems, or samples of each, in any way that is stored.
+    """
+    sizes, smaller = _sizes(found), False
+    for way, (n, samples) in _sizes(stored).items():
+        own_n, own_samples = sizes.get(way, (0, 0))
+        smaller = smaller or own_n < n or own_samples < samples
+    if not smaller:
+        return name
+    return f"{name}." + "-".join(f"{way}{n}x{samples}" for way, (n, samples) in sizes.items())
+
+
+def _sizes(found):
+    """{way: (problems, samples of each)}. A file's other entries have no n."""
+    ways = {key: value for key, value in found.items() if isinstance(value, dict) and "n" in value}
+    return {way: (summary["n"], summary.get("samples", 1)) for way, summary in ways.items()}
+
+
+def check_folder(path):
+    """Raise ValueError where results of the model at `path` cannot be written -> their folder.
+
+    Before the work, not after it.
+    """
+    folder = checkpoint.eval_folder(path)
+    parent = folder
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent) or "."
+    if not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"no results can be written for {path}: {parent} is read-only; choose another folder "
+            "with NANORL_OUT=<folder>"
+        )
+    return folder

@@ -118,6 +118,11 @@ class Run:
                 self._save(step, write_model, state(), reward, improved)
             dist.barrier()
 
+        if last and self.bad_steps and not hopeless:
+            dist.say(
+                f"WARNING: the last {self.bad_steps} steps changed nothing, because the gradient "
+                "was not finite"
+            )
         if last or stop or hopeless:
             self.after_save.finish()
         if hopeless:

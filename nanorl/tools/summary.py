@@ -10,7 +10,7 @@ import sys
 
 from nanorl.report.rates import machine_rates
 from nanorl.runtime import checkpoint
-from nanorl.runtime.log import duration
+from nanorl.runtime.log import duration, to_json
 
 STAGES = ("base", "sft", "rl")
 
@@ -32,7 +32,7 @@ def stage_result(directory):
     of training and `peak_gb` of memory. The outcomes are the greedy ones, one a problem.
     """
     path = checkpoint.latest(directory) or ""
-    summary = checkpoint.eval_file(path, "summary.json")
+    summary = checkpoint.written_eval_file(path, "summary.json")
     if not os.path.exists(summary):
         remedy = f"run `python eval.py --model={directory}`"
         raise SystemExit(f"error: no evaluated checkpoint in {directory}: {remedy}")
@@ -45,7 +45,7 @@ def stage_result(directory):
     result["seconds"] = round(sum(row.get("time/step", 0.0) for row in rows), 1)
     result["peak_gb"] = max(row.get("memory/peak_gb", 0.0) for row in rows)
 
-    outcomes = read_lines(checkpoint.eval_file(path, name + ".jsonl"))
+    outcomes = read_lines(checkpoint.written_eval_file(path, name + ".jsonl"))
     return result, [outcome for outcome in outcomes if outcome["how"] == "greedy"]
 
 
@@ -100,7 +100,7 @@ def main(run, seconds=None):
 
     path = os.path.join(run, "summary.json")
     with open(path, "w", encoding="utf-8") as f:
-        json.dump(results, f, indent=2)
+        f.write(to_json(results, indent=2))
     print(f"\nwrote {path}")
     if seconds:
         print_machine(float(seconds), max(result["peak_gb"] for result in results.values()))

@@ -9,7 +9,6 @@ the start. Writes report.md, report.json and, where matplotlib is installed, acc
 This file reads and compares; how it is worded is versus_report.py's.
 """
 
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from nanorl.evaluate.benchmarks import BENCHMARKS
 from nanorl.evaluate.seeds import holm, over_seeds, verdict_over_seeds
 from nanorl.evaluate.statistics import Z_POWER
 from nanorl.runtime import checkpoint
+from nanorl.runtime.log import to_json
 from nanorl.tools import versus_report
 from nanorl.tools.summary import read_json, read_lines
 
@@ -77,12 +77,12 @@ def read_arm(folder, stage):
 
 def read_evaluations(path):
     """A model's summary.json, and its outcomes {(task, how): outcomes}."""
-    summary_file = checkpoint.eval_file(path, "summary.json")
+    summary_file = checkpoint.written_eval_file(path, "summary.json")
     if not os.path.exists(summary_file):
         raise ValueError(f"{path} has not been evaluated: `bash runs/rl_vs_sft.sh` does it")
     summary, results = read_json(summary_file), {}
     for name in summary:
-        for outcome in read_lines(checkpoint.eval_file(path, name + ".jsonl")):
+        for outcome in read_lines(checkpoint.written_eval_file(path, name + ".jsonl")):
             results.setdefault((name, outcome["how"]), []).append(outcome)
     return summary, results
 
@@ -237,7 +237,7 @@ def main(folder, only=""):
     with open(path, "w", encoding="utf-8") as f:
         f.write("\n".join(lines) + "\n")
     with open(os.path.join(folder, "report.json"), "w", encoding="utf-8") as f:
-        json.dump(numbers, f, indent=2)
+        f.write(to_json(numbers, indent=2))
     print(f"{task}\n  {numbers['verdict']}")
     print(f"  the six benchmarks: {numbers['regression']}\nwrote {path}")
 
