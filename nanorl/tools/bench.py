@@ -363,7 +363,8 @@ def make_model(options, device):
         net = load_model(resolve(options.model), weight_dtype, device)
     else:
         config = GPTConfig.from_depth(options.depth, options.vocab_size)
-        net = GPT(config).init_weights().to(device)
+        with device:  # a GPU fills its own memory; a CPU takes 10 seconds for depth 20
+            net = GPT(config).init_weights()
     net.compute_dtype = compute_dtype
     return net
 
