@@ -155,7 +155,10 @@ def ways_of(source, new_tokens=1):
 
 
 def answer(engine, tokenizer, source, n, sampling, name, leave_long=True):
-    """Outcomes of the first n problems (0: all), each rank its share; all on the first rank."""
+    """Outcomes of the first n problems (0: all), each rank its share; all on the first rank.
+
+    Raises ValueError where the reward failed on all of them.
+    """
     n = min(n or len(source), len(source))
     mine = range(n)[dist.share(n)]
     count = sampling.samples if sampling else 1
@@ -165,7 +168,9 @@ def answer(engine, tokenizer, source, n, sampling, name, leave_long=True):
             found = together(lambda: outcomes.by_likelihood(*ask, bar.update))
         else:
             found = together(lambda: outcomes.by_sampling(*ask, sampling, bar.update, leave_long))
-    return dist.gather(found)
+    found = dist.gather(found)
+    together(lambda: found and statistics.check_judged(statistics.summary(found)))
+    return found
 
 
 def cost_of(engine, way):

@@ -19,7 +19,7 @@ from nanorl import grpo, learner, rollout
 from nanorl import policy as policies
 from nanorl.batch import pack
 from nanorl.engine import SAMPLERS
-from nanorl.evaluate.outcomes import held_out
+from nanorl.evaluate.outcomes import validate
 from nanorl.hf import local_model, save_model
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.problems import Problems
@@ -114,8 +114,10 @@ def main():
     tokenizer = Tokenizer.from_pretrained(run.model)
 
     # What it is trained on, and the sampler that answers.
-    train = Problems(task, task_args, seed, problems, taken=run.state.get("drawn", 0))
-    train.check(P, resample)
+    longest = policy.model.config.context - max_new_tokens  # tokens of a prompt
+    taken = run.state.get("drawn", 0)
+    train = Problems(task, task_args, seed, problems, taken, tokenizer, longest)
+    looks = train.check(P, resample, eval_problems)
     rollout.check_weights(train, parse_weights(reward_weights))
     engine = SAMPLERS[sampler](policy.model, device_rows or run.state.get("device_rows", 0))
     if run.resumed:
@@ -145,14 +147,13 @@ def main():
             lora=policy.adapter_state(),
         )
 
-    validate = partial(held_out, engine, tokenizer, train.val, eval_problems, max_new_tokens, dist)
+    evaluate = partial(validate, engine, tokenizer, train, settings, dist, meter)
 
     # What this run will do, and whether it can learn anything.
     run.card(policy.model, device_rows=engine.max_rows, flop_rate=rates[0], copy_rate=rates[1])
-    terminal.rl_heading(settings, run.model, policy.model, train, full_lr)
+    terminal.rl_heading(settings, run.model, policy.model, train, looks, full_lr)
     if not run.resumed and not selfcheck:
-        val = validate()
-        meter.evaluation(engine)
+        val = evaluate()
         terminal.held_out_before(val)
         asked = train.peek(probe_prompts)
         forecast.say(asked, sample, engine, policy, objective, meter, run, tokenizer)
@@ -219,14 +220,14 @@ def main():
         row = metrics.of_rollouts(rollouts, replaced, advantages, run.log, done, tokenizer.decode)
         row.update(metrics.of_updates(sums, norms, part_norms))
         row.update(lr=full_lr * scale, bad_steps=run.count_bad_steps(norms))
+        row.update(left_out=len(train.left_out))
         row.update(meter.rollout_and_learner(row["tokens"], row.pop("learnt_tokens")))
         if done == steps or (eval_every and done % eval_every == 0):
-            row.update(validate())
-            meter.evaluation(engine)
+            row.update(evaluate())
         row.update(meter.end_of_step())
         run.log.row(done, **row)
         terminal.rl_line(done, steps, row, meter.seconds_left(steps - done))
-        terminal.warnings(done, watch.look(row))
+        terminal.warnings(done, watch.look(row) + train.newly_left_out())
         write_model = partial(save_model, policy.model, tokenizer)
         run.end_of_step(done, done == steps, write_model, state, row["reward"])
 

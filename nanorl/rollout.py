@@ -4,13 +4,12 @@ The letters are gpt.py's: P problems, G samples of each.
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 
 import torch
 
 from nanorl.tasks import Problem, Reward, parse_weights
-from nanorl.tasks.pool import RAISED, Failure, RewardPool, describe
+from nanorl.tasks.pool import Failure, RewardPool, ask
 
 
 @dataclass
@@ -90,25 +89,14 @@ def text_of(completion, tokenizer):
 def judge(task, questions):
     """(problem, text) pairs -> of each what the task's reward() gave: a Reward or a Failure.
 
-    A Failure stands where it raised or took too long. A task that has a `timeout` is asked in
-    worker processes, any other one here.
+    A Failure stands where it raised, gave no Reward of finite numbers, or took too long. A task
+    that has a `timeout` is asked in worker processes, any other one here.
     """
     if getattr(task, "timeout", 0):
         if not hasattr(task, "_reward_pool"):
             task._reward_pool = RewardPool(task._recipe, task.timeout)
-        results = task._reward_pool.judge(questions)
-    else:
-        results = [ask(task, problem, text) for problem, text in questions]
-
-    for result in results:
-        if isinstance(result, Failure):
-            continue
-        if not isinstance(result, Reward) or not math.isfinite(result.total):
-            raise ValueError(
-                f"the task's reward() gave {result!r}: "
-                "it must give Reward(total, parts) with a finite total"
-            )
-    return results
+        return task._reward_pool.judge(questions)
+    return [ask(task, problem, text) for problem, text in questions]
 
 
 def check_weights(problems, part_weights):
@@ -122,14 +110,6 @@ def check_weights(problems, part_weights):
         few = min(problems.limit or len(task), 20)
         for result in judge(task, [(task.problem(i), "") for i in range(few)]):
             weighted(result, part_weights)
-
-
-def ask(task, problem, text):
-    """The reward of one text, or the Failure: one odd completion must not end a run."""
-    try:
-        return task.reward(problem, text)
-    except Exception as error:
-        return Failure(RAISED, describe(error))
 
 
 def score(task, problem, texts, finished, judged=None, part_weights=None):

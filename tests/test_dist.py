@@ -1,11 +1,13 @@
 """What ranks do together, and what a script's end tells its user."""
 
 import errno
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from nanorl import rollout
 from nanorl.runtime import dist
 from scripts import ROOT, environment, finish_ranks, ranks
 
@@ -46,6 +48,7 @@ def test_a_defect_keeps_its_traceback(error):
 # What each rank runs, with values that differ, so that a wrong operation gives a wrong number.
 TOGETHER = """
 import torch
+from nanorl import rollout
 from nanorl.runtime import dist
 
 dist.setup("cpu")
@@ -98,3 +101,22 @@ def test_the_peak_is_this_programs_and_not_its_parents():
         [sys.executable, "-c", PARENT], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
     assert 50e6 < int(ended.stdout) < 800e6, ended.stderr
+
+
+class Interrupted:
+    """A reward during which a second signal comes."""
+
+    def reward(self, problem, text):
+        dist._on_signal(signal.SIGTERM, None)
+
+
+def test_a_second_signal_ends_the_run_also_within_a_reward(monkeypatch):
+    monkeypatch.setattr(dist, "_stop", False)
+
+    def main():
+        dist._on_signal(signal.SIGTERM, None)
+        rollout.judge(Interrupted(), [(None, "a")])
+
+    with pytest.raises(SystemExit) as end:
+        dist.run(main)
+    assert end.value.code == 128 + signal.SIGTERM

@@ -148,6 +148,40 @@ def test_a_model_is_no_better_than_itself(models, capsys):
     assert said.startswith("with 50 problems") and said.count("no difference that n = ") == 2
 
 
+def test_failed_rewards_are_counted_said_and_kept_with_a_reason(models, capsys):
+    broken = TOY.replace("Toy", "Broken")
+    options = [broken, "--task_args=fails=even", f"--model={models[1]}", "--examples=0"]
+    assert call("eval.py", *EVAL, *FEW, *options) is None
+    name = TOY_FILE.replace("Toy", "Broken")
+    reason = "RuntimeError: no verifier"
+    said, outcomes = capsys.readouterr().out, written(models[1], f"{name}.jsonl")
+    for way, summary in written(models[1], "summary.json")[broken[7:]].items():
+        if way not in ("greedy", "sampled"):
+            continue
+        of_way = [o for o in outcomes if o["how"] == way]
+        errors = [e for o in of_way for e in o.get("errors", []) if e]
+        assert [o["index"] for o in of_way if "errors" in o] == list(range(0, len(of_way), 2))
+        assert len(errors) == summary["failed"] == {"greedy": 15, "sampled": 16}[way]
+        assert set(errors) == {reason} == {summary["failure"]}
+        assert f"the task's reward failed on {len(errors)} samples, which count as not" in said
+    assert said.count(reason) == 2
+
+
+def test_an_evaluation_in_which_all_rewards_failed_is_an_error(models, capsys):
+    broken = [*EVAL, *FEW, TOY.replace("Toy", "Broken")]
+    of_both = f"--compare={models[0]},{models[1]}"
+    train = ["--prompts_per_step=2", "--samples_per_prompt=2", "--run_name=broken", "--steps=1"]
+    for script, options in [
+        ("eval.py", [*broken, f"--model={models[1]}"]),
+        ("eval.py", [*broken, of_both]),
+        ("train_rl.py", [*EVAL, broken[-1], f"--model={models[1]}", *train]),
+    ]:
+        end = call(script, *options)
+        assert end.startswith("error: the task's reward failed on all ") and "no accuracy" in end
+        assert end.endswith("reward() (RuntimeError: no verifier)")
+    assert "0.0%" not in capsys.readouterr().out
+
+
 class Long(Toy):
     """Prompts beyond any small model's context."""
 

@@ -13,6 +13,7 @@ from nanorl.evaluate.statistics import (
     dead_groups,
     half_width,
     mcnemar,
+    more_often,
     paired_bootstrap,
     pass_at_k,
     rates,
@@ -265,6 +266,14 @@ def test_mcnemar_equals_scipys_exact_binomial_test(only_a, only_b):
     stats = pytest.importorskip("scipy.stats")
     expected = stats.binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
     assert mcnemar(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("a, b", [((22, 100), (22, 400)), ((0, 5), (3, 9)), ((5, 5), (0, 7))])
+def test_more_often_equals_fishers_exact_test_of_scipy(a, b):
+    stats = pytest.importorskip("scipy.stats")
+    table = [[right, n - right] for right, n in (a, b)]
+    expected = stats.fisher_exact(table, alternative="greater").pvalue
+    assert more_often(*a, *b) == pytest.approx(expected, rel=1e-9)
 
 
 def shares(rng, n, samples, p):

@@ -180,6 +180,8 @@ QUIET = {
     "reward/timeouts": 0,
 }
 
+APART = {"train_set/accuracy": 0.22, "train_set/n": 100, "val/accuracy": 0.055}
+
 
 @pytest.mark.parametrize(
     "change, words, others",
@@ -193,6 +195,7 @@ QUIET = {
         ({"reward/timeouts": 2}, "too long on 2", "groups"),
         ({"completions/clipped_ratio": 0.21}, "--max_new_tokens", "groups"),
         ({"logp_diff/mean": 5.1e-7}, "--dtype=fp32", "groups"),
+        ({**APART, "train_set/p": 0.009}, "of 100 training problems 22.0% are solved", "groups"),
     ],
 )
 def test_warnings_in_words_when_something_begins(change, words, others):
@@ -203,6 +206,7 @@ def test_warnings_in_words_when_something_begins(change, words, others):
         {"entropy": 0.11},
         {"completions/clipped_ratio": 0.2},
         {"logp_diff/mean": 4.9e-7},
+        {**APART, "train_set/p": 0.011},
     ):
         assert watch.look({**QUIET, **edge}) == []
     (said,) = watch.look({**QUIET, **change})

@@ -41,6 +41,13 @@ class Nasty:
             raise RuntimeError("no")
         if text == "exit":
             sys.exit(0)
+        if text == "exec exit":
+            exec("exit()")
+        if text == "NaN":
+            return Reward(float("nan"))
+        if text == "numpy":
+            import numpy
+            return Reward(numpy.float32(0.5), {"steps": numpy.int64(3)})
         if text == "child":
             subprocess.Popen(["sleep", "61.234"])
             time.sleep(60)
@@ -75,6 +82,7 @@ def pool(task):
 def test_each_gets_its_own_answer_and_none_is_lost(task, pool):
     problem = task.problem(3)
     texts = ["a", "hang", "bb", "raise", "die", "ccc", "exit", "hang in C", "odd", "dddd"]
+    texts += ["exec exit", "NaN"]
     answers = pool.judge([(problem, text) for text in texts])
     expected = {
         "hang": TIMEOUT,
@@ -83,6 +91,8 @@ def test_each_gets_its_own_answer_and_none_is_lost(task, pool):
         "die": RAISED,
         "odd": RAISED,
         "exit": RAISED,
+        "exec exit": RAISED,
+        "NaN": RAISED,
     }
     for text, answer in zip(texts, answers):
         if text in expected:
@@ -92,6 +102,8 @@ def test_each_gets_its_own_answer_and_none_is_lost(task, pool):
             assert isinstance(answer, Reward)
             assert answer.total == 2 * len(text)
             assert answer.parts["pid"] != os.getpid()
+    assert answers[texts.index("exit")].text == "SystemExit: 0"
+    assert pool.judge([(problem, "numpy")]) == [Reward(0.5, {"steps": 3.0})]
     # The pool works on.
     assert [a.total for a in pool.judge([(problem, "xy")] * 3)] == [4.0] * 3
     assert pool.judge([]) == []
@@ -151,6 +163,22 @@ def test_workers_end_with_the_trainer(task):
                 break
             time.sleep(0.1)
         assert not alive(worker), busy
+
+
+@pytest.mark.parametrize("end", ["p.me = p", "import os; os._exit(0)"])
+def test_a_trainer_that_closes_nothing_leaves_no_word_and_no_worker(task, end):
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from nanorl.tasks import get_task\nfrom nanorl.tasks.pool import RewardPool\n"
+        f"t = get_task({task._recipe[0]!r})\n"
+        "p = RewardPool(t._recipe, 5.0, 1)\np.judge([(t.problem(0), 'x')])\n"
+        f"print(p.workers[0].process.pid, flush=True)\n{end}\n"
+    )
+    # The worker has the same streams, so this waits for it too.
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0 and ended.stderr == ""
+    (worker,) = [int(line) for line in ended.stdout.split() if line.isdigit()]
+    assert not alive(worker)
 
 
 def alive(pid):

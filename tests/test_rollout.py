@@ -1,6 +1,10 @@
 """From problems to micro-batches: what is trained on is what was sampled."""
 
+import json
+
+import numpy as np
 import pytest
+import torch
 
 from conftest import toy_model
 from nanorl import grpo, rollout
@@ -103,13 +107,48 @@ def test_a_reward_that_raises_scores_what_silence_does_and_is_counted():
     assert count(failures) == 1
 
 
-@pytest.mark.parametrize("value", [1.0, None, Reward(float("nan"))])
-def test_a_reward_of_another_kind_is_the_users_mistake(value):
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (1.0, "gave 1.0: it must give Reward"),
+        (None, "gave None: it must give Reward"),
+        (Reward(float("nan")), "total is nan"),
+        (Reward(np.float32("inf")), "total is inf"),
+        (Reward(None), "total is None"),
+        (Reward(1.0, {"steps": None}), "steps is None"),
+        (Reward(1.0, {"steps": np.array([1, 2])}), "no number"),
+        (Reward(1.0, {"steps": torch.tensor(float("nan"))}), "steps is nan"),
+        (SystemExit(0), "SystemExit: 0"),
+        (GeneratorExit(), "GeneratorExit"),
+    ],
+)
+def test_a_reward_that_is_none_or_not_finite_has_failed(value, words):
     class Task:
         def reward(self, problem, text):
+            if isinstance(value, BaseException):
+                raise value
             return value
 
-    with pytest.raises(ValueError, match="must give Reward"):
+    [reward], [failure] = rollout.score(Task(), None, ["a"], [True])
+    assert reward == Reward(0.0) and words in failure.text
+
+
+def test_numpys_and_torchs_numbers_become_pythons():
+    class Task:
+        def reward(self, problem, text):
+            return Reward(np.float32(0.5), {"n": np.int64(3), "t": torch.tensor(1.5), "ok": True})
+
+    [reward], [failure] = rollout.score(Task(), None, ["a"], [True])
+    assert failure is None
+    assert json.dumps(vars(reward)) == '{"total": 0.5, "parts": {"n": 3.0, "t": 1.5, "ok": 1.0}}'
+
+
+def test_ctrl_c_during_a_reward_is_the_users():
+    class Task:
+        def reward(self, problem, text):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
         rollout.score(Task(), None, ["a"], [True])
 
 

@@ -411,6 +411,32 @@ def test_a_death_is_not_the_exception_that_a_test_expects():
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        '["value"]',
+        '["value", 1, 2]',
+        '["error", "IndexError"]',
+        '["more", "IndexError", "no"]',
+        "[]",
+    ],
+)
+def test_a_line_of_another_form_is_not_an_exception_either(line):
+    test = "def check(candidate):\n    try: candidate(1)\n    except Exception: pass\n"
+    program = f"import os\ndef f(x):\n    text = {line.encode() + bytes([10])!r}\n    {WRITE_ALL}"
+    result = run_clean(program, test)
+    assert not result.passed and result.why == "garbled answer"
+
+
+def test_any_name_may_be_an_arguments():
+    program = "def f(function, args, self, **more):\n    return [function, args, self, more]\n"
+    call = "candidate(function=1, args=2, self=3, kwargs=4)"
+    result = run_clean(
+        program, f"def check(candidate):\n    assert {call} == [1, 2, 3, dict(kwargs=4)]\n"
+    )
+    assert result.passed, result.why
+
+
+@pytest.mark.parametrize(
     "raised, seen",
     [
         ("ValueError('a b')", "ValueError: a b"),

@@ -15,10 +15,12 @@ from functools import lru_cache, partial
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 from nanorl.tasks import (
     TASKS,
+    Problem,
     arithmetic,
     comparison,
     countdown,
@@ -778,6 +780,35 @@ def test_a_users_own_task(tmp_path):
             get_task(name)
     with pytest.raises(ValueError, match="Capitals.*'colour'"):
         get_task(f"{path}:Capitals", colour="red")
+
+
+def test_a_text_is_a_prompt_and_values_of_numpy_and_torch_are_answers():
+    assert Problem("Hello", "x").prompt == [{"role": "user", "content": "Hello"}]
+    for answer, plain in [
+        (np.int64(3), 3),
+        (np.str_("a"), "a"),
+        (np.array([1.5, 2.0]), [1.5, 2.0]),
+        (torch.tensor(4), 4),
+        ({"least": 1}, {"least": 1}),
+    ]:
+        assert json.dumps(Problem("", answer).answer) == json.dumps(plain)
+
+
+@pytest.mark.parametrize(
+    "prompt, answer, message",
+    [
+        ("Hello", {1, 2}, r"answer is \{1, 2\}: it must be a text or numbers"),
+        ("Hello", [np.int64(3)], "answer is .*it must be a text or numbers"),
+        ("Hello", float("nan"), "answer is nan"),
+        (None, "x", "prompt is None: it must be a text, or a list of messages"),
+        (["Hello"], "x", "prompt is .'Hello'.: it must be"),
+        ([{"role": "user"}], "x", "it must be a text, or a list"),
+        ([{"role": "user", "content": 3}], "x", "it must be a text, or a list"),
+    ],
+)
+def test_a_problem_that_cannot_be_asked_or_written_is_refused(prompt, answer, message):
+    with pytest.raises(ValueError, match=message):
+        Problem(prompt, answer)
 
 
 @pytest.mark.parametrize(

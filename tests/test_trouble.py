@@ -412,11 +412,25 @@ def test_schedule_weights_and_masks_reach_the_loop(out, capsys):
 
 
 BUG = """
+import numpy as np, torch
+from nanorl.tasks import Problem, Reward
 from toy_task import Toy
 
 class Bug(Toy):
     def reward(self, problem, text):
         return super().reward(problem, text) if len(text) % 3 else 1 / 0
+
+class Odd(Toy):
+    def problem(self, index):
+        return Problem(f"Write about {index}", np.int64(index))
+
+    def reward(self, problem, text):
+        kind = (len(text) + int(problem.answer)) % 5
+        if kind == 0:
+            exec("exit()")
+        if kind == 1:
+            return Reward(torch.tensor(0.5), {"correct": np.float32(1), "length": np.int64(3)})
+        return [Reward(0.0, {"correct": None}), Reward(np.float64("nan")), None][kind - 2]
 """
 
 
@@ -432,6 +446,25 @@ def test_a_reward_that_fails_is_said_with_its_reason(out, tmp_path, capsys):
     failed = [r for r in step_records(out / "bug", 1) if "error" in r]
     assert len(failed) == rows(out / "bug" / "rl")[1]["reward/errors"] > 0
     assert all(r["reward"] <= 0 for r in failed)
+
+
+def test_no_value_of_a_reward_and_no_exit_in_it_ends_a_run(out, tmp_path, capsys):
+    (tmp_path / "odd.py").write_text(BUG)
+    task = f"--task={tmp_path / 'odd.py'}:Odd"
+    run = [*RL, task, "--run_name=odd", "--steps=2", f"--model={out / 'a' / 'sft'}"]
+    assert call("train_rl.py", *run) is None
+    found = step_records(out / "odd", 1) + step_records(out / "odd", 2)
+    errors = " ".join({record.get("error", "none") for record in found})
+    for words in ("SystemExit: None", "none", "correct is None", "total is nan", "gave None"):
+        assert words in errors
+    assert all(record["prompt"].count("Write about") == 1 for record in found)
+    assert {type(record["answer"]) for record in found} == {int}
+    good = [record for record in found if "error" not in record and record["finish"] == "stop"]
+    assert good and all(record["parts"] == {"correct": 1, "length": 3} for record in good)
+    for way in ("greedy", "sampled"):
+        options = [task, f"--model={out / 'odd' / 'rl'}", f"--how={way}", "--device=cpu"]
+        few = ["--problems=20", "--sample_problems=4", "--samples=4", "--max_new_tokens=12"]
+        assert call("eval.py", *options, *few) is None
 
 
 # ---- the self-check ------------------------------------------------------------------------------

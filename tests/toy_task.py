@@ -39,6 +39,48 @@ class Same(Toy):
         return Problem([{"role": "user", "content": "Write"}], "even")
 
 
+class Uneven(Toy):
+    """Of ten problems three do not fit any small model."""
+
+    def __len__(self):
+        return 10
+
+    def problem(self, index):
+        problem = super().problem(index)
+        if index in (2, 5, 6):
+            problem.prompt[0]["content"] += " now" * 1100
+        return problem
+
+
+class Everywhere(Toy):
+    """The splits have the same problems."""
+
+    def __init__(self, split="train"):
+        super().__init__("train")
+
+
+class ByHeart(Toy):
+    """Only the training problems can be solved."""
+
+    def reward(self, problem, completion):
+        trained = float(int(problem.prompt[0]["content"].removeprefix("Write about ")) < 1000)
+        return Reward(trained, {"correct": trained})
+
+
+class Broken(Toy):
+    """The reward fails on all problems, or on those with an even number."""
+
+    def __init__(self, split="train", fails="all"):
+        super().__init__(split)
+        self.fails = fails
+
+    def reward(self, problem, completion):
+        number = int(problem.prompt[0]["content"].removeprefix("Write about "))
+        if self.fails == "all" or number % 2 == 0:
+            raise RuntimeError("no verifier")
+        return super().reward(problem, completion)
+
+
 class Splits(Toy):
     """Each split's prompts name it, and whatever is said in it earns the same, cut off or not."""
 

@@ -2,6 +2,7 @@
 
 An outcome is a dict, with all that is needed to judge it again: index, prompt, answer, and of each
 sample texts, rewards, solved, parts, lengths (in tokens), finished. Of multiple choice also chance.
+Where the task's reward failed on a sample also errors: of each sample the reason, or None.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from nanorl import rollout
-from nanorl.evaluate.statistics import summary
+from nanorl.evaluate.statistics import check_judged, more_often, summary
 from nanorl.tasks import is_correct
 
 
@@ -64,7 +65,7 @@ def outcome_of(index, rollout):
     completions = rollout.completions
     for completion in completions:
         check_finite(index, completion.logprobs)
-    return dict(
+    found = dict(
         about(index, rollout.problem),
         texts=rollout.texts,
         rewards=[reward.total for reward in rollout.rewards],
@@ -73,6 +74,9 @@ def outcome_of(index, rollout):
         lengths=[len(completion.ids) for completion in completions],
         finished=[completion.finished for completion in completions],
     )
+    if any(rollout.failures):
+        found["errors"] = [failure and failure.text for failure in rollout.failures]
+    return found
 
 
 def by_likelihood(engine, tokenizer, task, indices, progress=None):
@@ -140,18 +144,51 @@ def not_solved(index, problem, samples):
     )
 
 
+def validate(engine, tokenizer, problems, settings, ranks, meter):
+    """held_out, and the same of a fixed set of training problems -> metrics, train_set/...
+
+    problems: a problems.Problems. ranks: see greedy. meter: a report.cost.Meter.
+    """
+    new_tokens = settings["max_new_tokens"]
+    row = held_out(engine, tokenizer, problems.val, settings["eval_problems"], new_tokens, ranks)
+    meter.evaluation(engine)
+
+    task, indices = problems.fixed()
+    if indices:
+        found = greedy(engine, tokenizer, task, indices, new_tokens, ranks)
+        meter.evaluation(engine)
+        for name in ("accuracy", "low", "high", "n"):
+            row[f"train_set/{name}"] = found[name]
+        counts = []
+        for part in ("train_set", "val"):
+            solved = round(row[f"{part}/accuracy"] * row[f"{part}/n"])
+            counts += [solved, row[f"{part}/n"] - row.get(f"{part}/too_long", 0)]
+        row["train_set/p"] = more_often(*counts)
+    return row
+
+
 def held_out(engine, tokenizer, task, n, max_new_tokens, ranks):
     """Greedy accuracy on a task's first n problems, the same ones every time -> metrics, val/...
 
-    ranks: runtime.dist, by which all ranks share the work and know the result.
+    ranks: see greedy.
     """
-    n = min(n, len(task))
-    mine = range(n)[ranks.share(n)]
-    greedy = Sampling(1, max_new_tokens, 0.0)
+    found = greedy(engine, tokenizer, task, range(min(n, len(task))), max_new_tokens, ranks)
+    return {f"val/{name}": value for name, value in found.items()}
+
+
+def greedy(engine, tokenizer, task, indices, max_new_tokens, ranks):
+    """The likeliest answers to a task's problems `indices` -> their summary.
+
+    A prompt that does not fit the model's context is not solved. ranks: runtime.dist, by which all
+    ranks share the work and know the result.
+
+    Raises ValueError where the reward failed on all of them.
+    """
+    mine = indices[ranks.share(len(indices))]
+    how = Sampling(1, max_new_tokens, 0.0)
     with tqdm(total=len(mine), desc="held-out", disable=None, leave=False) as bar:
-        found = by_sampling(engine, tokenizer, task, mine, greedy, bar.update)
+        found = by_sampling(engine, tokenizer, task, mine, how, bar.update, leave_long=True)
     found = ranks.gather(found)
-    row = None
-    if ranks.is_main():
-        row = {f"val/{name}": value for name, value in summary(found).items()}
-    return ranks.broadcast(row)
+    found = ranks.broadcast(summary(found) if ranks.is_main() else None)
+    check_judged(found)
+    return found

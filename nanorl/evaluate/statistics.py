@@ -122,7 +122,8 @@ def summary(results, ks=(1,)):
     accuracy with low and high, its 95% interval; n problems, samples of each; pass@k for ks; the
     mean reward; length, the mean in tokens; clipped, the share cut off; and rates(). Of multiple
     choice also chance, what guessing gets, and centred, (accuracy - chance) / (1 - chance), the
-    share of the way from there to 1. too_long: prompts that do not fit, where there are any.
+    share of the way from there to 1. too_long: prompts that do not fit, where there are any. Where
+    the reward failed also failed, on how many samples, and failure, the reason that came first.
     """
     solved = [outcome["solved"] for outcome in results]
     n, samples = len(solved), len(solved[0])
@@ -142,6 +143,9 @@ def summary(results, ks=(1,)):
         found.update(chance=chance, centred=(accuracy - chance) / (1 - chance))
     if len(asked) < n:
         found["too_long"] = n - len(asked)
+    errors = [error for outcome in asked for error in outcome.get("errors", []) if error]
+    if errors:
+        found.update(failed=len(errors), failure=errors[0])
     found.update(low=low, high=high, n=n, samples=samples)
     found["reward"] = sum(rewards) / len(lengths)
     found["length"] = sum(lengths) / len(lengths)
@@ -150,6 +154,16 @@ def summary(results, ks=(1,)):
         if k <= samples:
             found[f"pass@{k}"] = sum(pass_at_k(samples, count, k) for count in right) / n
     return {**found, **rates(results)}
+
+
+def check_judged(summary):
+    """Raise ValueError where no sample was judged: an accuracy of 0 would mean nothing."""
+    asked = (summary["n"] - summary.get("too_long", 0)) * summary["samples"]
+    if asked and summary.get("failed") == asked:
+        raise ValueError(
+            f"the task's reward failed on all {asked} samples, so that there is no accuracy: mend "
+            f"its reward() ({summary['failure']})"
+        )
 
 
 # ---- two models on the same problems -------------------------------------------------------------
@@ -167,6 +181,19 @@ def mcnemar(only_a, only_b):
         tail += term  # C(n, 0) + ... + C(n, i), in exact integers
         term = term * (n - i) // (i + 1)
     return min(1.0, 2 * tail / 2**n)
+
+
+def more_often(right_a, n_a, right_b, n_b):
+    """One-sided p-value of 'A solves no larger share than B', of other problems each.
+
+    Of n_a + n_b problems, as many solved as were, the chance that n_a drawn at random hold right_a
+    solved ones or more (Fisher 1922, in its exact form).
+    """
+    right, n = right_a + right_b, n_a + n_b
+    as_many = 0
+    for k in range(right_a, min(n_a, right) + 1):
+        as_many += math.comb(right, k) * math.comb(n - right, n_a - k)  # in exact integers
+    return as_many / math.comb(n, n_a)
 
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):

@@ -15,6 +15,14 @@ def points(share):
     return f"{100 * share:.1f} points"
 
 
+def failed(count, reason):
+    """That the reward failed on so many samples."""
+    return (
+        f"WARNING: the task's reward failed on {count} samples, which count as not solved, such "
+        f"as: {reason}"
+    )
+
+
 # ---- one evaluation, or two ----------------------------------------------------------------------
 
 
@@ -49,6 +57,8 @@ def describe(summary, how=""):
         lines.append(
             f"{summary['too_long']} prompts do not fit the model's context and count as not solved"
         )
+    if "failed" in summary:
+        lines.append(failed(summary["failed"], summary["failure"]))
     known = [name for name in RATES if name in summary]
     if known:
         lines.append(

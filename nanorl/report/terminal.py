@@ -6,18 +6,45 @@ from nanorl.runtime import dist
 from nanorl.runtime.log import duration
 
 
-def rl_heading(settings, start, model, problems, lr):
-    """Where the run starts from, what it trains on, and what a step is."""
+def rl_heading(settings, start, model, problems, looks, lr):
+    """Where the run starts from, what it trains on, and what a step is.
+
+    problems: a problems.Problems; looks: what its check() has found.
+    """
     P, G = settings["prompts_per_step"], settings["samples_per_prompt"]
     parameters = model.config.n_params()[0]
     devices = f"{dist.world_size()} x {model.cos.device.type}"
-    stage = " in its last stage" if len(problems.stages) > 1 else ""
     rows = f"{P} problems x {G} samples = {P * G} rows"
     most, update = settings["max_new_tokens"], update_in_words(settings)
     step = f"{rows} of at most {most} tokens, {update}, AdamW {lr:g}"
     dist.say(f"rl    from {start}: {parameters:,} parameters, {model.compute_dtype} on {devices}")
-    dist.say(f"      {settings['task']}: {len(problems):,} training problems{stage}")
+    for number, look in enumerate(looks, 1):
+        stage = f" in stage {number}" if len(looks) > 1 else ""
+        about_problems(settings["task"] + stage, problems, look)
     dist.say(f"      a step is {step}; {settings['steps']} steps")
+
+
+def about_problems(name, problems, look):
+    """How many there are, how many are different, and what is wrong with them."""
+    looked_at, different = look["looked_at"], look["different"]
+    shared, held_out = look["shared"], look["held_out"]
+    first = "" if looked_at == look["n"] else f"looked at {looked_at:,}: "
+    counts = f"{first}{different:,} different"
+    among = f"{shared:,} among the {held_out:,} held-out ones"
+    dist.say(f"      {name}: {look['n']:,} training problems ({counts}, {among})")
+    if shared:
+        dist.say(
+            f"      WARNING: {shared:,} of the {held_out:,} held-out problems are training "
+            "problems too, so the held-out accuracy is not of unseen problems: give the val "
+            "split others"
+        )
+    if different < looked_at:
+        dist.say(
+            f"      WARNING: the first {looked_at:,} training problems are only {different:,} "
+            "different ones: the others come again"
+        )
+    if look["too_long"]:
+        dist.say(f"      WARNING: {problems.in_words(look['too_long'])}")
 
 
 def update_in_words(settings):
@@ -42,12 +69,26 @@ def update_in_words(settings):
 
 def held_out_before(row):
     """The held-out evaluation that comes before the first step."""
-    dist.say(f"      held-out before: {accuracy(row)}, {row['val/length']:.1f} tokens")
+    words = f"{accuracy(row)}, {row['val/length']:.1f} tokens{trained(row)}"
+    dist.say(f"      held-out before: {words}")
+
+
+def trained(row):
+    """Of a fixed set of training problems, their accuracy."""
+    if "train_set/accuracy" not in row:
+        return ""
+    return f"  trained problems {row['train_set/accuracy']:.1%}"
 
 
 def accuracy(row):
-    """Held-out accuracy with its 95% interval."""
-    return f"{row['val/accuracy']:.1%} [{row['val/low']:.1%}, {row['val/high']:.1%}]"
+    """Held-out accuracy with its 95% interval, and on how many answers the reward failed."""
+    words = f"{row['val/accuracy']:.1%} [{row['val/low']:.1%}, {row['val/high']:.1%}]"
+    if "val/failed" in row:
+        words += f" (WARNING: the task's reward failed on {row['val/failed']} of {row['val/n']}, "
+        words += f"which count as not solved, such as: {row['val/failure']})"
+    if "val/too_long" in row:
+        words += f" ({row['val/too_long']} prompts do not fit the model and count as not solved)"
+    return words
 
 
 def rl_line(step, steps, row, seconds_left):
@@ -55,6 +96,8 @@ def rl_line(step, steps, row, seconds_left):
     seconds = f"{row['time/rollout']:.1f}+{row['time/learner']:.1f} s"
     words = [f"rl    {step:4d}/{steps}"]
     words.append(f"reward {row['reward']:.3f}")
+    if "reward/correct" in row:
+        words.append(f"right {row['reward/correct']:4.0%}")
     words.append(f"len {row['completions/mean_length']:5.1f}")
     words.append(f"dead {row['frac_reward_zero_std']:4.0%}")
     words.append(f"cut {row['completions/clipped_ratio']:3.0%}")
@@ -63,7 +106,7 @@ def rl_line(step, steps, row, seconds_left):
     words.append(seconds)
     words.append(f"ETA {duration(seconds_left)}")
     if "val/accuracy" in row:
-        words.append(f"val {accuracy(row)} len {row['val/length']:.1f}")
+        words.append(f"val {accuracy(row)} len {row['val/length']:.1f}{trained(row)}")
     dist.say("  ".join(words))
 
 

@@ -28,6 +28,8 @@ class Watch:
             found["errors"] = failed_rewards(row)
         if row["completions/clipped_ratio"] > 0.2:
             found["cut"] = cut_off(row)
+        if row.get("train_set/p", 1) < 0.01:
+            found["by heart"] = learnt_by_heart(row)
         if row["logp_diff/mean"] > max(5 * first["logp_diff/mean"], 1e-9):
             found["gap"] = sampler_apart(row, first)
 
@@ -83,6 +85,14 @@ def cut_off(row):
     return (
         f"{row['completions/clipped_ratio']:.0%} of the completions were cut off, and earn "
         "nothing: raise --max_new_tokens, or teach the model to stop (SFT)"
+    )
+
+
+def learnt_by_heart(row):
+    return (
+        f"of {row['train_set/n']} training problems {row['train_set/accuracy']:.1%} are solved, "
+        f"of the held-out ones {row['val/accuracy']:.1%} (p = {row['train_set/p']:.1g}): they are "
+        "learnt by heart, and the reward says little of others; more --problems, or fewer --steps"
     )
 
 

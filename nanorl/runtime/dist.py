@@ -101,7 +101,7 @@ def catch_signals():
 def _on_signal(number, _frame):
     global _stop
     if _stop:
-        sys.exit(128 + number)
+        raise KeyboardInterrupt  # a SystemExit would be taken for one of a task's reward
     _stop = number
     print(
         "stopping after this step, with the state saved; again to stop now",
@@ -133,6 +133,8 @@ def run(main):
         # The reader of the output, such as head, has gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(128 + (_stop or signal.SIGINT))
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         line = _one_line(error)
         if line is None or os.environ.get("NANORL_DEBUG"):

@@ -23,10 +23,13 @@ import struct
 import subprocess
 import sys
 import time
+import weakref
 from collections import namedtuple
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 
 from nanorl.tasks import get_task
+from nanorl.tasks.problem import plain_reward
 
 # What stands in place of a Reward. kind: RAISED or TIMEOUT. text: what the exception said.
 Failure = namedtuple("Failure", "kind text")
@@ -52,6 +55,8 @@ class RewardPool:
         self.n = workers or share_of_cores()
         self.workers = []
         self.false_starts = 0
+        # Also when nobody closes the pool, and before Python takes its modules down at its end.
+        weakref.finalize(self, kill_all, self.workers)
 
     def judge(self, pairs):
         """(problem, text) pairs -> for each its Reward or a Failure, in order.
@@ -131,10 +136,13 @@ class RewardPool:
         self.workers.remove(worker)
 
     def close(self):
-        for worker in list(self.workers):
-            self._drop(worker)
+        kill_all(self.workers)
 
-    __del__ = close
+
+def kill_all(workers):
+    """End the workers of a list, and empty it."""
+    while workers:
+        workers.pop().kill()
 
 
 def share_of_cores():
@@ -195,33 +203,38 @@ class Worker:
         self.connection.close()
 
 
+# ---- one reward ----------------------------------------------------------------------------------
+
+
+def ask(task, problem, text):
+    """The reward of one text, or the Failure: one odd completion must not end a run.
+
+    A reward that runs the text may raise SystemExit too. Ctrl-C is the user's.
+    """
+    try:
+        return plain_reward(task.reward(problem, text))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return Failure(RAISED, f"{type(error).__name__}: {error}"[:300])
+
+
 # ---- in the worker process -----------------------------------------------------------------------
-
-
-def describe(error):
-    """An exception in a few words."""
-    return f"{type(error).__name__}: {error}"[:300]
 
 
 def serve(connection):
     """Make the task and answer, until the trainer has gone."""
     name, split, settings = connection.recv()
     task = get_task(name, split, **settings)
-    connection.send(READY)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):
+        connection.send(READY)
+        while True:
             problem, text, timeout = connection.recv()
-        except EOFError:
-            return
-        # This alarm ends the process, should nobody be left to kill it.
-        signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
-        try:
-            reward = task.reward(problem, text)
-            pickle.dumps(reward)
-        except Exception as error:
-            reward = Failure(RAISED, describe(error))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send(reward)
+            # This alarm ends the process, should nobody be left to kill it.
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)
+            reward = ask(task, problem, text)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send(reward)
 
 
 if __name__ == "__main__":

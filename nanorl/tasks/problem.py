@@ -1,6 +1,8 @@
 """What a task gives and takes, and what several tasks share: splits, styles, forms of rewards."""
 
 import hashlib
+import json
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -9,12 +11,35 @@ import numpy as np
 
 @dataclass
 class Problem:
-    """What a task asks."""
+    """What a task asks. A text as its prompt is one message of the user.
+
+    The answer is written to disk: NumPy's and torch's values become plain ones. Raises ValueError
+    for an answer that JSON lacks, and for a prompt of another form.
+    """
 
     prompt: list  # chat messages: [{"role": "user", "content": "Calculate: 15 + 8 = "}]
     answer: str  # the right answer
     meta: dict = field(default_factory=dict)  # what else the task's solution() and reward() need
     task: str = ""  # in a mixture, the name of the task it comes from
+
+    def __post_init__(self):
+        if isinstance(self.prompt, str):
+            self.prompt = [{"role": "user", "content": self.prompt}]
+        if not isinstance(self.prompt, (list, tuple)) or not all(map(is_message, self.prompt)):
+            raise ValueError(
+                f"a problem's prompt is {self.prompt!r:.100}: it must be a text, or a list of "
+                'messages {"role": "user", "content": a text}'
+            )
+        self.prompt = list(self.prompt)
+        if hasattr(self.answer, "tolist"):
+            self.answer = self.answer.tolist()
+        try:
+            json.dumps(self.answer, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"a problem's answer is {self.answer!r:.100}: it must be a text or numbers, as "
+                "it is written to disk; what else reward() needs goes into meta"
+            ) from None
 
 
 @dataclass
@@ -23,6 +48,35 @@ class Reward:
 
     total: float
     parts: dict = field(default_factory=dict)  # each is logged: {"correct": 1.0, "answered": 1.0}
+
+
+def is_message(message):
+    """Whether it is a turn of a chat: who says what, both as text."""
+    if not isinstance(message, dict):
+        return False
+    return isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+
+
+def plain_reward(given):
+    """What reward() gave -> the same with Python's own numbers, which JSON has.
+
+    Raises TypeError or ValueError for what is no Reward of finite numbers.
+    """
+    if not isinstance(given, Reward):
+        raise TypeError(f"reward() gave {given!r:.100}: it must give Reward(total, parts)")
+    parts = {str(name): finite(name, value) for name, value in given.parts.items()}
+    return Reward(finite("total", given.total), parts)
+
+
+def finite(name, value):
+    """A number of a Reward as a float. Raises TypeError or ValueError for one that is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"Reward's {name} is {value!r:.100}, which is no number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"Reward's {name} is {number}, which is not finite")
+    return number
 
 
 def one_of(name, value, choices):

@@ -104,7 +104,10 @@ def task_section(seeds, key, comparison):
 
 
 def accuracy(summary):
-    return f"{summary['accuracy']:.1%} [{summary['low']:.1%}, {summary['high']:.1%}]"
+    words = f"{summary['accuracy']:.1%} [{summary['low']:.1%}, {summary['high']:.1%}]"
+    if "failed" in summary:
+        words += f" (the reward failed on {summary['failed']} samples)"
+    return words
 
 
 def mean_difference(d):
