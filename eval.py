@@ -130,6 +130,8 @@ def evaluate_model(path, tasks, where, settings):
                 rows.append((name, way, summaries[way]))
         if dist.is_main():
             report(path, name, results[name], summaries, settings)
+            for line in words.mostly_cut_off(name, summaries, new_tokens_of(name)):
+                dist.say(line)
     if task == "benchmarks" and dist.is_main():
         print("", path, *words.benchmark_table(rows), sep="\n", flush=True)
     return results

@@ -445,9 +445,9 @@ class Tokenizer:
         """
         return tokenizers.Tokenizer.from_str(json.dumps({**self.spec, "added_tokens": []}))
 
-    def encode_many(self, texts):
-        """encode() of each text, in a thread per core: tiktoken works outside of Python's lock."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+    def encode_many(self, texts, threads=None):
+        """encode() of each text, in so many threads: tiktoken works outside of Python's lock."""
+        with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids):

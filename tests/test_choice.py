@@ -5,6 +5,7 @@ Likelihoods are compared with one full forward pass a label. Prompts that do not
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -110,7 +111,51 @@ def test_three_to_five_choices_with_letters_or_numbers(files, monkeypatch):
         ("The correct answer is (B) dog", "B"),
         ("Answer: D", "D"),
         ("First A, but the answer would be B", "B"),
-        ("The answer is A or rather the answer is D.", "D"),
+        # Two statements that differ choose nothing.
+        ("The answer is A or rather the answer is D.", None),
+        ("The answer is A. The answer is B. The answer is C. The answer is D.", None),
+        ("A is correct. B is correct.", None),
+        (r"\boxed{A} or \boxed{B}", None),
+        ("<answer>A</answer><answer>B</answer>", None),
+        (r"\boxed{A, B, C, D}", None),
+        ("The answer is A/B/C/D", None),
+        ("The answer is A B C D", None),
+        ("The answer is (A), (B), (C) and (D).", None),
+        ("The answer is **A** or **B**.", None),
+        ("Option A. Option B. Option C. Option D.", None),
+        ("I choose A. I choose B.", None),
+        # The choices said again, in whole or in part.
+        ("A. red\nB. dog\nC. run\nD. sky", None),
+        ("A. red B. dog C. run D. sky", None),
+        ("A) red, B) dog, C) ru", None),
+        ("A\nB\nC\nD", None),
+        ("A. red\nB. do", None),
+        ("D. sky\nC. run\nB. dog\nA. red", None),
+        ("A. red\nB. dog\nC. run\nD. sky\n\nThe answer is C. run", "C"),
+        # What is stated, and what is denied.
+        ("The correct answer is B. Option A is incorrect because it is cold.", "B"),
+        ("The correct answer is B, and A is incorrect.", "B"),
+        ("The answer is B. Choice A was tempting. It is A that fails.", "B"),
+        ("B. Paris\n\nOption A is a city in Spain.", "B"),
+        ("Option A is wrong. Option B is not right. Option D is correct.", "D"),
+        ("The correct answer is A, which is incorrect.", None),
+        ("A is incorrect.", None),
+        ("So the best choice is D. Option A is colder.", "D"),
+        ("The answer to this question is B.", "B"),
+        ("The answer is option C.", "C"),
+        ("Therefore, C is the correct answer.", "C"),
+        ("**Answer:** `C`", "C"),
+        ("**Answer: C**", "C"),
+        ("B. Wrong, not wrong", "B"),
+        ("The answer is B. Incorrect are A and C.", "B"),
+        # Frames.
+        (r"\boxed{C}", "C"),
+        (r"A is cold, so $\boxed{\text{C}}$.", "C"),
+        (r"The answer is $\boxed{C}$. Option A is warm.", "C"),
+        ("<think>The answer is A? No.</think><answer>C</answer>", "C"),
+        ("<answer>C. run</answer>", "C"),
+        ("`C`", "C"),
+        (r"\boxed{dog} The answer is A.", None),
         ("I choose D!", "D"),
         ("A dog barks", None),
         ("", None),
@@ -146,10 +191,20 @@ def test_labels_in_texts(text, label):
     assert chosen_label(text, list("ABCD")) == label
 
 
+@pytest.mark.parametrize("piece", ["<answer>", "\\boxed{", "A,", "A ", "(", "answer to "])
+def test_a_long_text_is_read_at_once(piece):
+    begun = time.process_time()
+    chosen_label(piece * 20_000, list("ABCD"))
+    assert time.process_time() - begun < 1
+
+
 def test_numbers_as_labels():
     assert chosen_label("3", list("1234")) == "3"
     assert chosen_label("The answer is 2.", list("1234")) == "2"
-    assert chosen_label("12", list("1234")) is None
+    for text in ("12", "-2", "\u22122", "The answer is -2.", "\u0662", "The answer is \u0662"):
+        assert chosen_label(text, list("1234")) is None
+    assert chosen_label("- 2. dog", list("1234")) == "2"
+    assert chosen_label("1. eat\n2. run\n\nThe answer is 2. Run", list("1234")) == "2"
     texts = ("1.5 grams", "2,000 m", "The answer is 3.5 m", "2. dog", "0.4")
     chosen = [chosen_label(text, list("1234")) for text in texts]
     assert chosen == [None, None, None, "2", None]

@@ -418,6 +418,7 @@ def test_rows_become_messages(row, messages):
         ({"messages": "Hi"}, "not a list"),
         ({"messages": ["Hi"]}, "not a list of objects"),
         ({"messages": []}, "its messages are empty"),
+        ({"id": 1, "conversations": []}, "its conversations are empty"),
         ({"messages": [U, {"role": "assistant"}]}, "message 2: no 'content' or 'value'"),
         (
             {"messages": [U, {"role": "assistant", "content": [{"text": "Yes."}]}]},
@@ -644,7 +645,7 @@ def test_tokenizing_in_shards_goes_on_where_it_was_killed(out, monkeypatch):
     assert call("train_base.py", *arguments, "--run_name=shards") is None
     encode_many, calls = Tokenizer.encode_many, []
 
-    def dying(self, texts):
+    def dying(self, texts, threads):
         calls.append(texts)
         if len(calls) == 15:
             raise RuntimeError("killed")

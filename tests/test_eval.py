@@ -92,6 +92,16 @@ def test_one_model(models, capsys):
     assert f"format {greedy['format']:.1%}, answered given format {answered:.1%}" in said
 
 
+@pytest.mark.parametrize("tokens, says", [(1, True), (64, False)])
+def test_an_evaluation_that_is_mostly_cut_off_says_so(models, capsys, tokens, says):
+    few = ["--problems=8", "--samples=0", "--examples=0", f"--max_new_tokens={tokens}"]
+    assert call("eval.py", "--device=cpu", *few, f"--model={models[1]}", "--task=0-20") is None
+    said = capsys.readouterr().out
+    line = "greedy: 100% of the completions are cut off at 1 tokens, so the accuracy says little: "
+    assert (line + "give room, --max_new_tokens=4\n" in said) == says
+    assert ("the accuracy says little" in said) == says
+
+
 def test_compare(models, capsys):
     base, sft = models
     assert call("eval.py", *EVAL, *FEW, TOY, f"--compare={base},{sft}", "--examples=0") is None

@@ -94,6 +94,45 @@ WHOLE = "from typing import List\ndef total(xs: List[int]):\n    return sum(xs)\
         ),
         # In a list.
         ("1. Code:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```", (1, 1, 1)),
+        # The import, a helper or a constant in a block of its own, before or after.
+        (
+            "```python\nimport math\n```\nThen:\n"
+            "```python\ndef total(xs):\n    return math.fsum(xs)\n```",
+            (1, 1, 1),
+        ),
+        (
+            "```python\ndef total(xs):\n    return add(xs) + ZERO\n```\nwhere\n"
+            "```python\nZERO = 0\ndef add(xs):\n    return sum(xs)\n\nprint(total([1])[0])\n```",
+            (1, 1, 1),
+        ),
+        (
+            "```python\nimport math\n```\n```python\n    return math.fsum(xs)\n```",
+            (1, 1, 1),
+        ),
+        # An outline's own helper does not come before the last one.
+        (
+            f"```python\ndef sum(xs):\n    return 0\n```\n```python\n"
+            f"def sum(xs):\n    return len(xs) and 3\n{WHOLE}```",
+            (1, 1, 1),
+        ),
+        # A fence that opens on a line of words, or closes on a line of code.
+        (f"Here it is: ```python\n{WHOLE}```\nIt adds.", (1, 1, 1)),
+        ("```python\ndef total(xs):\n    return sum(xs)```\nIt adds.", (1, 1, 1)),
+        # The prompt's fence goes on, and is closed.
+        ("    return sum(xs)\n```\n\nIt adds them:\n\n```\ntotal([1])\n```", (0, 1, 1)),
+        ("    return sum(xs)\n```\n", (0, 1, 1)),
+        ("return sum(xs)\n```", (0, 1, 1)),
+        (f"{WHOLE}```\nIt adds them.", (0, 1, 1)),
+        # A body that is indented by another width, or whose first line has lost its indentation.
+        ("   return sum(xs)", (0, 1, 1)),
+        ("```python\n  if xs:\n    return sum(xs)\n  return 0\n```", (1, 1, 1)),
+        (" n = sum(xs)\n return n\n", (0, 1, 1)),
+        ("n = sum(xs)\n    return n\n", (0, 1, 1)),
+        ("if xs:\n        return sum(xs)\n    return 0\n\nprint(total('x'))", (0, 1, 1)),
+        # A body at column 0 whose returns are nested, and words after it.
+        ("```python\nif xs:\n    return sum(xs)\nelse:\n    return 0\n```", (1, 1, 1)),
+        ("for _ in range(1):\n    return sum(xs)\nIt adds them up.", (0, 1, 1)),
+        (f"```python\nfrom __future__ import annotations\n{WHOLE}```", (1, 1, 1)),
         # No fence, and words around it.
         (f"Here is the function:\n\n{WHOLE}\nIt adds them up, doesn't it?", (0, 1, 1)),
         (

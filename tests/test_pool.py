@@ -12,7 +12,8 @@ import pytest
 
 from nanorl import rollout
 from nanorl.tasks import Problem, Reward, get_task
-from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool
+from nanorl.tasks.cores import cpus
+from nanorl.tasks.pool import RAISED, TIMEOUT, Failure, RewardPool, share_of_cores
 
 TASK = """
 import os, subprocess, sys, time
@@ -262,3 +263,46 @@ def test_a_task_without_a_deadline_is_asked_here():
             return Reward(float(os.getpid()))
 
     assert rollout.judge(Here(), [(Problem([], ""), "")])[0].total == os.getpid()
+
+
+# ---- how many workers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "files, cores",
+    [
+        ({}, 8),
+        # Version 2: the group's own quota, or that of a group above it.
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "100000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "350000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+        ({"sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"sys/fs/cgroup/cpu.max": "9900000 100000\n"}, 8),
+        # Version 1. In a container the path is the host's, and only the root is there.
+        (
+            {
+                "proc/self/cgroup": "2:cpuacct:/x\n1:cpu:/docker/7f\n0::/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            2,
+        ),
+        (
+            {
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            8,
+        ),
+    ],
+)
+def test_workers_are_as_many_as_the_cores_that_may_be_used(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert cpus(tmp_path) == cores
+    monkeypatch.setattr("nanorl.tasks.pool.cpus", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert share_of_cores() == max(1, cores // 2)

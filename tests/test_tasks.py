@@ -1098,3 +1098,70 @@ def test_countdown_does_not_begin_with_the_easy_problems():
     easy = [int(p.answer) == sum(p.meta["numbers"]) for p in problems]
     half = len(easy) // 2
     assert abs(sum(easy[:half]) - sum(easy[half:])) < 40
+
+
+# ---- rows that are no problems -------------------------------------------------------------------
+
+QUESTION = {"question": "q?"}
+ARC_CHOICES = {"text": ["x", "y"], "label": ["A", "B"]}
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("gsm8k", {**QUESTION, "answer": "It is 18."}, "no number after ####: end it with one"),
+        ("gsm8k", {**QUESTION, "answer": "#### many"}, "no number after ####"),
+        ("gsm8k", {**QUESTION, "answer": None}, "'answer' is null: it must be a text"),
+        ("gsm8k", QUESTION, "'answer' is missing"),
+        ("gsm8k", {"answer": "#### 1"}, "'question' is missing"),
+        ("gsm8k", {"question": " ", "answer": "#### 1"}, "'question' is \" \""),
+        ("mmlu", {**QUESTION, "choices": ["x", "y"], "answer": -1}, "answer is -1.*0 to 1.*A, B"),
+        ("mmlu", {**QUESTION, "choices": ["x", "y"], "answer": 2}, "answer is 2: it must be"),
+        ("mmlu", {**QUESTION, "choices": ["x", "y"], "answer": True}, "answer is True"),
+        ("mmlu", {**QUESTION, "choices": ["x", "y"], "answer": "C"}, "answer is 'C'"),
+        ("mmlu", {**QUESTION, "choices": ["x", "x"], "answer": "x"}, "answer is 'x'"),
+        ("mmlu", {**QUESTION, "choices": ["x", "y"]}, "answer is None"),
+        ("mmlu", {**QUESTION, "choices": None, "answer": 0}, "'choices' must be two or more"),
+        ("mmlu", {**QUESTION, "choices": ["x"], "answer": 0}, "'choices' must be two or more"),
+        ("mmlu", {**QUESTION, "choices": ["x"] * 11, "answer": 0}, "has 11 texts: at most 10"),
+        ("arc_easy", {**QUESTION, "choices": ARC_CHOICES, "answerKey": "D"}, "answer is 'D'"),
+        ("arc_easy", {"choices": ARC_CHOICES, "answerKey": "A"}, "'question' is missing"),
+        (
+            "arc_easy",
+            {**QUESTION, "choices": {**ARC_CHOICES, "label": ["A", "B", "C"]}, "answerKey": "A"},
+            "2 texts and 3 labels",
+        ),
+        ("humaneval", {"prompt": "def f():", "test": "x"}, "'canonical_solution' is missing"),
+    ],
+)
+def test_a_row_that_is_no_problem_is_named(tmp_path, monkeypatch, name, row, message):
+    split = {"arc_easy": "validation", "mmlu": "validation"}.get(name, "test")
+    (tmp_path / name).mkdir()
+    path = tmp_path / name / f"{split}.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("NANORL_DATA", str(tmp_path))
+    settings = {"allow_code": "true"} if name == "humaneval" else {}
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line 1: .*{message}") as error:
+        get_task(name, "val" if split == "validation" else "test", **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_gsm8k_needs_more_rows_than_val_takes(tmp_path, monkeypatch):
+    write_gsm8k(tmp_path, 473)
+    monkeypatch.setenv("NANORL_DATA", str(tmp_path))
+    path = tmp_path / "gsm8k" / "train.jsonl"
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} has 473 rows.*needs more"):
+            get_task("gsm8k", split)
+    # The remedy.
+    path.rename(path.with_name("test.jsonl"))
+    assert len(get_task("gsm8k", "test")) == 473
+
+
+@pytest.mark.parametrize("answer", [1, "B", "run"])
+def test_mmlu_names_the_right_choice_by_number_label_or_text(tmp_path, monkeypatch, answer):
+    (tmp_path / "mmlu").mkdir()
+    row = {**QUESTION, "choices": ["A dog", "run"], "answer": answer}
+    (tmp_path / "mmlu" / "test.jsonl").write_text(json.dumps(row))
+    monkeypatch.setenv("NANORL_DATA", str(tmp_path))
+    assert get_task("mmlu", "test").problem(0).answer == "B"

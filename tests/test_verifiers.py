@@ -48,9 +48,13 @@ NUMBERS = {  # the right answer is 12
         "#24/2",
         "#" + "0" * 98 + "12",
         "#11 no, #12",
-        # Other scripts' digits: an odd way to write the right number.
-        "#\uff11\uff12",
-        "#\u0661\u0662",
+        # What may stand around it.
+        "#**12**",
+        "#`12`.",
+        "#$\\boxed{12}$",
+        "#\\(12\\)",
+        "#£12",
+        "#12€",
         # The first number after the last marker counts: naming many earns no more than one guess.
         "#12 or 13",
     ],
@@ -89,6 +93,12 @@ NUMBERS = {  # the right answer is 12
         "#twelve",
         "#XII",
         "#\u246b",
+        # Other digits than 0 to 9.
+        "#\uff11\uff12",
+        "#\u0661\u0662",
+        "#12\u0663",
+        "#12\u00bd",
+        "#\\boxed{}12",
         "#\x0012",
         "#--12",
         "#12/0",
@@ -551,11 +561,12 @@ def looks_right(name, text):
         answer = re.findall(r"(?s)<answer>((?:(?!<answer>).)*?)</answer>", text)[-1].split("=")[0]
         result = by_python(answer)
         return result is not None and result[0] == 33 and sorted(result[1]) == [3, 7, 12]
-    tail = text.split("#")[-1].strip()
+    # A star is bold type around the answer.
+    tail = text.split("#")[-1].strip(" \n*")
     if name == "comparison":
-        return tail.rstrip(". \n").upper() == "YES"
+        return tail.rstrip(". \n*").upper() == "YES"
     if name == "binary":
-        return set(tail) <= set("01. \n") and int(tail.rstrip(". \n"), 2) == 5
+        return set(tail) <= set("01. \n*") and int(tail.rstrip(". \n*"), 2) == 5
     number, under = re.match(r"[\s+]*(\d+(?:\.\d+)?)(?:/(\d+))?", tail).groups()
     return Fraction(number) / int(under or 1) == 12
 

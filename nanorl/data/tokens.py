@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanorl.tasks.cores import cpus
 from nanorl.tokenizer import Tokenizer
 
 SHARD_BYTES = 100_000_000  # of text in a shard
@@ -156,7 +157,7 @@ def _write_shard(documents, tokenizer, directory, number, dtype, bar):
             batch = _take(documents, BATCH_BYTES)
             if not batch:
                 break
-            encoded = tokenizer.encode_many([text for _, _, text in batch])
+            encoded = tokenizer.encode_many([text for _, _, text in batch], cpus())
             for (split, nbytes, _), ids in zip(batch, encoded):
                 ids.append(tokenizer.document_end)
                 data = np.array(ids, dtype).tobytes()

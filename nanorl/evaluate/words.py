@@ -71,6 +71,22 @@ def describe(summary, how=""):
     return lines
 
 
+def mostly_cut_off(name, ways, max_new_tokens):
+    """{way: summary} of a task -> a line for each way whose completions are mostly cut off.
+
+    A completion that is cut off counts as not solved, whatever it says.
+    """
+    lines = []
+    for way, summary in ways.items():
+        if summary["clipped"] > CUT_OFF:
+            lines.append(
+                f"{name}, {way}: {summary['clipped']:.0%} of the completions are cut off at "
+                f"{max_new_tokens} tokens, so the accuracy says little: give room, "
+                f"--max_new_tokens={4 * max_new_tokens}"
+            )
+    return lines
+
+
 def describe_difference(comparison):
     """A comparison -> lines: the difference with its interval and p; the verdict.
 

@@ -5,7 +5,7 @@ likeliest as its first token (rollout.label_logprobs), and by what the model say
 """
 
 from nanorl.tasks.answers import chosen_label
-from nanorl.tasks.files import load_rows
+from nanorl.tasks.files import load_rows, need_text
 from nanorl.tasks.problem import REWARDS, Problem, check_split, judged, one_of
 
 # name: the data set on the hub, its configuration, and its file for our `train`. MMLU has no file
@@ -15,6 +15,9 @@ SOURCES = {
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "train"),
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "train"),
 }
+
+
+LABELS = "ABCDEFGHIJ"  # MMLU's choices have no labels of their own
 
 
 class MultipleChoice:
@@ -30,7 +33,7 @@ class MultipleChoice:
         self.rewards = rewards
         hub_id, config, train = SOURCES[name]
         file = {"train": train, "val": "validation", "test": "test"}[split]
-        self.rows = load_rows(name, file, hub_id, config)
+        self.rows = load_rows(name, file, hub_id, config, check=read_choices)
 
     def __len__(self):
         return len(self.rows)
@@ -57,11 +60,40 @@ class MultipleChoice:
 
 
 def read_choices(row):
-    """A row of a file -> (the choices' texts, their labels, the right label)."""
-    choices = row["choices"]
+    """A row of a file -> (the choices' texts, their labels, the right label).
+
+    ARC names its labels. MMLU gives the number of the right choice, from 0; its label or its text
+    will do too. Raises ValueError for a row that is no problem.
+    """
+    need_text(row, "question")
+    choices, names_labels = row.get("choices"), False
     if isinstance(choices, dict):
-        # ARC names its labels.
-        return choices["text"], list(choices["label"]), row["answerKey"]
-    # MMLU gives the number of the right choice.
-    labels = list("ABCDEFGHIJ"[: len(choices)])
-    return choices, labels, labels[row["answer"]]
+        names_labels = True
+        texts, labels = choices.get("text"), choices.get("label")
+    else:
+        texts, labels = choices, list(LABELS)
+    if not is_texts(texts) or not is_texts(labels):
+        raise ValueError("'choices' must be two or more texts (ARC: with as many labels)")
+    if names_labels and len(labels) != len(texts):
+        raise ValueError(f"'choices' has {len(texts)} texts and {len(labels)} labels")
+    if len(texts) > len(labels):
+        raise ValueError(f"'choices' has {len(texts)} texts: at most {len(LABELS)} have a label")
+
+    labels = labels[: len(texts)]
+    answer = row.get("answerKey" if names_labels else "answer")
+    if answer in labels:
+        return texts, labels, answer
+    if not names_labels and type(answer) is int and 0 <= answer < len(labels):
+        return texts, labels, labels[answer]
+    if texts.count(answer) == 1:
+        return texts, labels, labels[texts.index(answer)]
+    number = "" if names_labels else f"a number from 0 to {len(labels) - 1}, "
+    raise ValueError(
+        f"the answer is {answer!r}: it must be {number}one of {', '.join(labels)}, "
+        "or one choice's text"
+    )
+
+
+def is_texts(values):
+    """Whether it is a list of two or more texts."""
+    return isinstance(values, list) and len(values) > 1 and all(isinstance(v, str) for v in values)

@@ -10,19 +10,53 @@ import zlib
 from contextlib import contextmanager
 
 
-def load_rows(name, split, hub_id, hub_config=None):
+def load_rows(name, split, hub_id, hub_config=None, check=None):
     """A data set's rows, as dicts with its own field names.
 
-    They come from NANORL_DATA/<name>/<split>.jsonl, .parquet or .csv, else from the hub. Raises
-    ValueError that says both ways to get them.
+    They come from NANORL_DATA/<name>/<split>.jsonl, .parquet or .csv, else from the hub. check: is
+    called with each row and raises ValueError for one that will not do. Raises ValueError that
+    names such a row, and one that says both ways to get the rows where there are none.
     """
-    root = os.environ.get("NANORL_DATA")
-    if root:
-        for ending in READERS:
-            path = os.path.join(root, name, split + ending)
-            if os.path.exists(path):
-                return [row for _, row in read_rows(path)]
+    path = data_file(name, split)
+    if path:
+        named = read_rows(path)
+    else:
+        rows = from_hub(name, split, hub_id, hub_config)
+        named = ((f"{hub_id}, {split}, row {i}", row) for i, row in enumerate(rows))
 
+    checked = []
+    for row_name, row in named:
+        try:
+            if check:
+                check(row)
+        except ValueError as error:
+            raise ValueError(f"{row_name}: {error}") from None
+        checked.append(row)
+    return checked
+
+
+def data_file(name, split):
+    """A data set's file in NANORL_DATA, or None where there is none."""
+    root = os.environ.get("NANORL_DATA")
+    for ending in READERS if root else ():
+        path = os.path.join(root, name, split + ending)
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def need_text(row, name):
+    """A row's field of text. Raises ValueError where it is missing, empty or something else."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        shown = "missing" if name not in row else json.dumps(value, default=str)[:40]
+        raise ValueError(f"{name!r} is {shown}: it must be a text, so mend the row or take it out")
+    return value
+
+
+def from_hub(name, split, hub_id, hub_config):
+    """A data set's rows from the hub, for load_rows."""
+    root = os.environ.get("NANORL_DATA")
     try:
         import datasets
 

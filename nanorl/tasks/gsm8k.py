@@ -3,11 +3,18 @@
 import re
 
 from nanorl.tasks.answers import is_close, number_after
-from nanorl.tasks.files import load_rows
+from nanorl.tasks.files import data_file, load_rows, need_text
 from nanorl.tasks.problem import REWARDS, Problem, check_split, content_hash, judged, one_of
 
 MARKER = "####"
 VAL_ROWS = 473  # taken out of the 7,473 training rows, for tuning; `test` is only for final numbers
+
+
+def check_row(row):
+    """Raise ValueError for a row of a file that is no problem."""
+    need_text(row, "question")
+    if number_after(need_text(row, "answer"), MARKER) is None:
+        raise ValueError(f"'answer' has no number after {MARKER}: end it with one, '{MARKER} 18'")
 
 
 class GSM8K:
@@ -25,11 +32,16 @@ class GSM8K:
         one_of("rewards", rewards, REWARDS)
         self.rewards = rewards
         file = "test" if split == "test" else "train"
-        self.rows = load_rows("gsm8k", file, "openai/gsm8k", "main")
+        self.rows = load_rows("gsm8k", file, "openai/gsm8k", "main", check_row)
         if split != "test":
             # `val` is the rows with the smallest hashes, in whatever order the file has them.
             by_hash = sorted(self.rows, key=lambda row: content_hash(row["question"]))
             val = {row["question"] for row in by_hash[:VAL_ROWS]}
+            if {row["question"] for row in self.rows} == val:
+                raise ValueError(
+                    f"{data_file('gsm8k', file)} has {len(self.rows)} rows: {VAL_ROWS} of them are "
+                    "held out for val, so it needs more (or name it test and take --split=test)"
+                )
             wanted = split == "val"
             self.rows = [row for row in self.rows if (row["question"] in val) == wanted]
 

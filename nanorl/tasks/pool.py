@@ -29,6 +29,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 
 from nanorl.tasks import get_task
+from nanorl.tasks.cores import cpus
 from nanorl.tasks.problem import plain_reward
 
 # What stands in place of a Reward. kind: RAISED or TIMEOUT. text: what the exception said.
@@ -146,9 +147,9 @@ def kill_all(workers):
 
 
 def share_of_cores():
-    """How many of the machine's cores there are for each of its ranks, at least 1."""
+    """How many of the cores that may be used there are for each of the ranks, at least 1."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, (os.cpu_count() or 1) // ranks)
+    return max(1, cpus() // ranks)
 
 
 class Worker:
