@@ -281,3 +281,17 @@ def test_parts_on_the_simulated_gpu(tmp_path, part):
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     results = told(tmp_path, part)
     assert results and not any("error" in result for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the simulated CUDA device needs g++")
+@pytest.mark.parametrize("part", ["gradient", "reduce"])
+def test_a_rank_on_the_simulated_gpu(tmp_path, part):
+    folder = str(tmp_path)
+    where = environment(GPU_CHECK_FOLDER=folder, GPU_CHECK_WORK=folder, RANK="0")
+    command = ["tests/fakecuda/fake_run.py", "runs/multi_gpu_check.py", part, "--tiny"]
+    ended = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=where, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert (tmp_path / {"gradient": "gradient-1.pt", "reduce": "reduce.jsonl"}[part]).exists()

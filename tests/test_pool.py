@@ -166,7 +166,10 @@ def test_workers_end_with_the_trainer(task):
         assert not alive(worker), busy
 
 
-@pytest.mark.parametrize("end", ["p.me = p", "import os; os._exit(0)"])
+BUSY = "p.me = p\np.workers[0].send((t.problem(0), 'hang', 20.0))"
+
+
+@pytest.mark.parametrize("end", [BUSY, "import os; os._exit(0)"])
 def test_a_trainer_that_closes_nothing_leaves_no_word_and_no_worker(task, end):
     code = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
@@ -175,8 +178,8 @@ def test_a_trainer_that_closes_nothing_leaves_no_word_and_no_worker(task, end):
         "p = RewardPool(t._recipe, 5.0, 1)\np.judge([(t.problem(0), 'x')])\n"
         f"print(p.workers[0].process.pid, flush=True)\n{end}\n"
     )
-    # The worker has the same streams, so this waits for it too.
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    # The worker has the same streams, so this waits for it too, for 41 s if it is not killed.
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert ended.returncode == 0 and ended.stderr == ""
     (worker,) = [int(line) for line in ended.stdout.split() if line.isdigit()]
     assert not alive(worker)

@@ -1,5 +1,6 @@
 """How fast a rollout, a learner pass and a whole step are, and what each fast path is worth."""
 
+import os
 from functools import partial
 from typing import NamedTuple
 
@@ -163,6 +164,11 @@ def with_cudnn(_case):
     torch.backends.cuda.enable_cudnn_sdp(True)
 
 
+def without_flex(_case):
+    """The plain form of the learner's attention: rectangles, a call each (nanorl/attention.py)."""
+    os.environ["NANORL_FLEX"] = "0"
+
+
 def with_recompute(case):
     """Activations are computed again in backward."""
     case.net.recompute = True
@@ -185,7 +191,8 @@ DECODE_VARIANTS = (
 )
 LEARNER_VARIANTS = (
     Variant("as it is"),
-    Variant("cuDNN's attention", (with_cudnn,)),
+    Variant("rectangles", (without_flex,)),
+    Variant("rectangles, cuDNN", (without_flex, with_cudnn)),
     Variant("recompute", (with_recompute,)),
 )
 
@@ -201,8 +208,10 @@ def paths():
             changed(case, variant)
             figures = of_learner(case, machine, tries=1)
             tell("paths", of="learner", depth=depth, variant=variant.name, **figures, **peaks())
+            # What a variant has set for the whole process.
             del case
-            start()  # what a variant has set for the whole process
+            os.environ.pop("NANORL_FLEX", None)
+            start()
 
         for rows in (FEW_ROWS, MANY_ROWS):
             for variant in DECODE_VARIANTS:
