@@ -63,7 +63,7 @@ def test_the_activations_to_the_byte(monkeypatch):
 
 def test_on_a_cpu_holes_are_allowed_for(monkeypatch):
     model = toy_model(dtype=torch.float32)
-    factor = memory.HOLES["rows of one length"]
+    factor = memory.HOLES["conversations"]
     passes = [(forward(model, rows), rows * 32) for rows in (1, 2)]
     allowed = memory.activation_bytes(model, *passes, 128)
     monkeypatch.setattr(memory, "HOLES", dict.fromkeys(memory.HOLES, 1.0))
@@ -150,19 +150,19 @@ def wide(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more, tolerance",
-    [([], 0.2), (["--lora_rank=8"], 0.25), (["--recompute"], 0.3)],
+    "more, most",
+    [([], 1.5), (["--lora_rank=8"], 1.6), (["--recompute"], 1.6)],
     ids=["all weights", "lora", "recompute"],
 )
 @pytest.mark.parametrize(
     "script, start, arguments",
     [
-        ("train_sft.py", "base", ["--steps=2", "--batch_tokens=4096", "--optimizer=adamw"]),
+        ("train_sft.py", "base", ["--steps=4", "--batch_tokens=4096", "--optimizer=adamw"]),
         (
             "train_rl.py",
             "base",
             [
-                "--steps=2",
+                "--steps=4",
                 "--eval_problems=20",
                 "--prompts_per_step=8",
                 "--max_new_tokens=120",
@@ -173,11 +173,9 @@ def wide(tmp_path_factory):
     ],
     ids=["sft", "rl"],
 )
-def test_the_estimate_against_the_peak(wide, script, start, arguments, more, tolerance):
-    """On a CPU the factor for what the allocator keeps is a measured one.
-
-    It varies from run to run, most with LoRA and recomputation (docs/log.md).
-    """
+def test_the_estimate_against_the_peak(wide, script, start, arguments, more, most):
+    """It says 'at most', so it is no less. On a CPU what the allocator keeps varies from run to run,
+    most with LoRA and recomputation (docs/log.md), so it is somewhat more."""
     name = script + "".join(more)
     said = wide(
         script,
@@ -190,4 +188,28 @@ def test_the_estimate_against_the_peak(wide, script, start, arguments, more, tol
     estimate = float(re.search(r"memory: about ([\d.]+) GB", said)[1])
     with open(os.path.join(wide.out, name, "s", "metrics.jsonl")) as f:
         measured = json.loads(f.readlines()[-1])["memory/peak_gb"]
-    assert abs(estimate / measured - 1) < tolerance, (estimate, measured)
+    assert measured <= estimate < most * measured, (estimate, measured)
+
+
+SHAPES = """
+import sys
+import torch
+from nanorl.runtime import dist
+
+device = dist.setup("cpu")
+torch.set_num_threads(1)
+weights = torch.ones(512, 512, dtype=torch.bfloat16)
+used = []
+for rows in range(100, 500):
+    torch.ones(rows, 512, dtype=torch.bfloat16) @ weights
+    if rows in (200, 499):
+        used.append(dist.used_memory(device))
+print(used[1] - used[0])
+"""
+
+
+def test_kernels_of_many_shapes_do_not_fill_the_memory():
+    """oneDNN would keep one of each shape. Where the processor has no bf16 it makes none."""
+    command = [sys.executable, "-c", SHAPES]
+    grown = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert grown < 100e6

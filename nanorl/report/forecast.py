@@ -109,16 +109,18 @@ def memory_lines(rollouts, engine, policy, settings):
     itemsize = model.compute_dtype.itemsize
     used = dist.used_memory(device)
 
-    # The learner: a forward over as many tokens as this rank's problems have, or device_tokens.
+    # The learner: a forward over device_tokens, or over all that this rank's problems may come to.
+    # Completions grow as a model learns, so their length now is no bound.
     problems = share(settings["prompts_per_step"])
-    tokens = min(settings["device_tokens"], mean_tokens(rollouts) * problems)
+    longest = max(len(rollout.prompt_ids) for rollout in rollouts)
+    new_tokens = settings["max_new_tokens"]
+    most = problems * (longest + settings["samples_per_prompt"] * new_tokens)
+    tokens = min(settings["device_tokens"], most)
     small, large = memory.passes(model, rollouts)
     activations = memory.activation_bytes(model, small, large, tokens, packed=True)
 
     # The sampler: its cache in a step, or in an evaluation, if that is larger. On a GPU both are
     # kept.
-    longest = max(len(rollout.prompt_ids) for rollout in rollouts)
-    new_tokens = settings["max_new_tokens"]
     caches = []
     for asked, samples in (
         (problems, settings["samples_per_prompt"]),
@@ -158,15 +160,6 @@ def say_memory_of_rows(policy, loss_of, seq_len, tokens):
 def share(problems):
     """The most problems that a rank has of so many."""
     return -(-problems // dist.world_size())
-
-
-def mean_tokens(rollouts):
-    """Tokens of a prompt and all its completions, on average."""
-    total = 0
-    for rollout in rollouts:
-        total += len(rollout.prompt_ids)
-        total += sum(len(completion.ids) for completion in rollout.completions)
-    return total / len(rollouts)
 
 
 def disk_lines(rollouts, policy, decode, directory, settings):

@@ -24,10 +24,12 @@ from nanorl.report.cost import cache_numbers
 from nanorl.runtime import dist
 
 # On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their
-# shapes differ. These are peaks over what is needed, as measured (docs/log.md). On a GPU torch's
-# own allocator keeps less, which is not measured.
+# shapes differ. These are peaks over what is needed, with a margin: the largest of runs of a few
+# steps in fp32 and bf16 (docs/log.md), so that the estimate is a bound. On a GPU torch's own
+# allocator keeps less, which is not measured.
 HOLES = {
-    "rows of one length": 1.2,
+    "conversations": 1.7,
+    "conversations, LoRA": 2.2,
     "packed rows": 1.6,
     "packed rows, LoRA": 1.8,
     "recomputation": 2.6,
@@ -91,10 +93,9 @@ def holes(model, packed):
         return 1.0
     if model.recompute:
         return HOLES["recomputation"]
-    if not packed:
-        return HOLES["rows of one length"]
     lora = not any(p.requires_grad for p in model.parameters())
-    return HOLES["packed rows, LoRA" if lora else "packed rows"]
+    rows = "packed rows" if packed else "conversations"
+    return HOLES[f"{rows}, LoRA" if lora else rows]
 
 
 def passes(model, rollouts):

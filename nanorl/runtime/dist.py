@@ -21,6 +21,9 @@ _stop = False
 # Errors of files that are no defect: a full disk, a limit, a file that may not be written.
 FILE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
+# For the products of so many shapes a kernel is kept, on a CPU.
+KERNELS_KEPT = 32
+
 
 # ---- start ---------------------------------------------------------------------------------------
 
@@ -41,6 +44,8 @@ def setup(device="auto", exact=False):
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         # cuDNN plans each new shape anew, for most of a second. RL has new shapes in every step.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        _bound_kernel_caches()
     if exact:
         torch.set_float32_matmul_precision("highest")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -62,6 +67,17 @@ def _device(name):
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
+
+
+def _bound_kernel_caches():
+    """Let oneDNN keep few of the kernels that it makes for each new shape of a bf16 product.
+
+    A step of RL has new shapes, and a kernel takes about a megabyte. oneDNN would keep 1,024, and
+    torch's layer above it as many again: 2 GB in a quickstart of bf16. 32 are as fast
+    (docs/log.md). Both read these names when they first multiply, so it is not too late here.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", str(KERNELS_KEPT))
 
 
 def _join(device):
