@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from nanorl import learner
+from nanorl import compilers, learner
 from nanorl.data.corpus import Corpus
 from nanorl.data.task_text import TaskText
 from nanorl.data.tokens import (
@@ -83,6 +83,8 @@ def main():
     settings = configure(globals())
     check_settings(settings)
     device = dist.setup(settings["device"])
+    if compile:
+        compilers.check_compiler(device)
     weight_dtype, compute_dtype = dist.dtypes(dtype, device)
     run = Run(settings, "base")
 

@@ -4,16 +4,14 @@ Read attention.py's SharedPrefixAttention first. It is the plain form, and what 
 """
 
 import functools
-import importlib.util
 import os
-import shutil
-import sysconfig
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from nanorl.attention import SharedPrefixAttention
+from nanorl.compilers import can_compile
 
 # Slots along a square of PackedFlexAttention: what FlexAttention goes by where it is not told.
 BLOCK = 128
@@ -38,16 +36,6 @@ def flex_serves(device, dtype, head_dim):
         return False
     half = dtype in (torch.bfloat16, torch.float16)
     return device.type == "cuda" and half and head_dim >= 16 and can_compile()
-
-
-@functools.cache
-def can_compile():
-    """Whether Triton is installed, and what it builds its kernels' launchers with."""
-    compilers = (os.environ.get("CC"), "gcc", "clang")
-    has_compiler = any(shutil.which(name) for name in compilers if name)
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")
-    has_triton = importlib.util.find_spec("triton") is not None
-    return has_triton and has_compiler and os.path.exists(header)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ write its caches (sampler.py, cache.py). So there is one forward pass, and no ca
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -193,15 +194,14 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, H * D) and twice (B, T, K * D). gpu.py has a faster one."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x, cos, sin, attend):
-        """x (B, T, C) -> (B, T, C)."""
+    def queries_keys_values(self, x, cos, sin):
+        """x (B, T, C) -> q (B, T, H, D), k and v (B, T, K, D): q and k normed and turned."""
         heads = (-1, self.head_dim)
         q, k, v = self.project(x)
         q = self.q_norm(q.unflatten(-1, heads))  # (B, T, H, D)
         k = self.k_norm(k.unflatten(-1, heads))  # (B, T, K, D)
         v = v.unflatten(-1, heads)  # (B, T, K, D)
-        y = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (B, T, H, D)
-        return self.o_proj(y.flatten(2))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -231,8 +231,40 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        """x (B, T, C) -> (B, T, C)."""
+        q, k, v = self.before_attention(x, cos, sin)
+        y = attend(self.self_attn.layer, q, k, v)  # (B, T, H, D)
+        return self.after_attention(x, y)
+
+    def before_attention(self, x, cos, sin):
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), cos, sin)
+
+    def after_attention(self, x, y):
+        x = x + self.self_attn.o_proj(y.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def compiled_block(block, x, cos, sin, attend):
+    """block(x, cos, sin, attend), in which torch.compile has made what is around attention.
+
+    Attention has its own kernels, and on packed rows its shapes change with the rows.
+    """
+    before, after = compiled_halves()
+    q, k, v = before(block, x, cos, sin)
+    y = attend(block.self_attn.layer, q, k, v)  # (B, T, H, D)
+    return after(block, x, y)
+
+
+@cache
+def compiled_halves():
+    """Block's two methods, each compiled once for all layers and all numbers of tokens.
+
+    Again only for another precision, and for an input or weights without a gradient. On a GPU it
+    is not measured.
+    """
+    before = torch.compile(Block.before_attention, dynamic=True)
+    after = torch.compile(Block.after_attention, dynamic=True)
+    return before, after
 
 
 # ---- the model -----------------------------------------------------------------------------------
@@ -243,11 +275,14 @@ class GPT(nn.Module):
 
     recompute: keep only what enters each block, and run the block again in backward. That is a
     fourth pass, for a fraction of the memory.
+    compiled: torch.compile makes the blocks of every forward pass but the sampler's, whose shapes
+    are others and whose own graphs and copies are of the plain blocks.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.compute_dtype, self.recompute = config, torch.float32, False
+        self.config, self.compute_dtype = config, torch.float32
+        self.recompute, self.compiled = False, False
         self.model = nn.Module()  # only for Hugging Face's names
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -286,12 +321,16 @@ class GPT(nn.Module):
         attend = attend or CausalAttention()
         cos, sin = self.angles(ids.size(1), positions)
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, C)
+        # The sampler is what runs in inference mode.
+        run = Block.__call__
+        if self.compiled and not torch.is_inference_mode_enabled():
+            run = compiled_block
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
                 options = dict(use_reentrant=False, preserve_rng_state=False)
-                x = checkpoint(block, x, cos, sin, attend, **options)
+                x = checkpoint(run, block, x, cos, sin, attend, **options)
             else:
-                x = block(x, cos, sin, attend)
+                x = run(block, x, cos, sin, attend)
         return self.model.norm(x)
 
     def angles(self, T, positions):

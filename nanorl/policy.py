@@ -63,13 +63,13 @@ def load(run, settings, weight_dtype, compute_dtype, device):
     else:
         model = load_model(run.model, weight_dtype, device)
     model.compute_dtype = compute_dtype
-    model.recompute = settings["recompute"]
+    model.recompute, model.compiled = settings["recompute"], settings["compile"]
 
     if settings.get("kl_coef") and adapters:
         # The policy without its adapters: the weights are there anyway.
         reference = partial(adapters.base, model)
     elif settings.get("kl_coef"):
         frozen = load_model(start, compute_dtype, device).requires_grad_(False)
-        frozen.compute_dtype = compute_dtype
+        frozen.compute_dtype, frozen.compiled = compute_dtype, settings["compile"]
         reference = partial(nullcontext, frozen)
     return Policy(model, adapters, reference)

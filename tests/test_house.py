@@ -15,7 +15,8 @@ SCRIPTS = ("train_base", "train_sft", "train_rl", "eval")
 # The core lies flat in nanorl/; what a reader of the algorithm need not open is in folders.
 CORE = {
     "attention": set(),
-    "flex": {"attention"},
+    "compilers": set(),
+    "flex": {"attention", "compilers"},
     "chat": set(),
     "grpo": set(),
     "optim": set(),

@@ -174,8 +174,11 @@ def wide(tmp_path_factory):
     ids=["sft", "rl"],
 )
 def test_the_estimate_against_the_peak(wide, script, start, arguments, more, most):
-    """It says 'at most', so it is no less. On a CPU what the allocator keeps varies from run to run,
-    most with LoRA and recomputation (docs/log.md), so it is somewhat more."""
+    """It says 'at most', so it is no less.
+
+    On a CPU what the allocator keeps varies from run to run, most with LoRA and recomputation
+    (docs/log.md), so it is somewhat more.
+    """
     name = script + "".join(more)
     said = wide(
         script,
@@ -211,5 +214,7 @@ print(used[1] - used[0])
 def test_kernels_of_many_shapes_do_not_fill_the_memory():
     """oneDNN would keep one of each shape. Where the processor has no bf16 it makes none."""
     command = [sys.executable, "-c", SHAPES]
-    grown = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    grown = int(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    )
     assert grown < 100e6

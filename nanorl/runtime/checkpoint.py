@@ -21,7 +21,7 @@ FREE_TO_CHANGE = re.compile(
 )
 
 # Constants that older runs did not have yet -> what those runs did.
-ADDED = {"sampler": "engine"}
+ADDED = {"sampler": "engine", "compile": False}
 
 
 # ---- where things are ----------------------------------------------------------------------------
