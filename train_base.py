@@ -2,7 +2,7 @@
 
     python train_base.py --depth=4                              # on text that the task makes
     python train_base.py --vocab_size=8192 --data='books/*.txt,web.jsonl.gz,more/*.parquet'
-    torchrun --nproc_per_node=8 train_base.py --depth=20        # on a node
+    torchrun --nproc_per_node=8 train_base.py --depth=20 --batch_tokens=524288      # on a node
 
 Plain text is taken apart at lines of <|endoftext|>, else at a blank line after every 8 KB; longer
 documents are cut at 64 KB. One document in 50 validates. Text is tokenized once, in shards; a start
@@ -33,7 +33,7 @@ from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
-from nanorl.report import terminal
+from nanorl.report import sizes, terminal
 from nanorl.report.cost import Meter
 from nanorl.runtime import dist
 from nanorl.runtime.config import at_least, configure
@@ -128,6 +128,7 @@ def main():
     passes = total_steps * rows / train.n
     plan = tokenizer.n_tokens, total_steps, batch_tokens, passes, train.n_tokens
     terminal.base_heading(net, *plan)
+    sizes.say_tokens(device, settings)
     fast_loss_of = torch.compile(loss_of) if compile else loss_of
     run.begin()
 
@@ -177,7 +178,7 @@ def prepare(run, directory):
     goes_on = run.resumed and read_index(directory).get("whole")
     if dist.is_main() and not goes_on:
         tokenize(text_source(), vocab_size, directory)
-    dist.barrier()
+    dist.wait_for_main()  # for hours, where there is much text
     tokenizer = Tokenizer.from_pretrained(directory)
     if run.resumed and tokenizer.spec != Tokenizer.from_pretrained(run.resumed).spec:
         raise ValueError(

@@ -1,7 +1,7 @@
 """Reinforcement learning with a checkable reward: GRPO, on-policy.
 
     python train_rl.py --depth=4                                    # from out/d4/sft
-    torchrun --nproc_per_node=8 train_rl.py --depth=20 --task=gsm8k
+    torchrun --nproc_per_node=8 train_rl.py --depth=20 --task=gsm8k --prompts_per_step=64
 
 One step: P problems, G samples of each, all decoded together by the current weights; rewards are
 compared within each problem; one update. Read main() from `for step in` on: each arrow of the

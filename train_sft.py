@@ -3,7 +3,7 @@
     python train_sft.py --depth=4                                   # from out/d4/base, on a task
     python train_sft.py --depth=4 --data='chats/*.jsonl'            # on conversations from files
     python train_sft.py --match_flops=out/d4/rl                     # more SFT for that run's FLOPs
-    torchrun --nproc_per_node=8 train_sft.py --depth=20 --task=gsm8k
+    torchrun --nproc_per_node=8 train_sft.py --depth=20 --task=gsm8k --batch_tokens=32768
 
 The loss is on what the assistant says, the token that ends its turn included, and on nothing else.
 Conversations are packed whole into rows and do not see each other.
@@ -25,7 +25,7 @@ from nanorl.engine import Engine
 from nanorl.evaluate.outcomes import held_out
 from nanorl.hf import local_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
-from nanorl.report import forecast, terminal
+from nanorl.report import forecast, sizes, terminal
 from nanorl.report.cost import Meter, learning_flops
 from nanorl.runtime import checkpoint, dist, equal_flops
 from nanorl.runtime.config import at_least, configure, given, one_of
@@ -135,6 +135,7 @@ def main():
     run.card(policy.model, steps=total_steps)
     rule = terminal.rule(policy, muon, rate, other_rate)
     terminal.sft_heading(run, rule, total_steps, n, mean_length, len(held_out_chats), note)
+    sizes.say_tokens(device, settings)
     if target:
         terminal.matched_flops(settings, target, total_steps)
     validate = validation(policy.model, tokenizer, held_out_chats, meter)

@@ -1,16 +1,19 @@
 """The benchmark's parts: the obvious way is right too, and each command gives its figures."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import toy_model
 from nanorl.engine import Engine
 from nanorl.gpt import token_logprobs
 from nanorl.rollout import Rollout
 from nanorl.sampling import Completion
-from nanorl.tools import bench, naive
+from nanorl.tools import bench, bench_base, naive
 
 
 def test_the_obvious_way_samples_from_the_model():
@@ -76,3 +79,35 @@ def test_each_command_gives_its_figures(command, monkeypatch, capsys):
     for name in ("tok_s", "speedup_over_naive", "of_floor", "gflop_s", "gb_s", "floor_s"):
         assert row[name] > 0
     assert OWN_FIGURE[command] in row
+
+
+@pytest.mark.parametrize("command", ["rollout", "learner", "step", "base", "flips", "rates"])
+def test_each_command_obeys_device(command, monkeypatch):
+    """A GPU that is not there is asked for, and refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench", command, "--device=cuda"])
+    monkeypatch.setattr(bench, "device", "auto")  # put back afterwards
+    with pytest.raises(ValueError, match="--device=cuda: this machine has no CUDA GPU"):
+        bench.main()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pretraining_runs_where_its_options_say(compiled):
+    """Both loops work on a device that computes nothing."""
+    options = SimpleNamespace(depth=1, width=64, vocab_size=32, seq_len=8)
+    device = torch.device("meta")
+    ids = torch.ones(2, 8, dtype=torch.long, device=device)
+    ours = bench_base.OurStep(bench_base.config_of(options), 16, device, torch.float32, compiled)
+    assert {p.device for p in ours.params} == {device}
+    plain = bench_base.PlainGPT(1, 64, 1, 32, 8).to(device)
+    with AllOnMeta():
+        assert plain(ids).shape == (2, 8, 32)
+
+
+class AllOnMeta(TorchDispatchMode):
+    """No operation makes a tensor anywhere else."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        assert all(t.device.type == "meta" for t in tree_leaves(made)), operation
+        return made

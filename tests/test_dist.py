@@ -87,6 +87,48 @@ def test_ranks_agree():
         assert finish_ranks(processes) == [f"said by {r}\n" for r in range(3)]
 
 
+# Rank 0 is slower than collectives wait, twice.
+SLOW_MAIN = """
+import datetime, time
+import torch.distributed
+from nanorl.runtime import dist
+
+def main():
+    dist.setup("cpu")
+    dist.barrier()
+    # In place of an hour.
+    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
+    for turn in range(2):
+        if dist.is_main():
+            time.sleep(2)
+            print("done", turn, time.time(), flush=True)
+        else:
+            print("waits", flush=True)
+        dist.wait_for_main()
+        print("went on", turn, time.time(), flush=True)
+
+dist.run(main)
+"""
+
+
+def test_rank_0_may_work_alone_for_longer_than_a_collective_waits():
+    with ranks(["-c", SLOW_MAIN]) as processes:
+        main, other = finish_ranks(processes)
+    done = [float(line.split()[-1]) for line in main.splitlines() if line.startswith("done")]
+    went_on = [float(line.split()[-1]) for line in other.splitlines() if line != "waits"]
+    assert len(done) == len(went_on) == 2
+    assert all(later >= earlier for earlier, later in zip(done, went_on))
+
+
+def test_a_rank_0_that_dies_alone_ends_the_others_with_one_line():
+    with ranks(["-c", SLOW_MAIN]) as processes:
+        assert processes[1].stdout.readline() == "waits\n"
+        processes[0].kill()
+        said = processes[1].communicate(timeout=60)[1]
+    assert processes[1].returncode == 1 and "Traceback" not in said
+    assert "error: rank 1 has lost another rank (connection closed while rank 0" in said
+
+
 PARENT = """
 import subprocess, sys
 x = b"1" * (900 << 20)

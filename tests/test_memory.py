@@ -8,13 +8,18 @@ import os
 import re
 import subprocess
 import sys
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import ROOT, toy_model
+from nanorl.cache import Capacity, DecodeBatch, Row, Settings
 from nanorl.lora import LoRA
-from nanorl.report import memory
+from nanorl.report import forecast, memory
 from nanorl.rollout import Rollout
 from nanorl.sampling import Completion
 
@@ -96,13 +101,95 @@ def test_the_parts():
         optimizer=2 * n,
         activations=5,
         cache=0,
+        graphs=0,
         program=8 * n,
+        **{"all-reduce": 0},
     )
     # Activations and cache are never there at the same time: the larger counts.
     assert memory.estimate(model, [], [], used=n, activations=5, cache=7)["cache"] == 7
     assert memory.cache_bytes(model.config, 2, 3, 10, 6, 5) == 2 * 2 * 2 * 8 * 2 * (3 * 10 + 6 * 5)
     tied = toy_model(dtype=torch.float32, tie_embeddings=True)
     assert memory.estimate(tied, [], [], 0, 0)["weights"] == 4 * tied.config.n_params()[0]  # once
+
+
+def test_on_several_ranks_the_gradients_are_there_once_more(monkeypatch):
+    """In one row, after the activations. So the larger of them counts."""
+    model = toy_model(dtype=torch.float32)
+    trained = list(model.parameters())[:3]
+    flat = 4 * sum(p.numel() for p in trained)
+
+    def parts(activations, cache, **more):
+        found = memory.estimate(model, [], trained, 0, activations, cache, **more)
+        return found["activations"], found["all-reduce"], found["cache"]
+
+    assert parts(flat - 1, 0) == (flat - 1, 0, 0)  # one rank
+    monkeypatch.setattr(memory.dist, "world_size", lambda: 2)
+    assert parts(flat - 1, 0) == (0, flat, 0)
+    assert parts(flat + 1, 0) == (flat + 1, 0, 0)
+    assert parts(1, flat + 2) == (0, 0, flat + 2)
+    assert parts(1, 7, cache_stays=True) == (0, flat, 7)  # on a GPU
+
+    found = memory.estimate(model, [], trained, 0, 0, 7 * 10**9, True, graphs=10**9)
+    (line, warning) = memory.describe(found, free=7.9e9)
+    assert "cache 7.00, graphs 1.00" in line and warning.startswith("WARNING: 8.")
+    assert len(memory.describe(found, free=8.1e9)) == 1
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts what lives of all that operations make; `most` is the peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.seen = 0, 0, set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        given = [a.untyped_storage().data_ptr() for a in tree_leaves(args) if torch.is_tensor(a)]
+        for tensor in filter(torch.is_tensor, tree_leaves(made)):
+            storage = tensor.untyped_storage()
+            address, size = storage.data_ptr(), storage.nbytes()
+            if address not in given and address not in self.seen:
+                self.seen.add(address)
+                self.live += size
+                self.most = max(self.most, self.live)
+                weakref.finalize(storage, self.gone, address, size)
+        return made
+
+    def gone(self, address, size):
+        self.seen.discard(address)
+        self.live -= size
+
+
+@pytest.mark.parametrize("vocab, prompt_tokens", [(3000, 4), (70, 4), (70, 200)])
+def test_a_graph_works_in_no_more_than_is_said_and_not_in_much_less(vocab, prompt_tokens):
+    """The sampling, the layer and the scores, each where it is the most; the plain form."""
+    model = toy_model(vocab, dtype=torch.float32, n_inner=96)
+    settings = Settings(4, 12, 0.7, frozenset())
+    batch = DecodeBatch(model, Capacity(8, 4, prompt_tokens), settings, fixed_shapes=True)
+    with torch.inference_mode():
+        h = batch.prefill([[1] * prompt_tokens] * 2)
+        keys = torch.arange(8)
+        batch.add([Row(i, i // 4) for i in range(8)], keys, h.repeat_interleave(4, 0))
+        shape = batch._fixed_shape()._replace(columns=12)
+        with LiveBytes() as bytes_of:
+            batch._decode(shape)
+    bound = memory.graph_bytes(model, batch.device, 8, 12, prompt_tokens)
+    assert bytes_of.most <= bound < 2.5 * bytes_of.most
+
+
+@pytest.mark.parametrize("kept, said", [(1, False), (2, True)])
+def test_graphs_are_counted_where_there_are_graphs(kept, said, monkeypatch):
+    """On a GPU: those of training and of evaluation."""
+    monkeypatch.setattr(memory, "graph_bytes", lambda *given: 10**9)
+    model = toy_model(dtype=torch.float32)
+    cpu, params = torch.device("cpu"), list(model.parameters())
+    policy = SimpleNamespace(model=model, device=cpu, reference=None, params=params)
+    engine = SimpleNamespace(kept=kept, max_rows=8, model=model)
+    group = Rollout(None, [1, 2], [Completion([5, 6], [], True)] * 2, None, None, None)
+    settings = dict(prompts_per_step=2, samples_per_prompt=2, max_new_tokens=4)
+    settings.update(device_tokens=100, eval_problems=3)
+    line = forecast.memory_lines([group], engine, policy, settings)[0]
+    assert ("graphs 2.00" in line) == ("graphs" in line) == said
 
 
 def test_too_little_memory_is_said():

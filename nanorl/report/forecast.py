@@ -11,7 +11,7 @@ import torch
 
 from nanorl import grpo, learner
 from nanorl.batch import pack
-from nanorl.report import memory
+from nanorl.report import memory, sizes
 from nanorl.report.metrics import records, rollout_metrics
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.log import duration, size, size_of
@@ -44,7 +44,9 @@ def say(asked, sample, engine, policy, objective, meter, run, tokenizer):
 
     rollouts = dist.gather(rollouts)
     if dist.is_main():
-        lines = learning_lines(rollouts, seconds, settings["steps"]) + held
+        lines = learning_lines(rollouts, seconds, settings["steps"])
+        rates = meter.flop_rate, meter.copy_rate
+        lines += sizes.decode_lines(rollouts, engine, policy, settings, *rates) + held
         lines += disk_lines(rollouts, policy, tokenizer.decode, run.directory, settings)
         print(*("      " + text for text in lines), sep="\n", flush=True)
 
@@ -122,6 +124,7 @@ def memory_lines(rollouts, engine, policy, settings):
     # The sampler: its cache in a step, or in an evaluation, if that is larger. On a GPU both are
     # kept.
     caches = []
+    graphs = 0
     for asked, samples in (
         (problems, settings["samples_per_prompt"]),
         (share(settings["eval_problems"]), 1),
@@ -130,6 +133,8 @@ def memory_lines(rollouts, engine, policy, settings):
         prompts = min(engine.max_rows, asked)
         needed = memory.cache_bytes(model.config, itemsize, prompts, longest, rows, new_tokens)
         caches.append(needed)
+        if engine.kept > 1:
+            graphs += memory.graph_bytes(model, device, rows, new_tokens, longest)
     stays = engine.kept > 1
     cache = sum(caches) if stays else max(caches)
 
@@ -140,7 +145,7 @@ def memory_lines(rollouts, engine, policy, settings):
     if policy.reference and not policy.adapters:
         with policy.reference() as reference:
             copies.append(reference)
-    parts = memory.estimate(model, copies, policy.params, used, activations, cache, stays)
+    parts = memory.estimate(model, copies, policy.params, used, activations, cache, stays, graphs)
     return memory.describe(parts, dist.free_memory(device))
 
 

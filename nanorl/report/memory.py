@@ -4,9 +4,12 @@ In the order of a step of RL:
 
     weights       of the policy, and copies: the sampler's narrower ones, a KL term's reference
     cache         of the sampler, while it decodes; its size follows from its shapes
+    graphs        what captured decode steps work in, which a GPU keeps apart
     activations   what backward needs, while the learner runs: on a CPU never at one time with the
                   cache, which a GPU keeps
     gradients     as large as what is trained
+    all-reduce    the gradients once more, in one row, on several ranks. The activations are gone by
+                  then, so it adds to the peak only where it is larger than they are
     optimizer     AdamW's two moments, each as large as that
 
 Activations are counted on two small forward passes, tensor by tensor, and scaled up.
@@ -20,6 +23,8 @@ import torch
 
 from nanorl import learner
 from nanorl.batch import pack
+from nanorl.gpt import LOGITS_AT_ONCE
+from nanorl.gpu import kernels_serve
 from nanorl.report.cost import cache_numbers
 from nanorl.runtime import dist
 
@@ -129,6 +134,33 @@ def cache_bytes(config, itemsize, prompts, prompt_tokens, rows, new_tokens):
     return itemsize * cache_numbers(config, tokens)
 
 
+def graph_bytes(model, device, rows, columns, prompt_columns):
+    """At most so much do the CUDA graphs of one set of caches work in.
+
+    All of them share the memory of the largest, a step of `rows` rows over `columns` of their own
+    and prompt_columns of their prompts'. What is alive at one time is a layer or the sampling.
+    """
+    config, itemsize = model.config, model.compute_dtype.itemsize
+    float_size = max(4, itemsize)
+
+    # Sampling: logits as the head gives them, of this part of the rows and of the last; and three
+    # more in fp32, scaled, without their largest, and as masses (nanorl/sampling.py).
+    V = config.n_tokens
+    rows_at_once = min(rows, max(1, LOGITS_AT_ONCE["cuda"] // V))
+    sampling = rows_at_once * V * (2 * itemsize + 3 * float_size)
+
+    # A layer: what enters it and its norm, and of the rest the MLP's three or attention's queries,
+    # keys, values and outputs. There may be twice as many cells on the grid as rows.
+    mlp = 3 * config.n_inner
+    attention = 16 * config.n_head * config.head_dim
+    layer = rows * (4 * config.n_embd + max(mlp, attention)) * float_size
+    if not kernels_serve(device, model.compute_dtype):
+        # The plain form has the scores of one part of the keys, and three more in fp32.
+        scores = rows * config.n_head * max(columns, 2 * prompt_columns)
+        layer += scores * (itemsize + 3 * float_size)
+    return max(sampling, layer)
+
+
 def bytes_per_row(model, new_tokens):
     """That one more row takes while it is decoded.
 
@@ -152,28 +184,36 @@ def rows_that_fit(engine, params, samples, new_tokens):
 # ---- all of it -----------------------------------------------------------------------------------
 
 
-def estimate(model, copies, trained, used, activations, cache=0, cache_stays=False):
+def estimate(model, copies, trained, used, activations, cache=0, cache_stays=False, graphs=0):
     """-> {part: bytes}, whose sum is the peak.
 
     copies: other models in memory. trained: the parameters that the optimizer has. used: bytes in
-    use now, before the first step. activations, cache: bytes; they do not exist at one time, but
-    where cache_stays, as the engine's does on a GPU.
+    use now, before the first step. activations, cache, graphs: bytes.
     """
     weights = bytes_of(model.parameters())
     of_copies = sum(bytes_of(copy.parameters()) for copy in copies)
     gradients = sum(p.numel() * p.element_size() for p in trained)
+
+    # These come one after the other, and the largest counts. So does the cache, but where it stays,
+    # as the engine's does on a GPU.
+    in_turn = {"activations": activations, "all-reduce": 0}
+    if dist.world_size() > 1:
+        in_turn["all-reduce"] = gradients  # dist.sum_gradients
     if not cache_stays:
-        if cache > activations:
-            activations = 0
-        else:
-            cache = 0
+        in_turn["cache"] = cache
+    largest = max(in_turn, key=in_turn.get)
+    parts = {name: 0 for name in in_turn}
+    parts[largest] = in_turn[largest]
+    if cache_stays:
+        parts["cache"] = cache
+
     return dict(
         weights=weights,
         copies=of_copies,
         gradients=gradients,
         optimizer=2 * gradients,
-        activations=activations,
-        cache=cache,
+        **parts,
+        graphs=graphs,
         program=max(0, used - weights - of_copies),
     )
 
@@ -192,7 +232,8 @@ def describe(parts, free):
     named = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items() if n > 5e6)
     lines = [f"memory: about {total} GB at most: {named}"]
 
-    to_come = sum(parts[name] for name in ("gradients", "optimizer", "activations", "cache"))
+    in_use = sum(parts.get(name, 0) for name in ("weights", "copies", "program"))
+    to_come = sum(parts.values()) - in_use
     if to_come > free:
         lines.append(
             f"WARNING: {gigabytes(to_come)} GB of that are still to be taken and "

@@ -49,10 +49,13 @@ def device_rates(device, dtype):
     return matrix_rate(dtype, device, n=1024, tries=10), copy_rate(device, n=2**23)
 
 
-def machine_rates():
-    """A longer look, at a CPU: 2048^3 products in fp32 and bf16, and copying 256 MB."""
+def machine_rates(device="cpu"):
+    """A longer look: large products in fp32 and bf16, and copying (256 MB, on a GPU 1 GB)."""
+    on_gpu = torch.device(device).type == "cuda"
+    n = 8192 if on_gpu else 2048
+    copied = 2**28 if on_gpu else 2**26
     return dict(
-        fp32_gflops=round(matrix_rate(torch.float32) / 1e9),
-        bf16_gflops=round(matrix_rate(torch.bfloat16) / 1e9),
-        copy_gb_s=round(copy_rate() / 1e9, 1),
+        fp32_gflops=round(matrix_rate(torch.float32, device, n) / 1e9),
+        bf16_gflops=round(matrix_rate(torch.bfloat16, device, n) / 1e9),
+        copy_gb_s=round(copy_rate(device, copied) / 1e9, 1),
     )

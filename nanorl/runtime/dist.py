@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import sys
+import time
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,9 @@ import torch.distributed as dist
 
 # The number of the signal that has come, SIGTERM's or Ctrl-C's. False: none has.
 _stop = False
+
+# Where the ranks found each other: it serves them as a table of strings too. None: one rank.
+_store = None
 
 # Errors of files that are no defect: a full disk, a limit, a file that may not be written.
 FILE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
@@ -82,6 +86,7 @@ def _bound_kernel_caches():
 
 def _join(device):
     """Join the process group that the environment describes, on this rank's device."""
+    global _store
     timeout = timedelta(hours=1)
     store, number, world = next(dist.rendezvous("env://", timeout=timeout))
 
@@ -91,6 +96,7 @@ def _join(device):
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"start {start}", store)
+    _store = store
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -305,6 +311,33 @@ def barrier():
     """Wait until every rank has come to this call."""
     if world_size() > 1:
         dist.barrier()
+
+
+def wait_for_main():
+    """A barrier that rank 0 may come to as late as it likes, for what it does alone.
+
+    A collective would end the others after an hour, and have a GPU spin until then. They ask for a
+    note of rank 0's instead. One that is gone is noticed, because the store goes with it, or
+    because torchrun ends the others.
+
+    Raises RuntimeError where the store is gone.
+    """
+    if world_size() == 1:
+        return
+    note = "rank 0 has come"
+    if is_main():
+        _store.set(note, "")
+    try:
+        while not _store.check([note]):
+            time.sleep(0.1)
+    except dist.DistNetworkError as error:
+        raise RuntimeError("connection closed while rank 0 worked alone") from error
+
+    # When all have read the note it goes, and is gone before anybody asks the next time.
+    barrier()
+    if is_main():
+        _store.delete_key(note)
+    barrier()
 
 
 def sum_gradients(params):

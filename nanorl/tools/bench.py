@@ -8,7 +8,7 @@
     base     train_base.py's step against a plain eager fp32 loop of as many parameters
     flips    tokens that differ when the same samples are drawn in other company:
              --model=<a trained one> --task=
-    rates    the machine's fp32 and bf16 matrix rates and its copy bandwidth
+    rates    the device's fp32 and bf16 matrix rates and its copy bandwidth
 
 The floor of a shape is its FLOPs over the matrix rate plus its bytes over the copy rate. Both rates
 are measured between the repetitions. (Where a device overlaps the two, the larger of them is the
@@ -102,7 +102,7 @@ def main():
         command=command,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
-        machine=machine_rates(),
+        machine=machine_rates(dist.setup(device)),
         settings=settings,
         **figures,
     )
@@ -110,7 +110,7 @@ def main():
 
 
 def no_figures(_options):
-    """`rates`: the machine's rates are in every command's last line."""
+    """`rates`: the device's rates are in every command's last line."""
     return {}
 
 

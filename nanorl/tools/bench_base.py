@@ -5,6 +5,7 @@ gpt.py's.
 """
 
 import time
+from functools import partial
 from statistics import median_high
 
 import torch
@@ -26,19 +27,21 @@ def measure_base(options):
     the medians, of the rates and of their ratios in the same round.
     """
     torch.manual_seed(0)
+    device = dist.setup(options.device)
     shape = (options.batch_tokens // options.seq_len, options.seq_len + 1)
-    ids = torch.randint(0, options.vocab_size, shape)  # (B, T + 1)
+    ids = torch.randint(0, options.vocab_size, shape).to(device)  # (B, T + 1)
     inputs, targets = ids[:, :-1], ids[:, 1:]  # (B, T) each
 
     config = config_of(options)
     heads = config.n_head
     plain = PlainGPT(options.depth, options.width, heads, options.vocab_size, options.seq_len)
-    _, best = dist.dtypes(options.dtype, torch.device("cpu"))
+    _, best = dist.dtypes(options.dtype, device)
+    ours = partial(OurStep, config, options.batch_tokens, device)
     steps = {
-        "nanorl": OurStep(config, best, options.batch_tokens),
-        "nanorl_compiled": OurStep(config, best, options.batch_tokens, compiled=True),
-        "nanorl_fp32": OurStep(config, torch.float32, options.batch_tokens),
-        "plain": PlainStep(plain),
+        "nanorl": ours(best),
+        "nanorl_compiled": ours(best, compiled=True),
+        "nanorl_fp32": ours(torch.float32),
+        "plain": PlainStep(plain.to(device)),
     }
     for step in steps.values():
         step.take(inputs, targets)
@@ -52,6 +55,7 @@ def measure_base(options):
 
     tokens = {name: round(median_high([rates[name] for rates in rounds])) for name in steps}
     return dict(
+        device=str(device),
         dtype=str(best),
         params=config.n_params()[0],
         plain_params=sum(p.numel() for p in plain.parameters()),
@@ -64,9 +68,11 @@ def measure_base(options):
 def tokens_per_second(step, inputs, targets, options):
     """How fast steps are taken, over at least `options.seconds`."""
     steps = 0
+    dist.synchronize(inputs.device)
     begun = time.perf_counter()
     while time.perf_counter() - begun < options.seconds:
         step.take(inputs, targets)
+        dist.synchronize(inputs.device)  # a GPU only takes orders; the clock is for what it does
         steps += 1
     return steps * options.batch_tokens / (time.perf_counter() - begun)
 
@@ -102,8 +108,8 @@ def config_of(options):
 class OurStep:
     """A model of its own, and train_base.py's step of it, with AdamW."""
 
-    def __init__(self, config, compute_dtype, batch_tokens, compiled=False):
-        self.model = GPT(config).init_weights()
+    def __init__(self, config, batch_tokens, device, compute_dtype, compiled=False):
+        self.model = GPT(config).init_weights().to(device)
         self.model.compute_dtype = compute_dtype
         self.batch_tokens = batch_tokens
         self.params = list(self.model.parameters())
@@ -146,7 +152,8 @@ class PlainGPT(nn.Module):
 
     def forward(self, ids):
         """ids (B, T) -> logits (B, T, V)."""
-        x = self.token(ids) + self.position(torch.arange(ids.size(1)))  # (B, T, C)
+        positions = torch.arange(ids.size(1), device=ids.device)  # (T,)
+        x = self.token(ids) + self.position(positions)  # (B, T, C)
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.token.weight)

@@ -10,6 +10,7 @@ import torch
 from nanorl.engine import Engine
 from nanorl.hf import load_model
 from nanorl.rollout import prompt_key
+from nanorl.runtime import dist
 from nanorl.runtime.checkpoint import resolve
 from nanorl.tasks import get_task
 from nanorl.tokenizer import Tokenizer
@@ -22,8 +23,9 @@ def measure_flips(options):
 
     options: bench.py's constants.
     """
+    device = dist.setup(options.device)
     directory = resolve(options.model)
-    exact = load_model(directory, torch.float64)
+    exact = load_model(directory, torch.float64, device)
     tokenizer = Tokenizer.from_pretrained(directory)
     source = get_task(options.task, split="val")
     problems = [source.problem(i) for i in range(options.prompts)]
@@ -31,7 +33,9 @@ def measure_flips(options):
 
     found = {}
     for name, dtype in DTYPES.items():
-        net = exact if dtype == torch.float64 else load_model(directory, torch.float32)
+        net = exact
+        if dtype != torch.float64:
+            net = load_model(directory, torch.float32, device)
         net.compute_dtype = dtype
         together = draw(net, 0, prompts, tokenizer.stop_ids, options)
         in_fewer_slots = draw(net, 3 * options.samples, prompts, tokenizer.stop_ids, options)

@@ -303,6 +303,6 @@ def report(policy, rollouts, advantages, s):
     if dist.is_main():
         lines, good = compare(policy, rollouts, advantages, s)
         print(*lines, sep="\n", flush=True)
-    dist.barrier()
+    dist.wait_for_main()
     if not good:
         raise SystemExit(1)
