@@ -130,7 +130,7 @@ def main():
         engine.max_rows = rows_that_fit(engine, policy.params, G, max_new_tokens)
     rates = device_rates(device, compute_dtype)
     meter = Meter(policy.model, policy.adapters, run.state["flops"], *rates)
-    watch = Watch(run.state.get("watch"))
+    watch = Watch(run.state.get("watch"), policy.model.config.vocab_size)
 
     def sample(step, asked):
         """asked: (number, problem) pairs -> Rollouts of this rank's share of them."""

@@ -481,6 +481,22 @@ def test_conversations_of_every_kind_of_file(tmp_path, tokenizer, name):
     second = write_rows(tmp_path / "again.jsonl", sums)
     again = read_conversations(f"{path},{second}", tokenizer, 64)
     assert [len(part) for part in again[:2]] == [2 * len(train), 2 * len(val)]
+    assert again[2] == "300 of 600 conversations are copies of others"
+
+
+def test_held_out_questions_that_are_trained_on_are_said(tmp_path, tokenizer):
+    """A conversation that comes twice is on one side, but a question may have two answers."""
+    system = {"system": "the cat"}
+    answered = [{"prompt": f"{i}?", "completion": "5"} for i in range(200)]
+    others = [{**row, "completion": "7"} for row in answered]
+    path = write_rows(tmp_path / "a.jsonl", [*answered, *others])
+    _, val, note = read_conversations(str(path), tokenizer, 64)
+    assert note.startswith(f"WARNING: {len(val)} of the {len(val)} held-out conversations differ")
+
+    # Others are asked after other words of the system.
+    different = [{**row, **system} for row in others]
+    path = write_rows(tmp_path / "b.jsonl", [*answered, *different])
+    assert read_conversations(str(path), tokenizer, 64)[2] == ""
 
 
 def test_every_turn_of_the_assistant_is_in_the_loss(tmp_path, tokenizer):
@@ -507,7 +523,7 @@ def test_conversations_that_fit_no_row_are_left_out_and_counted(tmp_path, tokeni
     path = write_rows(tmp_path / "a.jsonl", [words(n) for n in (1, 9, 10, 90, 2)])
     train, val, note = read_conversations(str(path), tokenizer, fits)
     assert len(train) + len(val) == 3 and max(len(ids) for ids, _ in train + val) == fits + 1
-    assert note == (
+    assert note.splitlines()[0] == (
         f"2 of 5 conversations are longer than --seq_len={fits} tokens and are left out; "
         f"the longest has {longest}"
     )

@@ -192,7 +192,10 @@ def test_dead_groups_is_the_share_of_subsets_that_agree(n):
     ],
 )
 def test_verdict_on_a_task(accuracy, dead, clipped, words):
-    assert verdict(dict(accuracy=accuracy, dead=dead, clipped=clipped)) == words
+    row = dict(accuracy=accuracy, dead=dead, clipped=clipped, n=10, samples=4)
+    assert verdict(row) == words
+    assert verdict({**row, "failed": 20}) == words
+    assert verdict({**row, "failed": 21}) == "the reward fails"
 
 
 def test_survey_table_fits_a_terminal_and_its_columns_line_up():
@@ -487,3 +490,35 @@ def test_compare_refuses_other_problems(b):
         compare(answers([1, 1]), b)
     with pytest.raises(ValueError, match="2 shares for A and 3 for B"):
         compare(answers([1, 1]), answers([1, 1, 1]))
+
+
+def worded(texts, **more):
+    """An outcome a text, one sample each, that solves a problem where it is 'yes'."""
+    found = []
+    for i, text in enumerate(texts):
+        outcome = dict(index=i, prompt=[i], answer="", solved=[text == "yes"], texts=[text])
+        found.append({**outcome, "finished": [True], **more})
+    return found
+
+
+def test_a_comparison_says_what_makes_it_mean_less():
+    some = ["yes", "no", "no"] * 10
+    found = compare(worded(some), worded(some))
+    assert found["verdict"].startswith("no difference: all 30 completions are the same, word for")
+    found = compare(worded(some), worded(["yes", "never", "no"] * 10))
+    assert found["verdict"].startswith("no difference that n = 30 can see")
+    assert "but" not in found["verdict"]
+
+    cut = worded(["?"] * 30, finished=[False])
+    failed = worded(["no"] * 30, errors=["no verifier"])
+    said = compare(worded(["yes"] * 30), cut)["verdict"]
+    assert (
+        said == "A is better; but 100% of the completions of B are cut off: raise --max_new_tokens"
+    )
+    said = compare(failed, worded(["yes"] * 30))["verdict"]
+    words = "the reward failed on 30 samples of A, which count as not solved"
+    assert said == f"B is better; but {words}"
+
+    # Problems that do not fit the model were not asked.
+    too_long = worded(["?"] * 30, finished=[False], too_long=True)
+    assert compare(worded(["yes"] * 30), too_long)["verdict"] == "A is better"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 
 import pytest
@@ -178,7 +179,16 @@ QUIET = {
     "logp_diff/mean": 1e-7,
     "reward/errors": 0,
     "reward/timeouts": 0,
+    "bad_steps": 0,
+    "lr": 0.001,
+    "tokens": 320,
+    "completions/mean_length": 10.0,
 }
+
+
+def watching(state=None):
+    return Watch(state, vocab_size=300)
+
 
 APART = {"train_set/accuracy": 0.22, "train_set/n": 100, "val/accuracy": 0.055}
 
@@ -195,15 +205,18 @@ APART = {"train_set/accuracy": 0.22, "train_set/n": 100, "val/accuracy": 0.055}
         ({"reward/timeouts": 2}, "too long on 2", "groups"),
         ({"completions/clipped_ratio": 0.21}, "--max_new_tokens", "groups"),
         ({"logp_diff/mean": 5.1e-7}, "--dtype=fp32", "groups"),
+        ({"bad_steps": 1}, "the gradient was not finite", "groups"),
+        ({"entropy": 2.1}, "lower --lr (this step's is 0.001)", "groups"),
         ({**APART, "train_set/p": 0.009}, "of 100 training problems 22.0% are solved", "groups"),
     ],
 )
 def test_warnings_in_words_when_something_begins(change, words, others):
-    watch = Watch()
+    watch = watching()
     assert watch.look(QUIET) == []
     for edge in (
         {"frac_learned_zero_std": 0.25},
         {"entropy": 0.11},
+        {"entropy": 1.9},
         {"completions/clipped_ratio": 0.2},
         {"logp_diff/mean": 4.9e-7},
         {**APART, "train_set/p": 0.011},
@@ -212,18 +225,86 @@ def test_warnings_in_words_when_something_begins(change, words, others):
     (said,) = watch.look({**QUIET, **change})
     assert words in said and others not in said and "\n" not in said
     assert watch.look({**QUIET, **change}) == []  # once
-    assert (
-        Watch(json.loads(json.dumps(watch.state))).look({**QUIET, **change}) == []
-    )  # and not again when the run is resumed
+    # And not again when the run is resumed.
+    assert watching(json.loads(json.dumps(watch.state))).look({**QUIET, **change}) == []
 
 
 def test_the_warnings_compare_with_the_first_step_also_after_a_resume():
-    watch = Watch()
+    watch = watching()
     watch.look(QUIET)
-    assert Watch(watch.state).look({**QUIET, "entropy": 0.05})
+    assert watching(watch.state).look({**QUIET, "entropy": 0.05})
 
 
 def test_rounding_noise_in_fp64_is_no_warning():
-    watch = Watch()
+    watch = watching()
     watch.look({**QUIET, "logp_diff/mean": 1e-17})
     assert watch.look({**QUIET, "logp_diff/mean": 1e-15}) == []
+
+
+def said_at(name, values):
+    """{number of a step: what is said} of a run in which only this number changes."""
+    watch = watching()
+    watch.look(QUIET)
+    found = {}
+    for number, value in enumerate(values):
+        sentences = watch.look({**QUIET, name: value})
+        if sentences:
+            (found[number],) = sentences
+    return found
+
+
+def test_a_warning_is_said_again_when_it_has_become_clearly_worse():
+    said = said_at("frac_learned_zero_std", [0.56, 0.6, 0.3, 0.7, 0.8, 0.56, 0.95, 1.0, 1.0])
+    assert list(said) == [0, 4, 6, 7]
+    assert "(above 0.5)" in said[0]
+    assert "(above 0.75)" in said[4]
+    assert said[7].startswith("100% of the groups")
+    assert "so no reward moves the model" in said[7]
+
+    # Other numbers: when they have doubled.
+    assert list(said_at("reward/errors", [1, 1, 2, 3, 1, 4, 7, 8])) == [0, 2, 5, 7]
+    assert list(said_at("entropy", [0.09, 0.06, 0.04, 0.06, 0.0])) == [0, 2, 4]
+    assert list(said_at("logp_diff/mean", [6e-7, 9e-7, 1.1e-6, math.inf, math.nan])) == [0, 2, 3]
+
+
+def test_a_warning_is_forgotten_after_fifty_steps_without_it():
+    assert list(said_at("frac_learned_zero_std", [1.0] * 200)) == [0]
+    assert list(said_at("frac_learned_zero_std", [1.0, *[0.1] * 49, 1.0])) == [0]
+    assert list(said_at("frac_learned_zero_std", [1.0, *[0.1] * 50, 1.0])) == [0, 51]
+
+
+def test_what_checkpoints_of_before_there_were_levels_have_said_is_not_said_again():
+    watch = watching({"first": {"entropy": 1.0, "logp_diff/mean": 1e-7}, "said": ["dead 0.5"]})
+    assert watch.look({**QUIET, "frac_learned_zero_std": 0.6}) == []
+    assert watch.look({**QUIET, "frac_learned_zero_std": 1.0})
+    watch = watching({"first": {}, "said": ["dead 0.25", "cut"]})
+    assert watch.look({**QUIET, "frac_learned_zero_std": 0.3}) == []
+    assert watch.look({**QUIET, "completions/clipped_ratio": 0.3}) == []
+    assert watch.look({**QUIET, "frac_learned_zero_std": 0.6})
+
+
+def test_the_cause_is_named_before_what_follows_from_it():
+    watch = watching()
+    watch.look(QUIET)
+    cut = {"completions/clipped_ratio": 0.9, "frac_learned_zero_std": 1.0, "reward/correct": 0.0}
+    noise, dead, cut_off = watch.look({**QUIET, **cut, "entropy": 5.65, "lr": 3e4})
+    assert "tokens taken blindly have 5.70" in noise
+    for sentence in (noise, dead, cut_off):
+        assert "start again with a lower --lr (this step's is 30000)" in sentence
+        assert "--max_new_tokens" not in sentence
+
+    # The model that RL started from was noise.
+    sentences = watching().look({**QUIET, **cut, "entropy": 5.65})
+    assert len(sentences) == 3
+    assert all("more SFT" in sentence and "--lr" not in sentence for sentence in sentences)
+
+    # The reward failed.
+    errors, dead = watching().look({**QUIET, "frac_learned_zero_std": 1.0, "reward/errors": 17})
+    assert "mend that first" in dead
+    assert "more SFT" not in dead
+    errors, dead = watching().look({**QUIET, "frac_learned_zero_std": 1.0, "reward/errors": 16})
+    assert "mend that first" not in dead
+
+    # Completions are cut off.
+    dead, _ = watching().look({**QUIET, **cut})
+    assert "raise --max_new_tokens first" in dead

@@ -70,3 +70,17 @@ def test_a_folder_that_is_not_there_gets_one_line(tmp_path):
     assert ended.returncode == 1
     assert ended.stderr.startswith("usage:")
     assert "Traceback" not in ended.stderr
+
+
+def test_runs_that_say_little_are_named(tmp_path):
+    run(tmp_path / "x", "some-0", [0.5] * 4, 0.0, 0.5)
+    run(tmp_path / "x", "none-0", [0.0] * 4, 0.0, 0.0)
+    runs = table.read([str(tmp_path / "x")])
+    assert table.cautions(runs) == []
+    for row in runs["none"][0][1:]:
+        row.update({"frac_reward_zero_std": 1.0, "reward/errors": 0, "reward/timeouts": 0})
+        row.update({"tokens": 10, "completions/mean_length": 5.0})
+    runs["none"][0][-1]["val/failed"] = 3
+    no_signal, failed = table.cautions(runs)
+    assert no_signal.startswith("none: RL received no signal in 4 of 4 steps")
+    assert failed == "none: the reward failed on 3 held-out answers"

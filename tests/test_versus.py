@@ -14,7 +14,7 @@ import torch
 
 from nanorl.evaluate.seeds import holm, over_seeds, student_p, student_t, verdict_over_seeds
 from nanorl.runtime import checkpoint
-from nanorl.tools import versus
+from nanorl.tools import learnt, versus
 from scripts import RL, call, rows
 
 
@@ -322,11 +322,79 @@ def test_the_report(experiment, arms, out, capsys):
     b = state_of(arms / "sft_more")["flops"]["train"]
     assert f"| 0 | {a:.4g} | {b:.4g} | {b / a - 1:+.2%} |" in text
 
+    parts = numbers["flops"]["0"]["parts of A"]
+    assert sum(parts.values()) == pytest.approx(a)
+    share = parts["decode"] / a
+    assert f"{parts['decode']:.4g} ({share:.0%})" in text
+    assert "| decode of A |" in text
+    assert "| 0 (0%) |" in text  # of the reference
+
     for name, curve in numbers["curves"].items():
         evaluated = [row for row in rows(arms / versus.ARMS[name]) if "val/accuracy" in row]
         assert curve[0] == [[row["flops_total"], row["val/accuracy"]] for row in evaluated]
         assert len(curve[0]) >= 2
     assert ("accuracy.png)" in text) == (experiment / "accuracy.png").exists()
+
+
+def rl_rows(n, dead, right=0.0, **changes):
+    """n rows of an RL run, after the evaluation before it; 8 samples a step."""
+    row = {"frac_reward_zero_std": 0.0, "frac_learned_zero_std": dead, "reward": 5.0, "updated": 1}
+    row.update({"reward/correct": right, "reward/errors": 0, "reward/timeouts": 0})
+    row.update({"tokens": 80, "completions/mean_length": 10.0, **changes})
+    return [{"step": 0, "val/accuracy": 0.0}] + [dict(row) for _ in range(n)]
+
+
+def test_what_a_run_without_signal_says_nothing_about():
+    live = rl_rows(10, dead=0.5)
+    assert learnt.caution({0: live}) == ""
+    assert learnt.caution({0: rl_rows(5, dead=1.0) + rl_rows(5, dead=0.89)}) == ""
+
+    said = learnt.caution({0: rl_rows(6, dead=1.0) + rl_rows(4, dead=0.5)})
+    assert said == (
+        "RL received no signal in 6 of 10 steps: only 0.0% of the samples there are right, "
+        "so this says little about the reward"
+    )
+    said = learnt.caution({0: rl_rows(1, dead=1.0) + rl_rows(8, dead=0.94, right=0.03) + live[:2]})
+    assert "no signal in 1 of 10 steps and almost none in 8: only 2.7%" in said
+    assert said.endswith("says nothing about the reward")
+
+    # No update changed the weights, whatever the rewards were.
+    assert "no signal in 7 of 7 steps" in learnt.caution({0: rl_rows(7, dead=0.0, updated=0)})
+
+    # There was nothing left to learn, or the reward failed.
+    said = learnt.caution({0: rl_rows(9, dead=1.0, right=0.99)})
+    assert said.endswith("99.0% of the samples there are right, so little is left to learn")
+    said = learnt.caution({0: rl_rows(9, dead=1.0, **{"reward/errors": 4, "reward/timeouts": 1})})
+    assert "the task's reward failed on 45 of 72 samples there" in said
+
+    # Of several seeds: most steps of one of them, or of all together.
+    said = learnt.caution({0: live, 1: rl_rows(10, dead=1.0)[:9], 2: live})
+    assert "in 8 of 8 steps (seed 1: 8 of 8)" in said
+    said = learnt.caution({0: rl_rows(3, dead=1.0) + live[:6], 1: rl_rows(10, dead=1.0)})
+    assert "in 13 of 18 steps (seed 0: 3 of 8, seed 1: 10 of 10)" in said
+
+
+def test_the_verdict_begins_with_what_makes_it_mean_less(experiment, tmp_path, capsys):
+    shutil.copytree(experiment, tmp_path / "dead")
+    for seed in (0, 1):
+        stage = tmp_path / "dead" / f"seed{seed}" / "rl"
+        logged = [json.loads(line) for line in (stage / "metrics.jsonl").open()]
+        for row in logged[1:]:
+            row["frac_learned_zero_std"] = 1.0
+        (stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+        with open(summary_of(stage)) as f:
+            summary = json.load(f)
+        summary["0-20"]["greedy"].update(failed=3, failure="no verifier")
+        with open(summary_of(stage), "w") as f:
+            json.dump(summary, f)
+    versus.main(str(tmp_path / "dead"))
+    said = capsys.readouterr().out
+    text = (tmp_path / "dead" / "report.md").read_text()
+    for words in (said, text):
+        assert "RL received no signal in 16 of 16 steps (seed 0: 8 of 8, seed 1: 8 of 8)" in words
+        assert "the task's reward failed on 6 of 40 answers of A: RL, which count as not" in words
+    assert text.splitlines()[2].startswith("**RL received no signal")
+    assert "| 1 | 8 | 8 | 0 |" in text
 
 
 def damaged(experiment, tmp_path, change):

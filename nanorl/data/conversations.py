@@ -156,12 +156,14 @@ def read_conversations(patterns, tokenizer, seq_len):
     """Files of rows -> (examples to train on, examples held out, note).
 
     An example is (ids, mask), numpy arrays, as tokenizer.render_chat gives them. A conversation
-    that does not fit a row of seq_len inputs is left out. The note says how many are, and what
-    columns are not read; it is "" where there is neither. Raises ValueError for rows that are no
+    that does not fit a row of seq_len inputs is left out. The note says how many are, how many come
+    again, how many held-out ones ask what a training one asks, and what columns are not read; it is
+    "" where there is none of these. Raises ValueError for rows that are no
     conversations, and where fewer than two different conversations fit.
     """
     examples = []
     hashes = []  # of the examples' messages
+    questions = []  # hashes of all but their last message, the assistant's
     n_conversations = 0
     longest = 0  # in tokens
     n_unread = Counter()  # {column: its rows}
@@ -172,6 +174,7 @@ def read_conversations(patterns, tokenizer, seq_len):
         if len(ids) <= seq_len + 1:
             examples.append((np.array(ids, np.int32), np.array(mask, bool)))
             hashes.append(content_hash(json.dumps(messages)))
+            questions.append(content_hash(json.dumps(messages[:-1])))
 
     note = ""
     n_too_long = n_conversations - len(examples)
@@ -187,19 +190,42 @@ def read_conversations(patterns, tokenizer, seq_len):
             f"--data={patterns}: {reason}: two or more must be left, one of which validates"
         )
 
-    train = []
-    held_out = []
-    bound = val_bound(min(hashes))
-    for example, example_hash in zip(examples, hashes):
-        if example_hash < bound:
-            held_out.append(example)
-        else:
-            train.append(example)
-
+    train, held_out, notes = _split(examples, hashes, questions)
     if n_unread:
         columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in n_unread.items())
-        note = "\n      ".join(filter(None, [note, f"not read: {columns}"]))
-    return train, held_out, note
+        notes.append(f"not read: {columns}")
+    return train, held_out, "\n      ".join(filter(None, [note, *notes]))
+
+
+def _split(examples, hashes, questions):
+    """-> (train, held_out, notes): what validates by its hash, and what to know of the two.
+
+    hashes: of the examples' messages. questions: hashes of all but their last message.
+    """
+    train, held_out = [], []
+    asked_in_train, asked_in_held_out = set(), []
+    bound = val_bound(min(hashes))
+    for example, example_hash, question in zip(examples, hashes, questions):
+        if example_hash < bound:
+            held_out.append(example)
+            asked_in_held_out.append(question)
+        else:
+            train.append(example)
+            asked_in_train.add(question)
+
+    # A conversation is on one side only. Its question with another answer may be on the other.
+    notes = []
+    copies = len(hashes) - len(set(hashes))
+    if copies:
+        notes.append(f"{copies:,} of {len(hashes):,} conversations are copies of others")
+    shared = sum(question in asked_in_train for question in asked_in_held_out)
+    if shared:
+        notes.append(
+            f"WARNING: {shared:,} of the {len(held_out):,} held-out conversations differ from a "
+            "training one in the last answer alone, so val/loss is not of unseen questions: keep "
+            "one answer of each"
+        )
+    return train, held_out, notes
 
 
 def _rendered(patterns, tokenizer, n_unread):

@@ -284,7 +284,36 @@ def compare(results_a, results_b):
             f"no difference that n = {n} can see; one below about {100 * smallest:.1f} points "
             "would likely not show"
         )
+    if said(results_a) == said(results_b):
+        verdict = (
+            f"no difference: all {n * samples} completions are the same, word for word, so A and B "
+            "may be one model, or one that a run has not changed"
+        )
+    verdict = "; but ".join([verdict, *weaknesses("A", results_a), *weaknesses("B", results_b)])
     return dict(found, p=p, smallest=smallest, verdict=verdict)
+
+
+def said(results):
+    """What every problem's samples say; where that was not kept, something that equals nothing."""
+    return [outcome.get("texts", object()) for outcome in results]
+
+
+def weaknesses(name, results):
+    """What makes a comparison with this model's outcomes mean less, a sentence each."""
+    failed, ended = 0, []
+    for outcome in results:
+        failed += sum(bool(error) for error in outcome.get("errors", []))
+        if not outcome.get("too_long"):
+            ended += outcome.get("finished", [])
+    found = []
+    if failed:
+        found.append(f"the reward failed on {failed} samples of {name}, which count as not solved")
+    if 2 * sum(ended) < len(ended):
+        share = 1 - sum(ended) / len(ended)
+        found.append(
+            f"{share:.0%} of the completions of {name} are cut off: raise --max_new_tokens"
+        )
+    return found
 
 
 def check_same_problems(results_a, results_b):

@@ -23,6 +23,11 @@ def failed(count, reason):
     )
 
 
+def failed_line(name, row):
+    """The same of a task's summary."""
+    return f"{name}: {failed(row['failed'], row['failure'])}"
+
+
 # ---- one evaluation, or two ----------------------------------------------------------------------
 
 
@@ -155,6 +160,8 @@ def benchmark_table(rows):
 
 def verdict(row):
     """A summary of samples with `dead` (dead_groups) -> what RL could do on the task."""
+    if row.get("failed", 0) > row["n"] * row["samples"] / 2:
+        return "the reward fails"
     if row["accuracy"] < NEARLY_ALL and row["dead"] <= 1 - LIVE:
         return "RL can learn here"
     if row["accuracy"] >= 0.5:
@@ -182,4 +189,5 @@ def survey_table(rows, G):
         "the groups are live. Elsewhere little is",
         f"left from a pass rate of 50%; below it is too hard, or over {CUT_OFF:.0%} are cut off: "
         "raise --max_new_tokens.",
+        *(failed_line(name, row) for name, row in rows.items() if "failed" in row),
     ]

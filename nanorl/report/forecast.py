@@ -90,7 +90,14 @@ def learning_lines(rollouts, seconds, steps):
     if failures:
         failed = f"the task's reward failed on {len(failures)} of {n} samples"
         lines.append(f"WARNING: {failed}, such as: {failures[0].text}")
-    if solved == 0:
+    if len(failures) > n / 2:
+        lines.append("Mend its reward() first: a sample that was not judged teaches nothing.")
+    elif solved == 0 and cut_off > 0.5:
+        lines.append(
+            "WARNING: no sample was solved, and most are cut off, so that they could not be: "
+            "raise --max_new_tokens first, or teach the model to stop (SFT)."
+        )
+    elif solved == 0:
         lines.append(
             "WARNING: no sample was solved, so this task is too hard for this model: "
             "most steps will change nothing."

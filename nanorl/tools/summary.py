@@ -8,9 +8,11 @@ import json
 import os
 import sys
 
+from nanorl.evaluate import words
 from nanorl.report.rates import machine_rates
 from nanorl.runtime import checkpoint
 from nanorl.runtime.log import duration, to_json
+from nanorl.tools import learnt
 
 STAGES = ("base", "sft", "rl")
 
@@ -73,6 +75,19 @@ def table(results):
     return lines
 
 
+def cautions(run, results):
+    """What makes the table mean less -> lines. results: {stage: result}."""
+    lines = []
+    for stage, result in results.items():
+        if "failed" in result:
+            lines.append(f"{stage}: {words.failed(result['failed'], result['failure'])}")
+        # A base model has not learnt to stop.
+        if stage != "base" and result["clipped"] > words.CUT_OFF:
+            lines.append(f"{stage}: {result['clipped']:.0%} of the answers are cut off")
+    caution = learnt.caution({"": read_lines(os.path.join(run, "rl", "metrics.jsonl"))})
+    return [*lines, caution] if caution else lines
+
+
 def print_completions(before, after, count=3):
     """The first problems' outcomes of SFT and of RL."""
     print("\nThe same problems before and after RL:")
@@ -95,7 +110,7 @@ def main(run, seconds=None):
     results, outcomes = {}, {}
     for stage in STAGES:
         results[stage], outcomes[stage] = stage_result(os.path.join(run, stage))
-    print("\n".join(table(results)))
+    print(*table(results), *cautions(run, results), sep="\n")
     print_completions(outcomes["sft"], outcomes["rl"])
 
     path = os.path.join(run, "summary.json")

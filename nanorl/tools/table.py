@@ -7,8 +7,9 @@ seeds, with each seed's number in brackets:
   last 5              the same of the last five steps
   greedy before/after share of the held-out problems that the greedy answer solves
 
-Runs without a step are left out. Under the table stands each row's difference from the first,
-paired by seed: mean and 95% interval (Student's t over the seeds).
+Runs without a step are left out. Under the table it is said which runs had no signal in most of
+their steps, and how many held-out answers the reward failed on. Then comes each row's difference
+from the first, paired by seed: mean and 95% interval (Student's t over the seeds).
 """
 
 import json
@@ -19,6 +20,7 @@ import statistics
 import sys
 
 from nanorl.evaluate.seeds import student_t
+from nanorl.tools import learnt
 
 COUNTS = ("length", "seconds")  # shown as whole numbers; the other columns are shares
 COMPARED = ("greedy after", "solved, all steps")  # columns whose difference has a line
@@ -121,13 +123,26 @@ def differences(runs):
     return lines
 
 
+def cautions(runs):
+    """{what: {seed: rows}} -> lines: which rows of the table say little, and why."""
+    lines = []
+    for what, seeds in runs.items():
+        caution = learnt.caution(seeds)
+        if caution:
+            lines.append(f"{what}: {caution}")
+        failed = sum(row.get("val/failed", 0) for rows in seeds.values() for row in rows)
+        if failed:
+            lines.append(f"{what}: the reward failed on {failed} held-out answers")
+    return lines
+
+
 def main(directories):
     if not directories or not all(os.path.isdir(directory) for directory in directories):
         sys.exit("usage: python -m nanorl.tools.table <folders of runs>, such as out/journal/kl")
     runs = read(directories)
     if not runs:
         sys.exit(f"no runs in {', '.join(directories)}")
-    print(*table(runs), "", *differences(runs), sep="\n")
+    print(*table(runs), "", *cautions(runs), *differences(runs), sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nanorl.evaluate.seeds import holm, over_seeds, verdict_over_seeds
 from nanorl.evaluate.statistics import Z_POWER
 from nanorl.runtime import checkpoint
 from nanorl.runtime.log import to_json
-from nanorl.tools import versus_report
+from nanorl.tools import learnt, versus_report
 from nanorl.tools.summary import read_json, read_lines
 
 ARMS = {"A": "rl", "B": "sft_more"}
@@ -191,7 +191,7 @@ def report(folder, only=()):
 
     found = {key: comparisons(seeds, key) for key in own}
     d = found[name, "greedy"]["A - B"]
-    verdict = verdict_over_seeds(d, "A (RL)", "B (more SFT)")
+    verdict = verdict_with_cautions(seeds, (name, "greedy"), d)
     bench, adjusted, visible = compare_benchmarks(seeds, others)
     regression = versus_report.regression(bench, adjusted)
 
@@ -201,6 +201,7 @@ def report(folder, only=()):
     for key, comparison in found.items():
         lines += versus_report.task_section(seeds, key, comparison)
     lines += ["![accuracy against FLOPs](accuracy.png)", ""]
+    lines += versus_report.signal_section(rows_of_rl(seeds))
     lines += versus_report.cost_section(seeds)
     if others:
         lines += versus_report.benchmark_section(seeds, bench, adjusted, visible)
@@ -213,11 +214,31 @@ def report(folder, only=()):
         holm_p = {pair: adjusted[key, pair] for pair in c}
         numbers["benchmarks"][f"{key[0]} {key[1]}"] = {**c, "holm": holm_p}
     numbers["curves"] = curves(seeds)
-    numbers["flops"] = {}
-    for seed, arms in seeds.items():
-        numbers["flops"][seed] = {arm: arms[arm]["state"]["flops"] for arm in ARMS}
+    numbers["signal"] = {seed: learnt.signal(rows) for seed, rows in rows_of_rl(seeds).items()}
+    numbers["flops"] = flops_of(seeds)
     numbers["torch"] = torch.__version__
     return lines, numbers, seeds, task
+
+
+def rows_of_rl(seeds):
+    """-> {seed: rows of the RL run's metrics.jsonl}."""
+    return {seed: arms["A"]["rows"] for seed, arms in seeds.items()}
+
+
+def verdict_with_cautions(seeds, key, d):
+    """Which of A and B is better; before that what makes it mean less. d: over_seeds of both."""
+    words = [learnt.caution(rows_of_rl(seeds)), versus_report.failures(seeds, key)]
+    words.append(verdict_over_seeds(d, "A (RL)", "B (more SFT)"))
+    return "; ".join(filter(None, words))
+
+
+def flops_of(seeds):
+    """-> {seed: {A, B, parts of A}}."""
+    found = {}
+    for seed, arms in seeds.items():
+        found[seed] = {arm: arms[arm]["state"]["flops"] for arm in ARMS}
+        found[seed]["parts of A"] = versus_report.flops_by_part(arms["A"]["rows"])
+    return found
 
 
 def is_benchmark(key, everywhere):

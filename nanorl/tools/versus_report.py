@@ -11,7 +11,9 @@ import numpy as np
 
 from nanorl.evaluate.seeds import signed_points
 from nanorl.evaluate.words import percent
+from nanorl.report.cost import PARTS
 from nanorl.runtime.log import duration
+from nanorl.tools import learnt
 
 NAMES = {"start": "start", "A": "A: RL", "B": "B: more SFT"}
 COLOURS = {"A": "#d1495b", "B": "#30638e"}
@@ -67,6 +69,23 @@ def about(card):
     return [f"{what} {model} on {devices}, {made}, {platform.machine()}.", ""]
 
 
+def failures(seeds, key):
+    """On how many answers the reward failed, of each arm over the seeds; "" where on none."""
+    name, how = key
+    words = []
+    for arm, of_arm in NAMES.items():
+        failed = n = 0
+        for arms in seeds.values():
+            summary = arms[arm]["summary"][name][how]
+            failed += summary.get("failed", 0)
+            n += summary["n"] * summary["samples"]
+        if failed:
+            words.append(f"{failed:,} of {n:,} answers of {of_arm}")
+    if not words:
+        return ""
+    return f"the task's reward failed on {', '.join(words)}, which count as not solved"
+
+
 # ---- the task ------------------------------------------------------------------------------------
 
 
@@ -119,6 +138,31 @@ def mean_difference(d):
     return f"{mean} [{low}, {high}], p {p_value(d['p_seeds'])}"
 
 
+# ---- what RL learnt from ----------------------------------------------------------------------
+
+
+def signal_section(rows_of):
+    """rows_of: {seed: rows of the RL run's metrics.jsonl}."""
+    rows = []
+    for seed, of_seed in rows_of.items():
+        found = learnt.signal(of_seed)
+        steps = [row for row in of_seed if "tokens_with_signal" in row]
+        with_signal = sum(row["tokens_with_signal"] for row in steps) / len(steps)
+        counts = found["steps"], found["none"], found["almost"]
+        rows.append((seed, *counts, percent(found["right"]), percent(with_signal)))
+    columns = ["seed", "steps", "without signal", "with almost none", "right in those"]
+    return [
+        "## What RL learnt from",
+        "",
+        *table([*columns, "tokens with signal"], rows),
+        "Without signal: the rewards of every group are equal, or no update changed the weights. "
+        f"Almost none: those of {learnt.ALMOST:.0%} of the groups or more are equal. "
+        "Right: of the samples of these steps. Tokens with signal: those in other groups, "
+        "the mean over all steps.",
+        "",
+    ]
+
+
 # ---- what it took --------------------------------------------------------------------------------
 
 
@@ -141,7 +185,35 @@ def cost_section(seeds):
         "attention only what a token may see, and no padding. Time is the steps', with their "
         "evaluations.",
         "",
+        *parts_table(seeds),
     ]
+
+
+def parts_table(seeds):
+    """The FLOPs of RL by what they were for."""
+    rows = []
+    for seed, arms in seeds.items():
+        flops = flops_by_part(arms["A"]["rows"])
+        whole = sum(flops.values())
+        cells = [seed]
+        for part in flops.values():
+            cells.append(f"{part:.4g} ({part / whole:.0%})")
+        rows.append(cells)
+    columns = [f"{part} of A" for part in flops]
+    return [
+        *table(["seed", *columns], rows),
+        "Prefill and decode are the sampler's, forward and backward the learner's. All of B's are "
+        "forward and backward.",
+        "",
+    ]
+
+
+def flops_by_part(rows):
+    """metrics rows of an RL run -> {part: FLOPs} over all steps, of every part."""
+    flops = {}
+    for part in PARTS:
+        flops[part] = sum(row.get(f"flops/{part}", 0) for row in rows)
+    return flops
 
 
 def time_of(rows):
