@@ -74,7 +74,7 @@ def main():
     where = dist.setup(settings["device"])
     names = [model or checkpoint.stage_directory(f"d{depth}", "rl")]
     if compare:
-        names = compare.split(",")
+        names = compared()
     paths = [model_directory(name) for name in names]
     for path in paths:
         folder = results_files.check_folder(path)
@@ -431,8 +431,19 @@ def check_settings():
         check_survey()
 
 
+def compared():
+    """--compare -> its names. A comma stays that is in the name of a folder that is there."""
+    names = compare.split(",")
+    for i in range(1, len(names)):
+        two = [os.path.expanduser(",".join(part)) for part in (names[:i], names[i:])]
+        if all(os.path.isdir(name) for name in two):
+            return two
+    return names
+
+
 def check_compare():
-    if compare.count(",") != 1 or not all(compare.split(",")):
+    names = compared()
+    if len(names) != 2 or not all(names):
         raise SystemExit(f"--compare={compare}: it takes two model directories, --compare=A,B")
     if model or task == "all":
         other = f"--model={model}" if model else "--task=all"

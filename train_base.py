@@ -85,8 +85,8 @@ def main():
     device = dist.setup(settings["device"])
     if compile:
         compilers.check_compiler(device)
-    weight_dtype, compute_dtype = dist.dtypes(dtype, device)
     run = Run(settings, "base")
+    weight_dtype, compute_dtype = run.dtypes(device)
 
     # Text -> tokenizer and token files, once.
     directory = os.path.join(run.directory, "tokens")
@@ -129,6 +129,7 @@ def main():
     plan = tokenizer.n_tokens, total_steps, batch_tokens, passes, train.n_tokens
     terminal.base_heading(net, *plan)
     sizes.say_tokens(device, settings)
+    terminal.short_run(total_steps, warmup, cooldown)
     fast_loss_of = torch.compile(loss_of) if compile else loss_of
     run.begin()
 

@@ -98,7 +98,6 @@ def main():
     device = dist.setup(settings["device"], exact=selfcheck)
     if compile:
         compilers.check_compiler(device)
-    weight_dtype, compute_dtype = dist.dtypes(dtype, device)
     P, G = prompts_per_step, samples_per_prompt
 
     # The run: a new one from the SFT model, or one that goes on from its last checkpoint.
@@ -107,6 +106,7 @@ def main():
     make = f"make one with `python train_sft.py --depth={depth}`, or name one with --model="
     no_start = f"no SFT model in {start}: {make}"
     run = Run(settings, stage, start, no_start, writes=not (dry_run or selfcheck))
+    weight_dtype, compute_dtype = run.dtypes(device)
 
     # What is trained: the weights or LoRA's adapters, and by which rule.
     policy = policies.load(run, settings, weight_dtype, compute_dtype, device)
@@ -155,6 +155,7 @@ def main():
     # What this run will do, and whether it can learn anything.
     run.card(policy.model, device_rows=engine.max_rows, flop_rate=rates[0], copy_rate=rates[1])
     terminal.rl_heading(settings, run.model, policy.model, train, looks, full_lr)
+    terminal.short_run(steps, warmup, cooldown, lr_schedule)
     if not run.resumed and not selfcheck:
         val = evaluate()
         terminal.held_out_before(val)

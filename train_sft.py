@@ -86,13 +86,13 @@ def main():
     device = dist.setup(settings["device"])
     if compile:
         compilers.check_compiler(device)
-    weight_dtype, compute_dtype = dist.dtypes(dtype, device)
 
     # The run: a new one from the base model, or one that goes on from its last checkpoint.
     base = checkpoint.stage_directory(run_name or f"d{depth}", "base")
     start = local_model(checkpoint.resolve(model or base))
     make = f"make one with `python train_base.py --depth={depth}`, or name one with --model="
     run = Run(settings, stage, start, no_start=f"no base model in {start}: {make}")
+    weight_dtype, compute_dtype = run.dtypes(device)
 
     # What is trained: the weights or LoRA's adapters, and by which rule.
     policy = policies.load(run, settings, weight_dtype, compute_dtype, device)
@@ -136,6 +136,7 @@ def main():
     rule = terminal.rule(policy, muon, rate, other_rate)
     terminal.sft_heading(run, rule, total_steps, n, mean_length, len(held_out_chats), note)
     sizes.say_tokens(device, settings)
+    terminal.short_run(total_steps, warmup, cooldown)
     if target:
         terminal.matched_flops(settings, target, total_steps)
     validate = validation(policy.model, tokenizer, held_out_chats, meter)

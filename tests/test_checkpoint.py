@@ -279,11 +279,13 @@ def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
 
 
 RUN = {"steps", "save_every", "after_save", "run_name", "resume", "max_bad_steps", "eval_every"}
+RUN |= {"device", "device_tokens"}
 MAY_CHANGE = {
-    "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens"},
+    "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens", "compile"},
     "train_sft.py": RUN | {"log_every", "eval_problems", "eval_new_tokens", "recompute"},
     "train_rl.py": RUN
-    | {"eval_problems", "save_reward_above", "device_rows", "recompute", "dry_run", "selfcheck"},
+    | {"eval_problems", "save_reward_above", "device_rows", "recompute", "dry_run", "selfcheck"}
+    | {"probe_prompts"},
 }
 
 

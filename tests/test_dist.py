@@ -45,6 +45,33 @@ def test_a_defect_keeps_its_traceback(error):
         dist.run(main)
 
 
+# Rank 1 has a defect while rank 0 waits for it in a collective.
+DEFECT = """
+from nanorl.runtime import dist
+
+def destroy():
+    raise SystemExit("the process group is taken down, which may wait for the others")
+
+def main():
+    dist.setup("cpu")
+    dist.dist.destroy_process_group = destroy
+    if dist.rank() == 1:
+        raise TypeError("this is the defect")
+    dist.total(1)
+
+dist.run(main)
+"""
+
+
+def test_a_defect_on_one_rank_is_printed_and_does_not_wait_for_the_others():
+    with ranks(["-c", DEFECT]) as (first, second):
+        said = second.communicate(timeout=60)[1]
+        assert second.returncode == 1 and said.count("TypeError: this is the defect") == 1
+        assert "Traceback" in said and "taken down" not in said
+        said = first.communicate(timeout=60)[1]
+        assert first.returncode == 1 and "has lost another rank" in said
+
+
 # What each rank runs, with values that differ, so that a wrong operation gives a wrong number.
 TOGETHER = """
 import torch

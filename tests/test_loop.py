@@ -445,7 +445,7 @@ def test_sft_and_base_stop_when_no_gradient_is_finite(script, out):
     else:
         start = [*BASE, "--other_lr=1e300", "--sample_tokens=0"]
     message = call(script, *start, name, *more)
-    assert "2 updates in a row were skipped" in message and "\n" not in message
+    assert "in 2 steps in a row updates were skipped" in message and "\n" not in message
     stage = "sft" if script == "train_sft.py" else "base"
     found = rows(out / "ruined" / stage)
     assert [row["bad_steps"] for row in found] == [0, 1, 2]

@@ -145,6 +145,7 @@ class Meter:
         computed, needed: (tokens, pairs). trained: tokens that the loss is of.
         """
         ran = learning_flops(self.config, *computed, trained, self.recompute, self.adapters)
+        self.step.update(ran)
         self.total["train"] += sum(ran.values())
         forward = forward_flops(self.config, *needed, trained)
         self.total["causal"] += times_forward(self.adapters) * forward
@@ -230,6 +231,10 @@ class Meter:
     def end_of_step(self):
         """The metrics that all stages have at the end of a step, after an evaluation."""
         row = self.flops_so_far()
+        # Of base and SFT. RL's are in its row already.
+        for part, flops in self.step.items():
+            row[f"flops/{part}"] = flops
+        self.step.clear()
         row["time/step"] = self.seconds()
         row["memory/peak_gb"] = dist.peak_memory(self.device) / 1e9
         return row

@@ -2,6 +2,7 @@
 
 import sys
 
+from nanorl.optim import lr_scale
 from nanorl.runtime import dist
 from nanorl.runtime.log import duration
 
@@ -113,6 +114,16 @@ def rl_line(step, steps, row, seconds_left):
 def warnings(step, sentences):
     for sentence in sentences:
         dist.say(f"      WARNING, step {step}: {sentence}")
+
+
+def short_run(steps, warmup, *schedule):
+    """Say so where the learning rate never gets to what was announced; all as optim.lr_scale's."""
+    highest = max(lr_scale(step, steps, warmup, *schedule) for step in range(steps))
+    if highest < 0.995:
+        dist.say(
+            f"      the rate rises to {highest:.0%} of that at most: {steps} steps are too few for "
+            f"--warmup={warmup}"
+        )
 
 
 # ---- SFT -----------------------------------------------------------------------------------------

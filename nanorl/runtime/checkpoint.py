@@ -5,6 +5,7 @@ DONE, which is written last. When to save is run.py's to decide.
 """
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -14,11 +15,15 @@ from safetensors import SafetensorError
 
 USED = "used_by.txt"  # in a checkpoint: the runs that started from it
 
-# Settings that a run may change when it is resumed. They do not alter the training so far.
+# Settings that a run may change when it is resumed: they do not alter the training so far,
 FREE_TO_CHANGE = re.compile(
-    r"steps$|save_|after_save$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|device_rows$|"
-    r"recompute$|max_bad_steps$|sample_tokens$"
+    r"steps$|save_|after_save$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|"
+    r"probe_prompts$|max_bad_steps$|sample_tokens$|"
+    # or they change only its speed and how its sums are rounded.
+    r"device$|device_rows$|device_tokens$|recompute$|compile$"
 )
+# Those of them that say nothing of the run.
+OF_THE_START = ("resume", "run", "run_name", "dry_run", "selfcheck")
 
 # Constants that older runs did not have yet -> what those runs did.
 ADDED = {"sampler": "engine", "compile": False}
@@ -49,9 +54,9 @@ def _steps(directory):
     return sorted(steps)
 
 
-def latest(directory):
-    """Path of the newest whole checkpoint in a directory, or None."""
-    steps = _steps(directory)
+def latest(directory, before=math.inf):
+    """Path of the newest whole checkpoint in a directory, of a step below `before`, or None."""
+    steps = [step for step in _steps(directory) if step < before]
     return path_of(directory, steps[-1]) if steps else None
 
 
@@ -97,7 +102,12 @@ def eval_file(path, name):
 
 
 def _safe(name):
-    return re.sub(r"[^A-Za-z0-9._=,@-]", "_", name)
+    name = re.sub(r"[^A-Za-z0-9._=,@-]", "_", name)
+    if len(name) > 200:
+        # Too long for a file system: its end, and of the rest enough to know it by.
+        digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+        name = f"{digest}_{name[-150:]}"
+    return name
 
 
 def written_eval_file(path, name):
@@ -183,17 +193,24 @@ def _sync(path):
 def _is_disk_error(error):
     """Whether an error in a save comes from the disk, such as a full one.
 
-    Python then raises OSError, and safetensors SafetensorError. torch raises RuntimeError, as it
-    does for a defect: only its words tell the two apart.
+    Python then raises OSError. torch raises RuntimeError and safetensors SafetensorError, as they
+    do for a defect: only their words tell the two apart.
     """
-    if type(error) is not RuntimeError:
+    if isinstance(error, OSError):
         return True
-    return re.search("PytorchStreamWriter|inline_container|write", str(error)) is not None
+    words = r"PytorchStreamWriter|inline_container|iostream|I/O ?error|IoError|os error \d+"
+    return re.search(words, str(error)) is not None
+
+
+def _first_line(error):
+    """What an error says, in one line. One that says nothing goes by its name."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _not_saved(directory, step, error):
     """What to tell the user of a save that failed."""
-    reason = str(error).splitlines()[0]
+    reason = _first_line(error)
     last = latest(directory)
     outlook = f"the run goes on from {last}" if last else "nothing was saved before it"
     return (
@@ -306,12 +323,15 @@ def load_state(path, mmap=False):
         raise ValueError(f"{path} has no trainer.pt: it is a model, not a run that can be resumed")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except MemoryError:
+        raise
+    except PermissionError as error:
+        raise ValueError(f"{error}: make it readable, or use another checkpoint") from error
     except Exception as error:
         # torch raises errors of many kinds for a damaged file.
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{file} cannot be read ({reason}): it is damaged or cut short; remove {path}, and the "
-            f"run goes on from the checkpoint before it"
+            f"{file} cannot be read ({_first_line(error)}): it is damaged or cut short; remove "
+            f"{path}, and the run goes on from the checkpoint before it"
         ) from error
 
 
@@ -336,14 +356,24 @@ def resume_point(directory, resume, settings):
             f"that folder"
         )
 
-    saved = {**ADDED, **load_state(path)["settings"]}
-    changed = []
-    for name, value in settings.items():
-        if saved.get(name) != value and not FREE_TO_CHANGE.match(name):
-            changed.append(f"{name}: {saved.get(name)!r} -> {value!r}")
-    if changed:
-        raise ValueError(
-            f"{directory} holds a run with other constants ({'; '.join(changed)}): "
-            f"set them back to resume it, or start another with --run_name=<name>"
+    changed = changes(load_state(path)["settings"], settings)
+    refused = [text for name, text in changed.items() if not FREE_TO_CHANGE.match(name)]
+    if refused:
+        words = (
+            f"{directory} holds a run with other constants ({'; '.join(refused)}): set them back "
+            "to resume it, or start another with --run_name=<name>"
         )
+        if "model" in settings:
+            words += f" (and --model={path} to start from its weights)"
+        raise ValueError(words)
     return path
+
+
+def changes(saved, settings):
+    """The constants that a run was saved with and those that it has now -> {name: what changed}."""
+    saved = {**ADDED, **saved}
+    changed = {}
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            changed[name] = f"{name}: {saved.get(name)!r} -> {value!r}"
+    return changed

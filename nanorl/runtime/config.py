@@ -13,6 +13,7 @@ executed.
 import ast
 import difflib
 import io
+import os
 import sys
 import tokenize
 
@@ -140,7 +141,7 @@ def _parse(name, text, default):
             return int(text.replace("_", ""))
         if isinstance(default, float):
             return float(text)
-        return text
+        return os.path.expanduser(text)  # the shell leaves the ~ of --model=~/models as it is
     except (ValueError, KeyError):
         kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
         raise SystemExit(f"--{name}={text}: {name} takes {kind} (default {default})") from None

@@ -66,6 +66,7 @@ def follow(settings, given):
 
     # What stays as the two runs had it, unless the user says otherwise.
     kept = kept_settings(rl["settings"], sft["settings"])
+    kept["dtype"] = rl.get("dtype") or rl["settings"]["dtype"]  # what auto was on its machine
     kept = {name: value for name, value in kept.items() if name not in given}
 
     path = os.path.normpath(settings["match_flops"])
@@ -98,7 +99,7 @@ def kept_settings(rl, sft):
         return kept  # RL did not start from SFT
 
     # LoRA needs other rates than the weights do.
-    same_kind = sft.get("lora_rank", 0) == kept["lora_rank"]
+    same_kind = sft.get("lora_rank", 0) == kept.get("lora_rank", 0)
     for name in OPTIMIZATION:
         if name in sft and (same_kind or name not in RATES):
             kept[name] = sft[name]

@@ -63,6 +63,14 @@ class RunLog:
         text = to_json(values, indent=2) + "\n"
         _replace(self._path("run.json"), text.encode())
 
+    def earlier_card(self):
+        """What run.json holds from an earlier start of this run; nothing where there is none."""
+        path = self._path("run.json")
+        if not os.path.exists(path):
+            return {}
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+
     def cut(self, step):
         """Remove rows and rollouts after `step`: they are about to be made again.
 

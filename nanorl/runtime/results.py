@@ -3,7 +3,7 @@
 import json
 import os
 
-from nanorl.runtime import checkpoint
+from nanorl.runtime import checkpoint, lock
 from nanorl.runtime.log import to_json
 
 
@@ -11,10 +11,11 @@ def write(path, name, text):
     """Write text to the file `name` in the eval folder of the model at `path`."""
     file = checkpoint.eval_file(path, name)
     os.makedirs(os.path.dirname(file), exist_ok=True)
+    temporary = f"{file}.{os.getpid()}.tmp"  # two processes may evaluate one model
     # A task's text may hold half of a surrogate pair, which JSON writes as \ud83d.
-    with open(file + ".tmp", "w", encoding="utf-8", errors="backslashreplace") as f:
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(text)
-    os.replace(file + ".tmp", file)
+    os.replace(temporary, file)
 
 
 def write_json(path, name, value):
@@ -39,7 +40,12 @@ def read(path, name):
 
 def add_to_summary(path, name, result):
     """Put the result of task `name` into summary.json, beside those of other tasks."""
-    write_json(path, "summary.json", {**read(path, "summary.json"), name: result})
+    file = checkpoint.eval_file(path, "summary.json")
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    # Another process may be about to add its own.
+    locked, _ = lock.take(file + ".lock", wait=True)
+    with locked:
+        write_json(path, "summary.json", {**read(path, "summary.json"), name: result})
 
 
 def label_beside(stored, name, found):

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 
-from nanorl.runtime import checkpoint, dist
+from nanorl.runtime import checkpoint, dist, lock
 from nanorl.runtime.after import AfterSave
 from nanorl.runtime.log import RunLog
 
@@ -24,8 +24,10 @@ class Run:
     model: the directory of the weights to begin with, of that checkpoint or start.
     state: what that checkpoint holds besides, or what a new run begins with.
     origin: what the run started from when it was new, {path, hash, published}, or None.
+    dtype: the precision of its activations, from the call of `dtypes` on.
 
-    Raises ValueError for a start that is no model, and where checkpoint.resume_point does.
+    Raises ValueError for a start that is no model, for a run that another process is in, and where
+    checkpoint.resume_point does.
     """
 
     def __init__(self, settings, stage, start=None, no_start="", writes=True):
@@ -36,7 +38,10 @@ class Run:
         self.model = self.resumed or start
         if self.model and not checkpoint.is_model(self.model):
             raise ValueError(no_start)
+        self.log = RunLog(self.directory, dist.is_main() and writes)
+        self._lock()
         self.state = self._state(start)
+        self.dtype = self.state.get("dtype")
         self.origin = self.state.get("start")
         if settings.get("lora_rank") or settings.get("kl_coef"):
             # Adapters are a change of the very weights that the run started from, and a KL term
@@ -46,9 +51,21 @@ class Run:
         self.first_step = self.state["step"]
         self.bad_steps = self.state["bad"]  # in a row, with an update skipped
         self.best = self.state.get("best", {"step": None, "reward": -math.inf})  # saved step of RL
-        self.log = RunLog(self.directory, dist.is_main() and writes)
         run_directory = os.path.dirname(self.directory)
         self.after_save = AfterSave(settings["after_save"], run_directory, self.log.active)
+
+    def _lock(self):
+        """Keep other processes out, until this one ends. Every rank takes part."""
+        holder = ""
+        if self.log.active:
+            path = os.path.join(self.directory, "lock")
+            self.locked, holder = lock.take(path)
+        holder = dist.broadcast(holder)
+        if holder:
+            raise ValueError(
+                f"{holder} is in {self.directory}, and two runs cannot share it: wait for that "
+                "one, or choose another --run_name"
+            )
 
     def _state(self, start):
         """The state of the checkpoint to go on from, or that of a new run."""
@@ -59,6 +76,20 @@ class Run:
             new["start"] = checkpoint.origin_of(start)
         return new
 
+    def dtypes(self, device):
+        """--dtype -> (precision of the weights, precision of the activations).
+
+        auto stays what it was when the run was new, on whatever device it goes on.
+        """
+        asked = self.settings["dtype"]
+        if asked != "auto":
+            self.dtype = asked
+        elif self.dtype is None:
+            self.dtype = dist.auto_dtype(device)
+        elif self.dtype != dist.auto_dtype(device):
+            dist.say(f"      --dtype=auto stays {self.dtype}, as this run began")
+        return dist.dtypes(self.dtype, device)
+
     def card(self, model, **values):
         """Write run.json, after rows and rollouts beyond the checkpoint have been cut off.
 
@@ -67,6 +98,8 @@ class Run:
         self.log.cut(self.first_step if self.resumed else -1)
         if self.origin:
             values["start"] = self.origin
+        changed = self._changes()
+        values["changes"] = changed
         n_params, _ = model.config.n_params()
         self.log.card(
             stage=self.stage,
@@ -79,6 +112,20 @@ class Run:
         )
         if self.resumed:
             dist.say(f"resumed {self.resumed}")
+            if changed and changed[-1]["step"] == self.first_step:
+                dist.say(f"      with other constants: {'; '.join(changed[-1]['constants'])}")
+
+    def _changes(self):
+        """All changes of constants so far -> [{step, constants}], those of this start last."""
+        if not self.resumed:
+            return []
+        changed = checkpoint.changes(self.state["settings"], self.settings)
+        constants = []
+        for name, text in changed.items():
+            if name not in checkpoint.OF_THE_START:
+                constants.append(text)
+        before = self.log.earlier_card().get("changes", [])
+        return before + ([{"step": self.first_step, "constants": constants}] if constants else [])
 
     def begin(self):
         """Call it before the first step: from now on the model that it starts from is in use."""
@@ -126,13 +173,14 @@ class Run:
         if last or stop or hopeless:
             self.after_save.finish()
         if hopeless:
-            raise ValueError(self._why_hopeless())
+            raise ValueError(self._why_hopeless(step - self.bad_steps))
         if stop:
             raise SystemExit(0 if stop == signal.SIGTERM else 130)
 
     def _save(self, step, write_model, state, reward, improved):
         """Save a checkpoint and say so, on the first rank. See end_of_step."""
         state = dict(state, step=step, bad=self.bad_steps, settings=self.settings)
+        state["dtype"] = self.dtype
         if self.origin:
             state["start"] = self.origin
         if reward is not None:
@@ -144,17 +192,23 @@ class Run:
         print(report, flush=True)
         self.after_save()
 
-    def _why_hopeless(self):
-        """What to tell the user after too many bad steps."""
-        if "matrix_lr" in self.settings:
-            return (
-                f"{self.bad_steps} updates in a row were skipped because the gradient was not "
-                "finite; the state is saved: start again with a lower --matrix_lr or --other_lr "
-                "and another --run_name"
-            )
-        return (
+    def _why_hopeless(self, step):
+        """What to tell the user after too many bad steps.
+
+        step: the last one with a finite gradient. The first gradient that was not finite is that of
+        its weights, so that one goes on from weights before those.
+        """
+        words = (
             f"in {self.bad_steps} steps in a row updates were skipped because the gradient was not "
-            f"finite; the state is saved in {self.directory}: go on from it with "
-            f"--model={checkpoint.latest(self.directory)} --run_name=<name> and a lower --lr, or "
-            "--dtype=fp32"
+            f"finite: the weights after step {step} are ruined"
         )
+        rates = "a lower --lr"
+        if "matrix_lr" in self.settings:
+            rates = "a lower --matrix_lr or --other_lr"
+        if self.dtype == "bf16":
+            rates += ", or --dtype=fp32"
+        start = ""
+        if self.origin and not self.settings.get("match_flops"):
+            sound = checkpoint.latest(self.directory, before=step) or self.origin["path"]
+            start = f"--model={sound} "
+        return f"{words}; start again with {start}--run_name=<name> and {rates}"

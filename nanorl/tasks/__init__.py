@@ -180,6 +180,7 @@ def check_task(task, name, split):
 def load_class(name):
     """'path.py:Class' -> the class. Raises ValueError where there is none."""
     path, _, class_name = name.rpartition(":")
+    path = os.path.expanduser(path)
     if not path.endswith(".py"):
         raise ValueError(f"task file {path!r} is not a .py file")
     if not os.path.isfile(path):

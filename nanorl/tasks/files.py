@@ -77,10 +77,7 @@ def find_files(patterns):
     that finds no file.
     """
     files = []
-    for item in patterns.split(","):
-        pattern = item.strip()
-        if not pattern:
-            continue
+    for pattern in split_at_commas(patterns):
         expanded = os.path.expanduser(pattern)
         if os.path.isfile(expanded):
             # It is taken as it is, whatever * or [ its name has.
@@ -89,6 +86,8 @@ def find_files(patterns):
         found = [path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path)]
         if not found:
             remedy = "check the path (a * in it needs quotes)"
+            if "," in patterns:
+                remedy += "; commas separate, and ? stands for one in a name"
             if os.path.isdir(expanded):
                 remedy = f"name its files, such as {os.path.join(pattern, '*.txt')}"
             raise ValueError(f"--data: {pattern!r} is no file and finds none: {remedy}")
@@ -96,6 +95,22 @@ def find_files(patterns):
     if not files:
         raise ValueError(f"--data={patterns!r} names no file")
     return list(dict.fromkeys(files))
+
+
+def split_at_commas(patterns):
+    """'a.txt, b*.txt' -> ['a.txt', 'b*.txt']. A comma in the name of a file that is there stays."""
+    items = patterns.split(",")
+    found = []
+    while items:
+        # The most items that are one file's name together, or just the next.
+        taken = len(items)
+        while taken > 1 and not os.path.isfile(os.path.expanduser(",".join(items[:taken]).strip())):
+            taken -= 1
+        pattern = ",".join(items[:taken]).strip()
+        if pattern:
+            found.append(pattern)
+        items = items[taken:]
+    return found
 
 
 def kind(path):

@@ -1,6 +1,7 @@
 """What a user writes of tasks, as text: settings, weights, mixtures, curricula."""
 
 import math
+import os
 import re
 
 
@@ -50,6 +51,9 @@ def parse_weights(text):
 
 def is_mixture(name):
     """Whether a task's name is that of a mixture, such as 'sum3=50,counting=50' or 'sum3=1'."""
+    path, _, _ = name.rpartition(":")
+    if os.path.isfile(os.path.expanduser(path)):
+        return False  # one task, of a file whose name may have a comma
     return "," in name or re.search(r"=\d+$", name) is not None
 
 
