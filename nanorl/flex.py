@@ -17,25 +17,34 @@ from nanorl.compilers import can_compile
 BLOCK = 128
 # A row is padded to this many slots or to a power of two above: each length is compiled for itself.
 SHORTEST = 1024
+# It serves where it computes at most so many pairs for one that is seen. Rectangles compute 1.6 to
+# 2. It computes about 2 where completions have 150 tokens, 7 where they have 30 (docs/log.md).
+MOST_COMPUTED = 4
 
 
 def packed_attention(rows, device, dtype, head_dim):
     """What the learner attends with, over `rows` of a packed row with activations in `dtype`."""
-    if flex_serves(device, dtype, head_dim):
+    if flex_serves(rows, device, dtype, head_dim):
         return PackedFlexAttention(rows, device)
     return SharedPrefixAttention(rows, device)
 
 
-def flex_serves(device, dtype, head_dim):
+def flex_serves(rows, device, dtype, head_dim):
     """Whether the learner's attention is PackedFlexAttention. NANORL_FLEX=0 turns it off.
 
     In fp32 and fp64 it is the plain form, which is the more exact one; the kernel has no fp64. Its
-    products need 16 channels a head, and to compile it takes Triton and a C compiler.
+    products need 16 channels a head, and to compile it takes Triton and a C compiler. Short rows
+    fill the kernel's squares badly, and are not worth its compilation.
     """
     if os.environ.get("NANORL_FLEX") == "0":
         return False
     half = dtype in (torch.bfloat16, torch.float16)
-    return device.type == "cuda" and half and head_dim >= 16 and can_compile()
+    if not (device.type == "cuda" and half and head_dim >= 16 and can_compile()):
+        return False
+    T = sum(row.length for row in rows)
+    pairs = pairs_in_squares(rows, padded_length(T) // BLOCK)  # (blocks, blocks)
+    computed = (pairs > 0).sum() * BLOCK * BLOCK
+    return bool(computed <= MOST_COMPUTED * pairs.sum())
 
 
 @functools.cache

@@ -165,14 +165,24 @@ def test_the_learner_with_one_kernel(adapted, flex_on_cpu, monkeypatch):
 def test_when_one_kernel_serves(monkeypatch):
     """On a GPU in 16 bits, where heads are wide enough and a kernel can be compiled."""
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    _, _, rows, _ = packed_groups([(100, [200, 300]), (90, [250])])
     monkeypatch.setattr(flex, "can_compile", lambda: True)
-    assert flex.flex_serves(cuda, bf16, 64)
-    assert not flex.flex_serves(torch.device("cpu"), bf16, 64)
-    assert not flex.flex_serves(cuda, torch.float32, 64)
-    assert not flex.flex_serves(cuda, torch.float64, 64)
-    assert not flex.flex_serves(cuda, bf16, 8)
+    assert flex.flex_serves(rows, cuda, bf16, 64)
+    assert not flex.flex_serves(rows, torch.device("cpu"), bf16, 64)
+    assert not flex.flex_serves(rows, cuda, torch.float32, 64)
+    assert not flex.flex_serves(rows, cuda, torch.float64, 64)
+    assert not flex.flex_serves(rows, cuda, bf16, 8)
     monkeypatch.setenv("NANORL_FLEX", "0")
-    assert not flex.flex_serves(cuda, bf16, 64)
+    assert not flex.flex_serves(rows, cuda, bf16, 64)
     monkeypatch.delenv("NANORL_FLEX")
     monkeypatch.setattr(flex, "can_compile", lambda: False)
-    assert not flex.flex_serves(cuda, bf16, 64)
+    assert not flex.flex_serves(rows, cuda, bf16, 64)
+
+
+def test_one_kernel_serves_no_short_rows(monkeypatch):
+    """As a quickstart has them: most of a square would be hidden."""
+    monkeypatch.setattr(flex, "can_compile", lambda: True)
+    of = torch.device("cuda"), torch.bfloat16, 64
+    _, _, short, _ = packed_groups([(20, [25] * 16)] * 16)
+    _, _, long, _ = packed_groups([(128, [200] * 16)] * 4)
+    assert not flex.flex_serves(short, *of) and flex.flex_serves(long, *of)

@@ -197,7 +197,7 @@ def check_learner(on_cpu, on_gpu, log, exact, one_kernel):
 
     one_kernel: whether attention on the GPU is PackedFlexAttention.
     """
-    flex.flex_serves = lambda device, *_: one_kernel and device.type == "cuda"
+    flex.flex_serves = lambda _rows, device, *_: one_kernel and device.type == "cuda"
     flex.compiled_flex = lambda: flex_attention
     prompts, samples, new_tokens, _ = make_calls()[0]
     groups = on_cpu.generate(prompts, samples, new_tokens, stop_ids=STOP_IDS)
