@@ -435,9 +435,9 @@ def compared():
     """--compare -> its names. A comma stays that is in the name of a folder that is there."""
     names = compare.split(",")
     for i in range(1, len(names)):
-        two = [os.path.expanduser(",".join(part)) for part in (names[:i], names[i:])]
-        if all(os.path.isdir(name) for name in two):
-            return two
+        first, second = ",".join(names[:i]), os.path.expanduser(",".join(names[i:]))
+        if os.path.isdir(first) and os.path.isdir(second):
+            return [first, second]
     return names
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from nanorl.runtime import checkpoint
 from nanorl.runtime.config import read_constants
@@ -119,6 +120,31 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="model.norm.weight.*the last good .*step_000001"):
         checkpoint.save(str(tmp_path), 2, ruined, {})
     assert whole(tmp_path) == {1: 0} and os.listdir(tmp_path) == ["step_000001"]
+
+
+@pytest.mark.parametrize(
+    "error, of_the_disk",
+    [
+        (OSError(), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] unexpected pos 64 vs 0"), True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left (os error 28)"), True),
+        (SafetensorError("Error while serializing: InvalidTensorView"), False),
+        (RuntimeError("one of the variables was changed by an inplace write"), False),
+        (NotImplementedError("no such kernel"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_what_comes_of_the_disk_is_told_from_a_defect(tmp_path, error, of_the_disk):
+    def write_model(path):
+        raise error
+
+    save(tmp_path, 1)
+    expected = ValueError if of_the_disk else type(error)
+    with pytest.raises(expected) as found:
+        checkpoint.save(str(tmp_path), 2, write_model, {})
+    assert ("could not be saved" in str(found.value)) == of_the_disk
+    assert os.listdir(tmp_path) == ["step_000001"]
 
 
 def test_without_done_it_is_not_a_checkpoint(tmp_path):
@@ -279,9 +305,9 @@ def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
 
 
 RUN = {"steps", "save_every", "after_save", "run_name", "resume", "max_bad_steps", "eval_every"}
-RUN |= {"device", "device_tokens"}
+RUN |= {"device", "device_tokens", "compile"}
 MAY_CHANGE = {
-    "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens", "compile"},
+    "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens"},
     "train_sft.py": RUN | {"log_every", "eval_problems", "eval_new_tokens", "recompute"},
     "train_rl.py": RUN
     | {"eval_problems", "save_reward_above", "device_rows", "recompute", "dry_run", "selfcheck"}
@@ -304,6 +330,39 @@ def test_constants_that_may_change(tmp_path, script):
             assert f"other constants ({name}: " in str(error)
             refused.add(name)
     assert settings.keys() - refused == MAY_CHANGE[script]
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_cut_state_is_said_with_the_older_one(tmp_path, size):
+    save(tmp_path, 5)
+    save(tmp_path, 10)
+    os.truncate(tmp_path / "step_000010" / "trainer.pt", size)
+    with pytest.raises(ValueError) as error:
+        checkpoint.resume_point(str(tmp_path), "auto", SETTINGS)
+    said = str(error.value)
+    assert f"remove {tmp_path / 'step_000010'}," in said and "\n" not in said
+    shutil.rmtree(tmp_path / "step_000010")
+    assert checkpoint.resume_point(str(tmp_path), "auto", SETTINGS).endswith("step_000005")
+
+
+@pytest.mark.parametrize(
+    "error, words", [(OSError(), "(OSError)"), (PermissionError(13, "denied", "f"), "readable")]
+)
+def test_a_state_that_cannot_be_read_is_said(tmp_path, monkeypatch, error, words):
+    def load(*_, **__):
+        raise error
+
+    save(tmp_path, 5)
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError) as found:
+        checkpoint.load_state(str(tmp_path / "step_000005"))
+    assert words in str(found.value)
+
+
+def test_the_name_of_an_evaluations_file_fits_a_file_system(tmp_path):
+    one, two = ("a" * 300 + name for name in ("b.jsonl", "c.jsonl"))
+    files = {checkpoint.eval_file(str(tmp_path), name) for name in (one, two, "x" + one)}
+    assert len(files) == 3 and all(len(os.path.basename(file)) < 200 for file in files)
 
 
 def test_a_model_is_not_a_run(tmp_path):

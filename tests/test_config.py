@@ -94,6 +94,11 @@ def test_a_value_may_hold_equals_signs_and_be_empty(script):
     assert configure(script(), ["--run="])["run"] == ""
 
 
+def test_a_tilde_is_the_users_home(script, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configure(script(), ["--run=~/a,~/b"])["run"] == "/home/me/a,~/b"
+
+
 def test_nothing_in_a_value_is_executed(script, tmp_path):
     made = tmp_path / "made"
     text = f"__import__('os').mkdir({str(made)!r})"

@@ -266,10 +266,16 @@ def test_patterns_find_files_in_order_and_each_once(tmp_path, monkeypatch):
         "more/deep/d.md",
     ]
     assert find_files("odd[1].txt") == ["odd[1].txt"]
+    # A comma in a file's name is none between files.
+    for name in ("a,b, c.txt", "d,e.txt"):
+        (tmp_path / name).write_text(name)
+    assert find_files("d,e.txt,a,b, c.txt,a.txt") == ["d,e.txt", "a,b, c.txt", "a.txt"]
+    assert find_files("d?e*") == ["d,e.txt"]
     for patterns, words in [
         ("nothing*.txt", "'nothing\\*.txt' is no file and finds none"),
         ("a.txt,gone.txt", "'gone.txt' is no file"),
         ("more", "name its files, such as more/\\*.txt"),
+        ("x,*.md", "'x' is no file .* and \\? stands for one in a name"),
         (" , ", "names no file"),
     ]:
         with pytest.raises(ValueError, match=words):

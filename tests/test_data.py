@@ -164,7 +164,7 @@ def test_a_vocabulary_beyond_16_bits(tmp_path, monkeypatch):
         def save(self, path):
             pass
 
-        def encode_many(self, texts):
+        def encode_many(self, texts, threads):
             return [[ord(c) for c in text] for text in texts]
 
     monkeypatch.setattr(data, "Tokenizer", Wide)

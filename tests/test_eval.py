@@ -64,6 +64,20 @@ def test_results_are_on_disk_before_they_are_printed(models, monkeypatch):
     assert written_to == ["counting.jsonl", "summary.json"]
 
 
+def test_commas_and_a_tilde_in_paths(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(models[0], tmp_path / "ba,se")
+    shutil.copytree(models[1], tmp_path / "s,f,t")
+    task = tmp_path / "toy,task.py"
+    shutil.copy(TOY.removeprefix("--task=").removesuffix(":Toy"), task)
+    assert (
+        call("eval.py", *EVAL, *FEW, "--compare=~/ba,se,~/s,f,t", "--task=~/toy,task.py:Toy")
+        is None
+    )
+    (found,) = (tmp_path / "s,f,t").glob("step_*/eval/compare*")
+    assert json.loads(found.read_text())["a"].startswith(str(tmp_path / "ba,se"))
+
+
 def test_one_model(models, capsys):
     assert (
         call("eval.py", *EVAL, *FEW, f"--model={models[1]}", "--task=0-20", "--examples=2") is None
@@ -150,12 +164,11 @@ def test_a_model_is_no_better_than_itself(models, capsys):
     both = written(models[1], f"compare.{TOY_FILE}.json")
     for kind in ("greedy", "sampled"):
         c = both[kind]
-        assert (c["difference"], c["low"], c["high"], c["p"]) == (0, 0, 0, 1) and c[
-            "verdict"
-        ].startswith(f"no difference that n = {c['n']} can see")
+        assert (c["difference"], c["low"], c["high"], c["p"]) == (0, 0, 0, 1)
+        assert c["verdict"].startswith("no difference: all ")
     assert 0 < both["sampled"]["accuracy_a"] < 1
     said = capsys.readouterr().out
-    assert said.startswith("with 50 problems") and said.count("no difference that n = ") == 2
+    assert said.startswith("with 50 problems") and said.count("the same, word for word") == 2
 
 
 def test_failed_rewards_are_counted_said_and_kept_with_a_reason(models, capsys):
@@ -187,7 +200,8 @@ def test_an_evaluation_in_which_all_rewards_failed_is_an_error(models, capsys):
         ("train_rl.py", [*EVAL, broken[-1], f"--model={models[1]}", *train]),
     ]:
         end = call(script, *options)
-        assert end.startswith("error: the task's reward failed on all ") and "no accuracy" in end
+        assert end.startswith("error: ") and "the task's reward failed on all " in end
+        assert "no accuracy" in end
         assert end.endswith("reward() (RuntimeError: no verifier)")
     assert "0.0%" not in capsys.readouterr().out
 

@@ -279,7 +279,7 @@ def test_what_a_run_leaves(out):
     )
 
 
-def test_forecast_warns_when_the_task_is_too_hard(out, capsys):
+def test_forecast_warns_where_no_sample_is_solved(out, capsys):
     assert (
         call(
             "train_rl.py",
@@ -450,6 +450,7 @@ MISTAKES = [
     ("train_sft.py", ["--steps=-1"], "steps=-1"),
     ("train_base.py", ["--batch_tokens=1000", "--seq_len=64"], "1000"),
     ("train_base.py", ["--depth=0"], "0"),
+    ("train_base.py", ["--run_name=" + 300 * "x"], "choose a shorter name"),
 ]
 
 

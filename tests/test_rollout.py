@@ -10,10 +10,12 @@ from conftest import toy_model
 from nanorl import grpo, rollout
 from nanorl.batch import pack
 from nanorl.engine import Engine
+from nanorl.report.forecast import learning_lines
 from nanorl.report.metrics import rollout_metrics
 from nanorl.sampling import Completion
 from nanorl.tasks import Problem, Reward, get_task
 from nanorl.tasks.countdown import Countdown
+from nanorl.tasks.pool import RAISED, Failure
 
 
 def made(prompt, completions, rewards, task=""):
@@ -329,3 +331,25 @@ def test_micro_batches_are_filled_to_the_last_token():
     every = sum(batch.ids.numel() for batch in pack(ROLLOUTS, weights, weights, 1000, "cpu"))
     assert len(pack(ROLLOUTS, weights, weights, every, "cpu")) == 1
     assert len(pack(ROLLOUTS, weights, weights, every - 1, "cpu")) == 2
+
+
+def test_a_probe_without_a_solved_sample_names_what_is_behind_it():
+    def said(finished, failures):
+        tried = made([7], [([1, 2], done) for done in finished], [0.0] * 4)
+        tried.failures = failures
+        return "\n".join(learning_lines([tried], 1.0, 10))
+
+    none, failed = [None] * 4, Failure(RAISED, "no verifier")
+    hard = said([True] * 4, none)
+    assert "too hard for this model" in hard
+    assert "--max_new_tokens" not in hard
+
+    cut_off = said([False] * 3 + [True], none)
+    assert "raise --max_new_tokens first" in cut_off
+    assert "too hard" not in cut_off
+
+    broken = said([False] * 4, [failed] * 3 + [None])
+    assert "Mend its reward() first" in broken
+    assert "too hard" not in broken
+    assert "--max_new_tokens" not in broken
+    assert "too hard" in said([True] * 4, [failed] * 2 + [None] * 2)

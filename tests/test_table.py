@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from nanorl.tools import table
+from nanorl.tools import summary, table
 from scripts import ROOT
 
 
@@ -84,3 +84,15 @@ def test_runs_that_say_little_are_named(tmp_path):
     no_signal, failed = table.cautions(runs)
     assert no_signal.startswith("none: RL received no signal in 4 of 4 steps")
     assert failed == "none: the reward failed on 3 held-out answers"
+
+
+def test_the_stages_of_a_run_say_what_makes_them_mean_less(tmp_path):
+    run(tmp_path, "a-0", [0.0] * 4, 0.0, 0.0)
+    stage = {"clipped": 0.9}
+    found = {"base": stage, "sft": {"clipped": 0.1}, "rl": {"clipped": 0.1}}
+    assert summary.cautions(str(tmp_path / "a-0"), found) == []
+
+    found["rl"] = {"clipped": 0.9, "failed": 3, "failure": "no verifier"}
+    failed, cut_off = summary.cautions(str(tmp_path / "a-0"), found)
+    assert failed.startswith("rl: WARNING: the task's reward failed on 3 samples")
+    assert cut_off == "rl: 90% of the answers are cut off"

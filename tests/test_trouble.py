@@ -406,7 +406,7 @@ def test_schedule_weights_and_masks_reach_the_loop(out, capsys):
     said = capsys.readouterr().out
     assert f"WARNING, step {step}: {cut[step - 1]:.0%} of the completions were cut off" in said
     assert said.count("were cut off") == 1
-    # It is said once a run, also when that was resumed.
+    # It is not said again where it is no worse, also when the run was resumed.
     assert call("train_rl.py", *run, "--run_name=masked", "--overlong=mask", "--steps=6") is None
     assert "were cut off" not in capsys.readouterr().out
 

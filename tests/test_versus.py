@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanorl.evaluate.seeds import holm, over_seeds, student_p, student_t, verdict_over_seeds
-from nanorl.runtime import checkpoint
+from nanorl.runtime import checkpoint, equal_flops
 from nanorl.tools import learnt, versus
 from scripts import RL, call, rows
 
@@ -270,6 +270,11 @@ def test_only_an_rl_run_can_be_matched(arms, out, tmp_path):
     torch.save(state, path)
     message = "too much to match them within 1%: lower --seq_len"
     assert message in call("train_sft.py", match, "--run_name=tiny")
+
+
+def test_an_rl_run_from_before_lora_can_be_followed():
+    kept = equal_flops.kept_settings({"run": "old"}, {"examples": 1, "matrix_lr": 0.5})
+    assert kept == {"stage": "sft_more", "run_name": "old", "matrix_lr": 0.5}
 
 
 # ---- the report ----------------------------------------------------------------------------------

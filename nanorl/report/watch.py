@@ -53,11 +53,11 @@ class Watch:
     def measure(self, row, first):
         """-> {name: (level, sentence)}; the names are in checkpoints."""
         noise, noise_cause = self.noise(row, first), self.noise_cause(row, first)
-        # The cure of a cause comes before that of what follows from it.
-        cause = failed_cause(row) or noise_cause
         failures = row["reward/errors"] + row["reward/timeouts"]
         dead, cut = row["frac_learned_zero_std"], row["completions/clipped_ratio"]
         low = LOW * first["entropy"] / max(row["entropy"], 1e-9)
+        # The cure of a cause comes before that of what follows from it.
+        cause = failed_cause(row) or noise_cause or narrow_cause(row, low)
         gap = row["logp_diff/mean"] / max(5 * first["logp_diff/mean"], 1e-9)
 
         found = {}
@@ -87,6 +87,13 @@ class Watch:
         if first["entropy"] > UNIFORM * self.blind:
             return "samples were noise before the first update: more SFT, or another --model"
         return f"start again with a lower --lr (this step's is {row['lr']:g})"
+
+
+def narrow_cause(row, low):
+    """What helps where samples hardly differ and are mostly wrong; "" where they are not."""
+    if low < 1 or share_right(row) > 0.5:
+        return ""
+    return f"start again with a lower --lr (this step's is {row['lr']:g})"
 
 
 # ---- levels --------------------------------------------------------------------------------------
@@ -120,9 +127,14 @@ def dead_groups(row, cause):
     return f"{words}; {cause or cure(row)}"
 
 
+def share_right(row):
+    """Of the samples; of a task without such a part the mean reward."""
+    return row.get("reward/correct", row["reward"])
+
+
 def cure(row):
     """Of groups that teach nothing: it depends on whether most samples are right or wrong."""
-    right = row.get("reward/correct", row["reward"])
+    right = share_right(row)
     if right > 0.5:
         return f"most samples are right ({right:.0%}): stop here, or take a harder task"
     if row["completions/clipped_ratio"] > 0.5:

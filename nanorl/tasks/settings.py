@@ -51,8 +51,8 @@ def parse_weights(text):
 
 def is_mixture(name):
     """Whether a task's name is that of a mixture, such as 'sum3=50,counting=50' or 'sum3=1'."""
-    path, _, _ = name.rpartition(":")
-    if os.path.isfile(os.path.expanduser(path)):
+    path, _, class_name = name.rpartition(":")
+    if class_name.isidentifier() and os.path.isfile(os.path.expanduser(path)):
         return False  # one task, of a file whose name may have a comma
     return "," in name or re.search(r"=\d+$", name) is not None
 
