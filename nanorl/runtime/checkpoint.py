@@ -34,7 +34,7 @@ ADDED = {"sampler": "engine", "compile": False}
 
 def stage_directory(run, stage):
     """out/<run>/<stage>; NANORL_OUT moves out/."""
-    return os.path.join(os.environ.get("NANORL_OUT", "out"), run, stage)
+    return os.path.join(os.path.expanduser(os.environ.get("NANORL_OUT", "out")), run, stage)
 
 
 def path_of(directory, step):
@@ -127,7 +127,7 @@ def free_disk(path):
 # ---- save and remove -----------------------------------------------------------------------------
 
 
-def save(directory, step, write_model, state, best_step=None):
+def save(directory, step, write_model, state, best_step=None, sound_step=None):
     """Save a step's checkpoint, and remove old ones (see prune).
 
     write_model(path): puts the model directory at path.
@@ -160,7 +160,7 @@ def save(directory, step, write_model, state, best_step=None):
     _remove(final)
     os.rename(temporary, final)
     _sync(directory)
-    removed = prune(directory, best_step)
+    removed = prune(directory, best_step, sound_step)
     report = f"saved {final}"
     if removed:
         report += f", removed {', '.join(removed)}"
@@ -229,13 +229,17 @@ def _not_finite(directory, step, error):
     )
 
 
-def prune(directory, best_step=None):
+def prune(directory, best_step=None, sound_step=None):
     """Remove old checkpoints. Returns the paths removed.
 
     The first, the best and the last two stay, and those that another run started from.
+    sound_step: of a run whose gradient is not finite. The last one up to that step stays too.
     """
     steps = _steps(directory)
     keep = {*steps[:1], *steps[-2:], best_step}
+    if sound_step is not None:
+        sound = [step for step in steps if step <= sound_step]
+        keep.update(sound[-1:])
     removed = []
     for step in steps:
         path = path_of(directory, step)
@@ -356,7 +360,7 @@ def resume_point(directory, resume, settings):
             f"that folder"
         )
 
-    changed = changes(load_state(path)["settings"], settings)
+    changed = changes(load_state(path, mmap=True)["settings"], settings)
     refused = [text for name, text in changed.items() if not FREE_TO_CHANGE.match(name)]
     if refused:
         words = (

@@ -200,7 +200,7 @@ def _leave(end):
 def _one_line(error):
     """What to tell the user, or None: then it is a defect, and its traceback is wanted."""
     if isinstance(error, ValueError):
-        return str(error)
+        return str(error) or None
     if _is_out_of_memory(error):
         return "out of memory: lower --device_tokens (training) or --device_rows (sampling)"
     if _is_lost_rank(error):

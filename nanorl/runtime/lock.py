@@ -4,25 +4,27 @@ import errno
 import fcntl
 import os
 import socket
+import time
+
+PATIENCE = 5.0  # seconds to wait for a process that may be ending
 
 
-def take(path, wait=False):
-    """Lock the file at `path`, which is made -> the open file, and who else has it.
+def take(path, patience=PATIENCE):
+    """Lock the file at `path`, which is made -> the open file, and "".
 
-    wait: until another process has let go of it. Otherwise, where another process has it, the first
-    value is None and the second names that process. The lock goes when the file is closed, and with
-    the process however that ends. Processes that this one starts do not have it.
+    Where another process keeps it locked for `patience` seconds: None, and who that is, in words.
+    The lock goes when the file is closed, and with the process however that ends. Processes that
+    this one starts do not have it.
     """
     file = open(path, "a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+    deadline = time.monotonic() + patience
+    while not _try(file):
+        if time.monotonic() > deadline:
             file.seek(0)
             holder = file.read().strip()
             file.close()
             return None, holder or "another process"
-        # Some file systems of clusters lock nothing. There the run goes on without.
+        time.sleep(0.1)
 
     # For the message of a process that comes later.
     file.seek(0)
@@ -30,3 +32,13 @@ def take(path, wait=False):
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file, ""
+
+
+def _try(file):
+    """Whether nobody else has the file locked. It is then this process that has."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some file systems of clusters lock nothing. There a run goes on without.
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True

@@ -31,16 +31,30 @@ def _finite(value):
 # ---- files ---------------------------------------------------------------------------------------
 
 
+def make_folder(path):
+    """Make a folder, if it is not there. Raises ValueError where it cannot be made."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        # Its name is too long, or a file has that name, or the folder above is read-only.
+        raise ValueError(
+            f"no folder {path} can be made ({error.strerror}): choose another --run_name, or "
+            "another folder with NANORL_OUT=<folder>"
+        ) from None
+
+
 class RunLog:
     """The files of one stage's directory.
 
     active: False on ranks other than the first, where every method does nothing.
+
+    Raises ValueError for a directory that cannot be made.
     """
 
     def __init__(self, directory, active=True):
         self.directory, self.active = directory, active
         if active:
-            os.makedirs(directory, exist_ok=True)
+            make_folder(directory)
 
     def _path(self, *names):
         return os.path.join(self.directory, *names)
@@ -64,12 +78,15 @@ class RunLog:
         _replace(self._path("run.json"), text.encode())
 
     def earlier_card(self):
-        """What run.json holds from an earlier start of this run; nothing where there is none."""
+        """What run.json holds from an earlier start of this run; nothing where none can be read."""
         path = self._path("run.json")
         if not os.path.exists(path):
             return {}
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
+        try:
+            with open(path, encoding="utf-8") as f:
+                return json.load(f)
+        except ValueError:
+            return {}  # a machine that lost power may leave half of it
 
     def cut(self, step):
         """Remove rows and rollouts after `step`: they are about to be made again.

@@ -1,6 +1,7 @@
 """What eval.py writes into <model>/eval/: each file is there whole or not at all."""
 
 import json
+import math
 import os
 
 from nanorl.runtime import checkpoint, lock
@@ -43,7 +44,7 @@ def add_to_summary(path, name, result):
     file = checkpoint.eval_file(path, "summary.json")
     os.makedirs(os.path.dirname(file), exist_ok=True)
     # Another process may be about to add its own.
-    locked, _ = lock.take(file + ".lock", wait=True)
+    locked, _ = lock.take(file + ".lock", patience=math.inf)
     with locked:
         write_json(path, "summary.json", {**read(path, "summary.json"), name: result})
 

@@ -6,6 +6,7 @@ All three training scripts have one. What is learnt, and from what, is theirs.
 import math
 import os
 import signal
+from functools import partial
 
 from nanorl.runtime import checkpoint, dist, lock
 from nanorl.runtime.after import AfterSave
@@ -34,12 +35,16 @@ class Run:
         settings["run_name"] = settings["run_name"] or f"d{settings['depth']}"
         self.settings, self.stage = settings, stage
         self.directory = checkpoint.stage_directory(settings["run_name"], stage)
-        self.resumed = checkpoint.resume_point(self.directory, settings["resume"], settings)
-        self.model = self.resumed or start
-        if self.model and not checkpoint.is_model(self.model):
+        point = partial(checkpoint.resume_point, self.directory, settings["resume"], settings)
+        model = point() or start
+        if model and not checkpoint.is_model(model):
             raise ValueError(no_start)
+
+        # Before the lock is free another process may save more.
         self.log = RunLog(self.directory, dist.is_main() and writes)
         self._lock()
+        self.resumed = point()
+        self.model = self.resumed or start
         self.state = self._state(start)
         self.dtype = self.state.get("dtype")
         self.origin = self.state.get("start")
@@ -58,8 +63,8 @@ class Run:
         """Keep other processes out, until this one ends. Every rank takes part."""
         holder = ""
         if self.log.active:
-            path = os.path.join(self.directory, "lock")
-            self.locked, holder = lock.take(path)
+            # It is kept as long as this object is.
+            self.lock, holder = lock.take(os.path.join(self.directory, "lock"))
         holder = dist.broadcast(holder)
         if holder:
             raise ValueError(
@@ -119,13 +124,20 @@ class Run:
         """All changes of constants so far -> [{step, constants}], those of this start last."""
         if not self.resumed:
             return []
-        changed = checkpoint.changes(self.state["settings"], self.settings)
+        saved = self.state["settings"]
         constants = []
-        for name, text in changed.items():
-            if name not in checkpoint.OF_THE_START:
+        for name, text in checkpoint.changes(saved, self.settings).items():
+            # A constant that the scripts did not have then is not one that was changed.
+            if name in saved and name not in checkpoint.OF_THE_START:
                 constants.append(text)
-        before = self.log.earlier_card().get("changes", [])
-        return before + ([{"step": self.first_step, "constants": constants}] if constants else [])
+        # What an earlier start had changed at this step or later is undone, as its rows are.
+        changes = []
+        for change in self.log.earlier_card().get("changes", []):
+            if change["step"] < self.first_step:
+                changes.append(change)
+        if constants:
+            changes.append({"step": self.first_step, "constants": constants})
+        return changes
 
     def begin(self):
         """Call it before the first step: from now on the model that it starts from is in use."""
@@ -185,8 +197,10 @@ class Run:
             state["start"] = self.origin
         if reward is not None:
             state["best"] = self.best
-        best_step = self.best["step"]
-        report = checkpoint.save(self.directory, step, write_model, state, best_step)
+        # Where the gradient is not finite, the last step at which the weights may still be good.
+        sound_step = step - self.bad_steps - 1 if self.bad_steps else None
+        steps_to_keep = self.best["step"], sound_step
+        report = checkpoint.save(self.directory, step, write_model, state, *steps_to_keep)
         if improved:
             report += f" (a new best reward, {reward:.3f})"
         print(report, flush=True)
@@ -195,12 +209,13 @@ class Run:
     def _why_hopeless(self, step):
         """What to tell the user after too many bad steps.
 
-        step: the last one with a finite gradient. The first gradient that was not finite is that of
-        its weights, so that one goes on from weights before those.
+        step: the last one with a finite gradient, 0 for none. The next gradient is that of the
+        weights which it left, so these are ruined, and the advice is to start from others.
         """
+        since = f"since step {step} has ruined the weights" if step else "from the first step on"
         words = (
             f"in {self.bad_steps} steps in a row updates were skipped because the gradient was not "
-            f"finite: the weights after step {step} are ruined"
+            f"finite, {since}"
         )
         rates = "a lower --lr"
         if "matrix_lr" in self.settings:

@@ -37,7 +37,7 @@ def load_rows(name, split, hub_id, hub_config=None, check=None):
 
 def data_file(name, split):
     """A data set's file in NANORL_DATA, or None where there is none."""
-    root = os.environ.get("NANORL_DATA")
+    root = os.path.expanduser(os.environ.get("NANORL_DATA", ""))
     for ending in READERS if root else ():
         path = os.path.join(root, name, split + ending)
         if os.path.exists(path):

@@ -85,7 +85,7 @@ class Spelling:
         check_split(split)
         one_of("demonstrations", demonstrations, STYLES)
         one_of("rewards", rewards, REWARDS)
-        root = os.environ.get("NANORL_DATA")
+        root = os.path.expanduser(os.environ.get("NANORL_DATA", ""))
         path = os.path.join(root, "words.txt") if root else None
         if path and not os.path.exists(path):
             path = None
