@@ -2,11 +2,13 @@
 
     python train_base.py --depth=4                              # on text that the task makes
     python train_base.py --vocab_size=8192 --data='books/*.txt,web.jsonl.gz,more/*.parquet'
+    python train_base.py --vocab_size=8192 --data=hf:HuggingFaceFW/fineweb-edu:sample-10BT
     torchrun --nproc_per_node=8 train_base.py --depth=20 --batch_tokens=524288      # on a node
 
 Plain text is taken apart at lines of <|endoftext|>, else at a blank line after every 8 KB; longer
-documents are cut at 64 KB. One document in 50 validates. Text is tokenized once, in shards; a start
-after a kill goes on with the shard it was at.
+documents are cut at 64 KB. One document in 50 validates. A data set by name is streamed as far as
+the run goes, and one in 50 of its first 100 MB validates. Text is tokenized once, in shards; a
+start after a kill goes on with the shard it was at.
 
 Left out: learning-rate sweeps by size, fp8, sharded optimizers, document masking.
 """
@@ -20,6 +22,7 @@ import torch
 
 from nanorl import compilers, learner
 from nanorl.data.corpus import Corpus
+from nanorl.data.stream import Stream, is_stream
 from nanorl.data.task_text import TaskText
 from nanorl.data.tokens import (
     Windows,
@@ -50,8 +53,9 @@ dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
 # ---- model and text
 depth = 4  # layers; the width is 64 x depth
 vocab_size = 512  # tokens of the BPE to train; for real text some 8192 or more
-data = ""  # text: files and globs, with commas between; .jsonl, .parquet and .csv are rows
+data = ""  # text: files and globs, or hf:<name>:<config>:<split> of data sets; commas between
 text_field = "text"  # where rows have their text
+data_tokens = 0  # tokens to make of --data; 0: all of files, of hf: as many as the steps take
 task = "sum3"  # without --data: whose built-in documents to learn from
 task_args = ""  # the task's settings, 'name=value; name=value'
 documents = 20000  # how many of them, at most one a training problem
@@ -103,7 +107,7 @@ def main():
         net = new_model(tokenizer.n_tokens).to(weight_dtype).to(device)
     net.compute_dtype = compute_dtype
     params, config = list(net.parameters()), net.config
-    total_steps = steps or math.ceil(20 * config.n_params()[0] / batch_tokens)
+    total_steps = horizon(config)
     optimizers = make_optimizers(net, matrix_lr, other_lr or 0.75 / config.n_embd)
     meter = Meter(net, None, run.state["flops"])
     if run.resumed:
@@ -178,7 +182,9 @@ def prepare(run, directory):
     # A resumed run goes on with the text that it began with.
     goes_on = run.resumed and read_index(directory).get("whole")
     if dist.is_main() and not goes_on:
-        tokenize(text_source(), vocab_size, directory)
+        source = text_source()
+        enough = tokens_wanted(source)
+        tokenize(source, vocab_size, directory, enough)
     dist.wait_for_main()  # for hours, where there is much text
     tokenizer = Tokenizer.from_pretrained(directory)
     if run.resumed and tokenizer.spec != Tokenizer.from_pretrained(run.resumed).spec:
@@ -191,12 +197,30 @@ def prepare(run, directory):
 
 
 def text_source():
-    """Whose documents to learn from: the files of --data, or the task."""
+    """Whose documents to learn from: the files or data sets of --data, or the task."""
+    if is_stream(data):
+        return Stream(data, text_field)
     if data:
         return Corpus(data, text_field)
     source = get_task(task, split="train", **parse_settings(task_args))
     made_from = dict(task=task, task_args=task_args, documents=documents)
     return TaskText(source, task, documents, made_from)
+
+
+def tokens_wanted(source):
+    """How many training tokens to make of the text; 0: all."""
+    if data_tokens or not isinstance(source, Stream):
+        return data_tokens
+    # A data set may have no end, so it is read as far as the run goes. The tokenizer, which is not
+    # there yet, has at most vocab_size tokens.
+    wanted = horizon(GPTConfig.from_depth(depth, vocab_size)) * batch_tokens
+    dist.say(f"corpus  {data}: reading until the run's {wanted:,} tokens are made, in shards")
+    return wanted
+
+
+def horizon(config):
+    """Optimizer steps of the run."""
+    return steps or math.ceil(20 * config.n_params()[0] / batch_tokens)
 
 
 def new_model(n_tokens):
@@ -258,8 +282,8 @@ def check_settings(settings):
     at_least(
         settings,
         0,
-        "seed steps matrix_lr other_lr warmup cooldown max_grad_norm eval_every sample_tokens "
-        "save_every",
+        "seed data_tokens steps matrix_lr other_lr warmup cooldown max_grad_norm eval_every "
+        "sample_tokens save_every",
     )
     if batch_tokens % seq_len:
         raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")

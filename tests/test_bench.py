@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from conftest import toy_model
 from nanorl.engine import Engine
-from nanorl.gpt import token_logprobs
+from nanorl.gpt import GPTConfig, token_logprobs
 from nanorl.rollout import Rollout
 from nanorl.sampling import Completion
-from nanorl.tools import bench, bench_base, naive
+from nanorl.tools import bench, bench_base, bench_loader, naive
 
 
 def test_the_obvious_way_samples_from_the_model():
@@ -111,3 +111,25 @@ class AllOnMeta(TorchDispatchMode):
         made = operation(*args, **(kwargs or {}))
         assert all(t.device.type == "meta" for t in tree_leaves(made)), operation
         return made
+
+
+def test_loader_gives_the_rates_of_tokenizing_and_of_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_loader, "ROWS", 4)
+    monkeypatch.setattr(bench_loader, "T", 16)
+    text = "\n<|endoftext|>\n".join(f"{i} the cat sat on the mat" * 9 for i in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    options = SimpleNamespace(data=f"{tmp_path}/*.txt", vocab_size=300, seconds=0.02, repeats=3)
+    figures = bench_loader.measure_loader(options)
+    assert figures["d20_horizon"] == 20 * GPTConfig.from_depth(20, 300).n_params()[0]
+    core_seconds = figures["d20_horizon"] / figures["tok_s_a_core"]
+    assert figures["d20_core_hours"] == pytest.approx(core_seconds / 3600, rel=0.05)
+    bytes_a_second = figures["tok_s_a_core"] * figures["bytes_a_token"]
+    assert figures["mb_s_a_core"] == pytest.approx(bytes_a_second / 1e6, rel=0.05)
+    times = figures["loader_tok_s"] / bench_loader.H100_RATE
+    assert figures["loader_over_h100"] == pytest.approx(times, abs=0.06)
+    assert times > 1  # with 4 rows of 16 tokens: the overhead of a batch is all there is
+
+
+def test_loader_asks_for_text():
+    with pytest.raises(ValueError, match="--data='folder"):
+        bench_loader.measure_loader(SimpleNamespace(data=""))

@@ -113,7 +113,7 @@ def test_a_run_holds_its_folder(tmp_path, monkeypatch):
     run = Run(dict(run_name="x", resume="auto", after_save=""), "rl")
     other, answer = hold(tmp_path / "x" / "rl" / "lock")
     other.communicate("")
-    assert answer.startswith(f"process {os.getpid()} on ") and run.locked
+    assert answer.startswith(f"process {os.getpid()} on ") and run.lock
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -150,7 +150,7 @@ def test_after_bad_steps_the_advice_is_a_model_from_before_them(rl, out):
         group["initial_lr"] = 1e300
     torch.save(state, path)
     said, _ = rl("ruin", *sound)
-    assert "in 2 steps in a row" in said and "the weights after step 2 are ruined" in said
+    assert "in 2 steps in a row" in said and "since step 2 has ruined the weights" in said
     assert remedy(said) == [f"--model={checkpoint.path_of(str(run), 1)}"] and "a lower --lr" in said
     assert "fp32" not in said  # it was in fp64
     assert rl("ruin2", "--steps=1", *remedy(said))[0] is None

@@ -118,25 +118,33 @@ def row_documents(path, field, not_utf8):
     ValueError for a row that has no such field or no text in it.
     """
     for row_name, row in read_rows(path, only=field, bad=not_utf8):
-        if field not in row:
-            fields = ", ".join(map(str, row)) or "none"
-            raise ValueError(
-                f"{row_name}: no field {field!r}, only {fields}: "
-                "name the one with the text, --text_field="
-            )
-        text = row[field]
-        if text is None:
-            text = b""
-        if isinstance(text, str):
-            # JSON may hold half of a surrogate pair. Its bytes are not UTF-8, as decode() finds.
-            text = text.encode("utf-8", "surrogatepass")
-        if not isinstance(text, bytes):
-            shown = json.dumps(text, default=str)[:40]
-            raise ValueError(
-                f"{row_name}: {field!r} is {shown}, not text: "
-                "name the field with the text, --text_field="
-            )
-        yield from cut(text)
+        yield from cut(text_of_row(row, field, row_name))
+
+
+def text_of_row(row, field, row_name):
+    """The text (bytes) of a row; that of None is empty.
+
+    Raises ValueError where the row has no such field or something else in it.
+    """
+    if field not in row:
+        fields = ", ".join(map(str, row)) or "none"
+        raise ValueError(
+            f"{row_name}: no field {field!r}, only {fields}: "
+            "name the one with the text, --text_field="
+        )
+    text = row[field]
+    if text is None:
+        text = b""
+    if isinstance(text, str):
+        # JSON may hold half of a surrogate pair. Its bytes are not UTF-8, as decode() finds.
+        text = text.encode("utf-8", "surrogatepass")
+    if not isinstance(text, bytes):
+        shown = json.dumps(text, default=str)[:40]
+        raise ValueError(
+            f"{row_name}: {field!r} is {shown}, not text: "
+            "name the field with the text, --text_field="
+        )
+    return text
 
 
 # ---- the corpus ----------------------------------------------------------------------------------
@@ -164,38 +172,12 @@ class Corpus:
     def survey(self):
         """Read everything once -> (texts to train the tokenizer on, facts for documents()).
 
-        The texts are the documents of the greatest hashes. They are therefore spread over the
-        corpus and always the same, and none of them validates. Raises ValueError where there are
-        not two different documents.
+        Raises ValueError where there are not two different documents.
         """
         not_utf8, empty = [], []
-        nbytes = 0
-        least_hash = 2**63
-        sample = Sample()
-        with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
-            for text in self._texts(not_utf8, empty):
-                text_hash = content_hash(text)
-                text_bytes = len(text.encode())
-                nbytes += text_bytes
-                least_hash = min(least_hash, text_hash)
-                sample.add(text_hash, text_bytes, text)
-                bar.update(text_bytes)
-
-        bound = val_bound(least_hash)
-        texts = []
-        for text_hash, _, text in sorted(sample.heap):
-            if text_hash >= bound:
-                texts += word_bounded(text)
         plural = "s" if len(self.files) > 1 else ""
         name = f"{len(self.files)} file{plural}"
-        if not texts:
-            raise ValueError(
-                f"--data: {len(sample.heap)} different documents in {name}: there must be two or "
-                "more, one of which validates: give more text, or end documents with a line "
-                f"{END.decode()}"
-            )
-        # The words of chat headers are to be tokens too, where the vocabulary has room for them.
-        texts += ["system\nuser\nassistant\n"] * 500
+        texts, nbytes, bound = look_through(self._texts(not_utf8, empty), name)
         facts = {
             "name": name,
             "bytes": nbytes,
@@ -227,6 +209,41 @@ class Corpus:
                     yield text
                 else:
                     empty.append(path)
+
+
+def look_through(texts, name):
+    """Read texts -> (those to train the tokenizer on, bytes of all, the bound of val_bound()).
+
+    Those are the ones of the greatest hashes, so they are spread over all texts and always the
+    same, and none of them validates. name: of the texts, for messages. Raises ValueError where
+    there are not two different texts.
+    """
+    nbytes = 0
+    least_hash = 2**63
+    sample = Sample()
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+        for text in texts:
+            text_hash = content_hash(text)
+            text_bytes = len(text.encode())
+            nbytes += text_bytes
+            least_hash = min(least_hash, text_hash)
+            sample.add(text_hash, text_bytes, text)
+            bar.update(text_bytes)
+
+    bound = val_bound(least_hash)
+    sampled = []
+    for text_hash, _, text in sorted(sample.heap):
+        if text_hash >= bound:
+            sampled += word_bounded(text)
+    if not sampled:
+        raise ValueError(
+            f"--data: {len(sample.heap)} different documents in {name}: there must be two or "
+            "more, one of which validates: give more text, or end documents with a line "
+            f"{END.decode()}"
+        )
+    # The words of chat headers are to be tokens too, where the vocabulary has room for them.
+    sampled += ["system\nuser\nassistant\n"] * 500
+    return sampled, nbytes, bound
 
 
 class Sample:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -31,9 +32,10 @@ def shard_path(directory, split, number):
 def read_index(directory):
     """tokens.json, which says what token files there are, or {} where there is no such file.
 
-    whole: whether all of them are written. made_from: see tokenize. facts: what the source says
-    about its documents. dtype: of the ids. shards: a list with, for each split, its `documents`,
-    `bytes` of text and `tokens`, and besides a hash of its `content`.
+    whole: whether all of them are written. made_from, enough: see tokenize. facts: what the source
+    says about its documents. dtype: of the ids. shards: a list with, for each split, its
+    `documents`, `bytes` of text and `tokens`, and besides a hash of its `content` and the source's
+    `position` after it.
     """
     path = os.path.join(directory, "tokens.json")
     if not os.path.exists(path):
@@ -73,13 +75,16 @@ def describe(index):
         f"{facts['name']}, {documents:,} documents ({validating:,} to validate), "
         f"{nbytes / 1e6:,.1f} MB -> {tokens:,} tokens, {nbytes / tokens:.2f} bytes a token"
     )
+    enough = index.get("enough", 0)
+    if total(index, "tokens", ["train"]) < enough:
+        summary += f"; there is no more, though {enough:,} to train on are wanted"
     return "\n        ".join([summary, *facts["notes"]])
 
 
 # ---- documents -> token files --------------------------------------------------------------------
 
 
-def tokenize(source, vocab_size, directory):
+def tokenize(source, vocab_size, directory, enough=0):
     """Write a source's documents into `directory`, as token files. Returns the index (read_index).
 
     The directory gets a tokenizer that is trained on some of the documents, and shards of token
@@ -87,21 +92,50 @@ def tokenize(source, vocab_size, directory):
     The index is written after every shard. When a process has died, the next one goes on after
     the shards that are whole. What was made from something else is made again.
 
+    enough: the last shard is the one with which the training tokens are so many (0: all documents
+    are written). The shards for a larger number begin with those for a smaller one, and those that
+    are there already are kept.
+
     source has
         survey()          -> (texts to train the tokenizer on, facts)
         documents(facts)  yields (split, text), always the same
         made_from         a dict of what the documents depend on
+        position          if it has one: of the document that was yielded last;
+                          documents(facts, position) yields those after it
     """
-    made_from = {**source.made_from, "vocab_size": vocab_size}
     index = read_index(directory)
-    if index.get("made_from") != made_from or "shards" not in index:
-        index = _train_tokenizer(source, vocab_size, directory, made_from)
+    if index.get("made_from") != _made_from(source, vocab_size) or "shards" not in index:
+        index = train_tokenizer(source, vocab_size, directory)
+
+    # As many of the shards that are there as are wanted.
+    shards = index["shards"]
+    index["shards"] = []
+    index["enough"] = enough
+    index["whole"] = False
+    for shard in shards:
+        if not index["whole"]:
+            _add_shard(index, shard)
+    _write_index(directory, index)
+
     if not index["whole"]:
         _write_shards(source, directory, index)
     return index
 
 
-def _train_tokenizer(source, vocab_size, directory, made_from):
+def _add_shard(index, shard):
+    """Append a shard to an index, and note whether it is the last."""
+    index["shards"].append(shard)
+    # A shard that is not full is the last: the documents have run out.
+    ended = _text_bytes(shard) < SHARD_BYTES
+    enough = index["enough"]
+    index["whole"] = ended or 0 < enough <= total(index, "tokens", ["train"])
+
+
+def _made_from(source, vocab_size):
+    return {**source.made_from, "vocab_size": vocab_size}
+
+
+def train_tokenizer(source, vocab_size, directory):
     """Make the directory anew, with a tokenizer and an index of no shards. Returns the index."""
     texts, facts = source.survey()
     shutil.rmtree(directory, ignore_errors=True)
@@ -109,7 +143,7 @@ def _train_tokenizer(source, vocab_size, directory, made_from):
     tokenizer = Tokenizer.train(texts, vocab_size)
     tokenizer.save(directory)
     index = {
-        "made_from": made_from,
+        "made_from": _made_from(source, vocab_size),
         "facts": facts,
         "dtype": "uint16" if tokenizer.n_tokens <= 2**16 else "uint32",
         "shards": [],
@@ -122,39 +156,48 @@ def _train_tokenizer(source, vocab_size, directory, made_from):
 def _write_shards(source, directory, index):
     """Write the shards that are missing, and the index after each."""
     tokenizer = Tokenizer.from_pretrained(directory)
-    # The documents that no shard holds yet.
-    documents = itertools.islice(source.documents(index["facts"]), total(index, "documents"), None)
-    with tqdm(
+    batches = _batches(source, index)
+    with _progress(index) as bar:
+        while not index["whole"]:
+            shard = _write_shard(batches, tokenizer, directory, index, bar)
+            _add_shard(index, shard)
+            _write_index(directory, index)
+    batches.close()
+
+
+def _progress(index):
+    """A bar over the tokens that are wanted, else over the bytes of text that there are."""
+    unit = _unit(index)
+    return tqdm(
         desc="tokenizing",
-        initial=total(index, "bytes"),
-        total=index["facts"].get("bytes"),
-        unit="B",
+        initial=total(index, unit),
+        total=index["enough"] or index["facts"].get("bytes"),
+        unit=unit,
         unit_scale=True,
         disable=None,
-    ) as bar:
-        while not index["whole"]:
-            number = len(index["shards"])
-            shard = _write_shard(documents, tokenizer, directory, number, index["dtype"], bar)
-            index["shards"].append(shard)
-            # A shard that is not full is the last: the documents have run out.
-            index["whole"] = _text_bytes(shard) < SHARD_BYTES
-            _write_index(directory, index)
+    )
 
 
-def _write_shard(documents, tokenizer, directory, number, dtype, bar):
-    """Write one shard of the next (split, text) `documents`. Returns its counts.
+def _unit(index):
+    return "tokens" if index["enough"] else "bytes"
+
+
+def _write_shard(batches, tokenizer, directory, index, bar):
+    """Write the next shard of an index. Returns its counts, its content and its position.
 
     It ends when its documents hold SHARD_BYTES or run out.
     """
     counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in SPLITS}
     content = hashlib.blake2b(digest_size=16)
+    position = None
+    number, dtype, unit = len(index["shards"]), index["dtype"], _unit(index)
     with (
         open(shard_path(directory, "train", number), "wb") as train,
         open(shard_path(directory, "val", number), "wb") as val,
     ):
         files = {"train": train, "val": val}
         while _text_bytes(counts) < SHARD_BYTES:
-            batch = _take(documents, BATCH_BYTES)
+            batch, position = next(batches)
             if not batch:
                 break
             encoded = tokenizer.encode_many([text for _, _, text in batch], cpus())
@@ -163,21 +206,45 @@ def _write_shard(documents, tokenizer, directory, number, dtype, bar):
                 data = np.array(ids, dtype).tobytes()
                 files[split].write(data)
                 content.update(data)
-                counts[split]["documents"] += 1
-                counts[split]["bytes"] += nbytes
-                counts[split]["tokens"] += len(ids)
-                bar.update(nbytes)
+                added = {"documents": 1, "bytes": nbytes, "tokens": len(ids)}
+                for name, count in added.items():
+                    counts[split][name] += count
+                bar.update(added[unit])
         # The shard is on disk before the index names it.
         for f in files.values():
             f.flush()
             os.fsync(f.fileno())
-    counts["content"] = content.hexdigest()
-    return counts
+    return {**counts, "content": content.hexdigest(), "position": position}
 
 
 def _text_bytes(shard):
     """Bytes of text in a shard, of both splits."""
     return shard["train"]["bytes"] + shard["val"]["bytes"]
+
+
+def _batches(source, index):
+    """Yield (batch, position) of the documents that no shard holds yet; at their end, no batch.
+
+    A batch is a list of (split, bytes, text) that holds BATCH_BYTES or more. The next one is read,
+    by a thread, while the last is encoded.
+    """
+    position = index["shards"][-1].get("position") if index["shards"] else None
+    if position:
+        documents = source.documents(index["facts"], position)
+    else:
+        done = total(index, "documents")
+        documents = itertools.islice(source.documents(index["facts"]), done, None)
+
+    def take():
+        batch = _take(documents, BATCH_BYTES)
+        return batch, getattr(source, "position", None)
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(take)
+        while True:
+            taken = coming.result()
+            coming = reader.submit(take)
+            yield taken
 
 
 def _take(documents, size):

@@ -6,6 +6,7 @@
     learner  forward and backward over completions, prompts computed once a group
     step     one whole step on random rewards: both of these, the optimizer and the refresh
     base     train_base.py's step against a plain eager fp32 loop of as many parameters
+    loader   text -> token files -> batches: tokens/s, and hours for the text of a d20: --data=
     flips    tokens that differ when the same samples are drawn in other company:
              --model=<a trained one> --task=
     rates    the device's fp32 and bf16 matrix rates and its copy bandwidth
@@ -52,6 +53,7 @@ from nanorl.runtime.config import configure
 from nanorl.tools import naive
 from nanorl.tools.bench_base import measure_base
 from nanorl.tools.bench_flips import measure_flips
+from nanorl.tools.bench_loader import measure_loader
 
 # ---- what is measured
 model = ""  # a model directory, or a stage's; empty: a random one of --depth and --vocab_size
@@ -67,13 +69,14 @@ stops = 0.0  # share of the vocabulary that ends a completion; 0: all completion
 device_rows = 0  # most rows decoded at once; 0: all
 device_tokens = 16384  # learner: tokens of one forward
 naive_rows = 8  # rows at a time of the obvious way
-# ---- base, flips
+# ---- base, loader, flips
 width = 128  # base: channels
 seq_len = 128  # base: tokens of a row
 batch_tokens = 2048  # base: tokens of a step
+data = ""  # loader: text, as train_base.py's --data
 task = "sum3"  # flips: its task
 # ---- how
-seconds = 5.0  # base: measured per repetition
+seconds = 5.0  # base, loader: measured per repetition
 repeats = 5  # repetitions, taken in turn
 json = False  # print the JSON line alone
 
@@ -84,6 +87,7 @@ def main():
         "learner": measure_learner,
         "step": measure_step,
         "base": measure_base,
+        "loader": measure_loader,
         "flips": measure_flips,
         "rates": no_figures,
     }
