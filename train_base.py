@@ -141,14 +141,14 @@ def main():
     for step in range(run.first_step, total_steps):
         # Read: the next windows of the token files, and of them this rank's share.
         meter.start()
-        inputs, targets = train.next()  # (rows, T) each
+        inputs, targets = (part.to(device) for part in train.next())  # (rows, T) each
 
         # Learn: loss = - mean of log p of the next token, over the step's tokens on all ranks.
         loss = 0.0
         for some_inputs, some_targets in micro_batches(inputs, targets):
             part = fast_loss_of(some_inputs, some_targets) / batch_tokens
             part.backward()
-            loss += float(part.detach())
+            loss += part.detach().double()  # on the device, which is not waited for
         dist.sum_gradients(params)  # one all-reduce
         scale = lr_scale(step, total_steps, warmup, cooldown)
         norm = update(optimizers, params, scale, max_grad_norm)  # clip, Muon and AdamW
@@ -247,7 +247,7 @@ def bits_per_byte(val, loss_of, meter):
     """Validation loss, on the same windows every time; every rank takes its share of them."""
     val.cursor = 0
     inputs, targets = val.next()
-    nats = sum(float(loss_of(*some)) for some in micro_batches(inputs, targets))
+    nats = sum(loss_of(*some).double() for some in micro_batches(inputs, targets))
     tokens = val.rows * seq_len
     meter.forward_only(tokens, tokens * seq_len, tokens)
     nats_a_token = dist.total(nats) / dist.total(targets.numel())

@@ -163,7 +163,7 @@ def main():
         for part in batch.split(device_tokens // seq_len, device):
             part_loss = learner.chat_loss(policy.model, *part) / N
             part_loss.backward()
-            loss += float(part_loss.detach())
+            loss += part_loss.detach().double()  # on the device, which is not waited for
         dist.sum_gradients(policy.params)  # one all-reduce
         scale = lr_scale(step, total_steps, warmup, cooldown)
         norm = update(optimizers, policy.params, scale, max_grad_norm)  # clip, Muon and AdamW
@@ -231,7 +231,7 @@ def held_out_loss(net, batch, meter):
     """Nats a token that the assistant says, in the conversations that are held out."""
     nats = 0.0
     for part in batch.split(device_tokens // seq_len, net.cos.device):
-        nats += float(learner.chat_loss(net, *part))
+        nats += learner.chat_loss(net, *part).double()
     said = int(dist.total(batch.mask.sum()))
     slots = int(dist.total(batch.mask.numel()))
     meter.forward_only(slots, slots * seq_len, said)

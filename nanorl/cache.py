@@ -352,18 +352,17 @@ class Layout:
     """
 
     def __init__(self, capacity, samples, device):
-        def zeros(size):
-            return torch.zeros(size, dtype=torch.long, device=device)
+        # All of it is one tensor, so that an update is one copy to the device.
+        row_slots, prompt_slots = capacity.row_slots, capacity.prompt_slots
+        sizes = [row_slots, row_slots, row_slots, prompt_slots * samples, prompt_slots]
+        self.numbers = torch.zeros(sum(sizes), dtype=torch.long, device=device)
+        parts = self.numbers.split(sizes)
 
         # An entry a row slot. ages: tokens sampled so far, as Row.age (a step adds one to both).
         # starts: position of the first of these tokens, which is the prompt's length.
-        self.ages = zeros(capacity.row_slots)
-        self.starts = zeros(capacity.row_slots)
-        self.cell = zeros(capacity.row_slots)
-
+        self.ages, self.starts, self.cell = parts[:3]
         # An entry a cell, and an entry a prompt slot.
-        self.row_at = zeros(capacity.prompt_slots * samples)
-        self.prompt_lengths = zeros(capacity.prompt_slots)
+        self.row_at, self.prompt_lengths = parts[3:]
         self.width = samples
 
     def update(self, rows, prompt_lengths, width):
@@ -382,11 +381,14 @@ class Layout:
         # A fixed shape takes in slots that are not in use. What they hold harms nothing: such a row
         # sees one key, since a softmax over none is not a number, and its age is 1, so that it is
         # never older than the oldest row.
-        fill(self.cell, cells, rest=0)
-        fill(self.row_at, row_at, rest=0)
-        fill(self.starts, [prompt_lengths[row.prompt_slot] for row in rows], rest=0)
-        fill(self.ages, [row.age for row in rows], rest=1)
-        fill(self.prompt_lengths, prompt_lengths, rest=1)
+        parts = [
+            filled(self.ages, [row.age for row in rows], rest=1),
+            filled(self.starts, [prompt_lengths[row.prompt_slot] for row in rows], rest=0),
+            filled(self.cell, cells, rest=0),
+            filled(self.row_at, row_at, rest=0),
+            filled(self.prompt_lengths, prompt_lengths, rest=1),
+        ]
+        self.numbers.copy_(torch.from_numpy(np.concatenate(parts)))
 
 
 class DecodeAttention:
@@ -541,14 +543,16 @@ def pad(prompts, device):
     lengths = [len(prompt) for prompt in prompts]
     longest = max(lengths)
     rectangle = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    return torch.tensor(rectangle, device=device), torch.tensor(lengths, device=device)
+    # The lengths come as the first column, so that one copy takes all to the device.
+    together = [[length, *row] for length, row in zip(lengths, rectangle)]
+    together = torch.tensor(together, device=device)  # (p, 1 + T)
+    return together[:, 1:], together[:, 0]
 
 
-def fill(buffer, values, rest):
-    """Write a list of values to the start of a buffer on the device, and `rest` behind them."""
+def filled(buffer, values, rest):
+    """What a buffer is to hold: a list of values, and `rest` behind them."""
     behind = len(buffer) - len(values)
-    padded = np.array(values + [rest] * behind)  # reads a list 5 times faster than torch.tensor
-    buffer.copy_(torch.from_numpy(padded))
+    return np.array(values + [rest] * behind)  # reads a list 5 times faster than torch.tensor
 
 
 def fill_holes(stay):

@@ -237,9 +237,9 @@ class Engine:
             ids, lengths = pad([prompts[i] for i in some], self.device)  # (p, T), (p,)
             h = self.model.hidden(ids)  # (p, T, C)
             h = h[torch.arange(len(some), device=self.device), lengths - 1]  # (p, C)
-            for i, logprobs in zip(some, self._all_logprobs(h)):
-                wanted = torch.tensor(candidates[i], device=self.device)
-                found[i] = logprobs[wanted].tolist()
+            wanted, _ = pad([candidates[i] for i in some], self.device)  # (p, most candidates)
+            for i, logprobs in zip(some, self._logprobs_of(wanted, h).tolist()):
+                found[i] = logprobs[: len(candidates[i])]
 
             work.update(tokens=ids.numel(), pairs=ids.numel() * longest, head_tokens=len(some))
             if progress:
@@ -251,11 +251,14 @@ class Engine:
         self.stats["rows"] = len(prompts)  # the head ran for each
         return found
 
-    def _all_logprobs(self, h):
-        """h (p, C) -> (V,) for each of p, some at a time: not all of (p, V) exist at once."""
+    def _logprobs_of(self, ids, h):
+        """ids (p, n), h (p, C) -> (p, n), some at a time: not all of (p, V) exist at once."""
         rows_at_once = max(1, LOGITS_AT_ONCE[self.device.type] // self.model.config.n_tokens)
-        for some_h in h.split(rows_at_once):
-            yield from all_logprobs(self.model.head(some_h))
+        found = []
+        for some_ids, some_h in zip(ids.split(rows_at_once), h.split(rows_at_once)):
+            logprobs = all_logprobs(self.model.head(some_h))  # (rows_at_once, V)
+            found.append(logprobs.gather(1, some_ids))
+        return torch.cat(found)
 
 
 class PlainEngine:

@@ -450,7 +450,7 @@ MISTAKES = [
     ("train_sft.py", ["--steps=-1"], "steps=-1"),
     ("train_base.py", ["--batch_tokens=1000", "--seq_len=64"], "1000"),
     ("train_base.py", ["--depth=0"], "0"),
-    ("train_base.py", ["--run_name=" + 300 * "x"], "choose a shorter name"),
+    ("train_base.py", ["--run_name=" + 300 * "x"], "choose another --run_name"),
 ]
 
 

@@ -44,7 +44,7 @@ LOOK_EVERY = 8  # decode steps
 # copied to the GPU, then what the attention needs, and the sums for the log are looked at once.
 # Attention by rectangles: for each its slots and its mask, then where the outputs are. In one
 # kernel: each slot's run, and the squares.
-MAKE_BATCH = 8
+MAKE_BATCH = 2
 A_RECTANGLE = 3
 OUTPUTS = 1
 ONE_KERNEL = 2
@@ -160,15 +160,18 @@ def count_prefills():
     return counts
 
 
-def check_likelihood(on_cpu, on_gpu, bound):
+def check_likelihood(on_cpu, on_gpu, log, bound):
     prompts, _, _, _ = make_calls()[0]
     candidates = [[1, 2, 5]] * len(prompts)
-    pairs = zip(
-        on_cpu.next_logprobs(prompts, candidates),
-        on_gpu.next_logprobs(prompts, candidates),
-    )
+    expected = on_cpu.next_logprobs(prompts, candidates)
+    log.syncs.clear()
+    pairs = zip(expected, on_gpu.next_logprobs(prompts, candidates))
     gap = max(abs(a - b) for x, y in pairs for a, b in zip(x, y))
     must(gap <= bound, f"likelihoods of labels {gap} apart")
+
+    # All prompts of a rectangle: they and their candidates go to the GPU, and the answer comes.
+    waits = fakecuda.syncs_within("engine.py next_logprobs")
+    must(waits <= 3, f"{waits} syncs in next_logprobs, at most 3")
 
 
 # ---- learning ------------------------------------------------------------------------------------
@@ -235,7 +238,7 @@ def main():
         on_cpu, on_gpu = check_calls(dtype, log)
         *_, batch = on_gpu.batches.values()
         graphs = [graph for graph in batch.graphs.values() if graph is not None]
-        check_likelihood(on_cpu, on_gpu, bound)
+        check_likelihood(on_cpu, on_gpu, log, bound)
         exact = compute_dtype != torch.bfloat16
         micro_batch = check_learner(on_cpu, on_gpu, log, exact, one_kernel=False)
         in_one_kernel = check_learner(on_cpu, on_gpu, log, exact, one_kernel=True)
