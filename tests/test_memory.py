@@ -129,10 +129,12 @@ def test_on_several_ranks_the_gradients_are_there_once_more(monkeypatch):
     assert parts(1, flat + 2) == (0, 0, flat + 2)
     assert parts(1, 7, cache_stays=True) == (0, flat, 7)  # on a GPU
 
-    found = memory.estimate(model, [], trained, 0, 0, 7 * 10**9, True, graphs=10**9)
-    (line, warning) = memory.describe(found, free=7.9e9)
-    assert "cache 7.00, graphs 1.00" in line and warning.startswith("WARNING: 8.")
-    assert len(memory.describe(found, free=8.1e9)) == 1
+    # The probe has filled them: they are in use, and neither the program's nor still to come.
+    used = 9 * 10**9
+    found = memory.estimate(model, [], trained, used, 0, 7 * 10**9, True, graphs=10**9)
+    line, warning = memory.describe(found, used, free=0)
+    assert "cache 7.00, graphs 1.00, program 1.00" in line and warning.startswith("WARNING: 0.00")
+    assert len(memory.describe(found, used, free=10**9)) == 1
 
 
 class LiveBytes(TorchDispatchMode):
@@ -194,14 +196,14 @@ def test_graphs_are_counted_where_there_are_graphs(kept, said, monkeypatch):
 
 def test_too_little_memory_is_said():
     parts = dict(weights=10**9, gradients=10**9, optimizer=2 * 10**9, activations=0, cache=10**8)
-    line, warning = memory.describe(parts, free=3 * 10**9)
+    line, warning = memory.describe(parts, used=10**9, free=3 * 10**9)
     assert line == (
         "memory: about 4.10 GB at most: weights 1.00, gradients 1.00, optimizer 2.00, cache 0.10"
     )
     assert warning.startswith(
         "WARNING: 3.10 GB of that are still to be taken and 3.00 are free: lower --device_tokens"
     )
-    assert len(memory.describe(parts, free=4 * 10**9)) == 1
+    assert len(memory.describe(parts, used=10**9, free=4 * 10**9)) == 1
 
 
 @pytest.fixture(scope="module")

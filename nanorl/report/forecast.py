@@ -153,7 +153,7 @@ def memory_lines(rollouts, engine, policy, settings):
         with policy.reference() as reference:
             copies.append(reference)
     parts = memory.estimate(model, copies, policy.params, used, activations, cache, stays, graphs)
-    return memory.describe(parts, dist.free_memory(device))
+    return memory.describe(parts, used, dist.free_memory(device))
 
 
 def say_memory_of_rows(policy, loss_of, seq_len, tokens):
@@ -165,7 +165,7 @@ def say_memory_of_rows(policy, loss_of, seq_len, tokens):
     small, large = ((partial(loss_of, rows), rows * seq_len) for rows in (1, 2))
     activations = memory.activation_bytes(policy.model, small, large, tokens)
     parts = memory.estimate(policy.model, [], policy.params, used, activations)
-    lines = memory.describe(parts, dist.free_memory(policy.device))
+    lines = memory.describe(parts, used, dist.free_memory(policy.device))
     print(*("      " + line for line in lines), sep="\n", flush=True)
 
 

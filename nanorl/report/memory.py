@@ -204,8 +204,10 @@ def estimate(model, copies, trained, used, activations, cache=0, cache_stays=Fal
     largest = max(in_turn, key=in_turn.get)
     parts = {name: 0 for name in in_turn}
     parts[largest] = in_turn[largest]
+    already = 0  # bytes in use that are the cache's and the graphs', since the probe
     if cache_stays:
         parts["cache"] = cache
+        already = cache + graphs
 
     return dict(
         weights=weights,
@@ -214,7 +216,7 @@ def estimate(model, copies, trained, used, activations, cache=0, cache_stays=Fal
         optimizer=2 * gradients,
         **parts,
         graphs=graphs,
-        program=max(0, used - weights - of_copies),
+        program=max(0, used - weights - of_copies - already),
     )
 
 
@@ -223,17 +225,16 @@ def bytes_of(params):
     return sum({p.data_ptr(): p.numel() * p.element_size() for p in params}.values())
 
 
-def describe(parts, free):
+def describe(parts, used, free):
     """The estimate in words -> lines, with a warning where it does not fit.
 
-    free: bytes that can still be taken.
+    used: bytes in use now. free: bytes that can still be taken.
     """
     total = gigabytes(sum(parts.values()))
     named = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items() if n > 5e6)
     lines = [f"memory: about {total} GB at most: {named}"]
 
-    in_use = sum(parts.get(name, 0) for name in ("weights", "copies", "program"))
-    to_come = sum(parts.values()) - in_use
+    to_come = sum(parts.values()) - used
     if to_come > free:
         lines.append(
             f"WARNING: {gigabytes(to_come)} GB of that are still to be taken and "
