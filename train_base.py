@@ -108,7 +108,8 @@ def main():
     net.compute_dtype = compute_dtype
     params, config = list(net.parameters()), net.config
     total_steps = horizon(config)
-    optimizers = make_optimizers(net, matrix_lr, other_lr or 0.75 / config.n_embd)
+    lr_rates = matrix_lr, other_lr or 0.75 / config.n_embd
+    optimizers = make_optimizers(net, *lr_rates, ranks=dist)
     meter = Meter(net, None, run.state["flops"])
     if run.resumed:
         load_states(optimizers, run.state["optimizers"])

@@ -97,7 +97,7 @@ def main():
     # What is trained: the weights or LoRA's adapters, and by which rule.
     policy = policies.load(run, settings, weight_dtype, compute_dtype, device)
     muon, rate, other_rate = rates(policy, run.origin["published"])
-    optimizers = make_optimizers(policy.trained, rate, other_rate, muon=muon)
+    optimizers = make_optimizers(policy.trained, rate, other_rate, muon=muon, ranks=dist)
     tokenizer = Tokenizer.from_pretrained(run.model)
     meter = Meter(policy.model, policy.adapters, run.state["flops"])
 

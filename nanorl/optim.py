@@ -1,15 +1,21 @@
-"""Optimizers, the learning rate's schedule, clipping. No collectives: gradients come summed."""
+"""Optimizers, the learning rate's schedule, clipping.
+
+Gradients come summed over ranks. The one collective is Muon's, and it is passed in.
+"""
 
 import math
 
 import torch
 
+from nanorl.muon import Muon
 
-def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True):
+
+def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True, ranks=None):
     """-> a list of torch optimizers.
 
     muon: Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest; else AdamW for
     all. Only the blocks' matrices decay. model: whatever has named_parameters(), a GPT or its LoRA.
+    ranks: over which Muon's work is shared, as runtime.dist; None: every rank does all of it.
 
     The rate of a group is kept as its `initial_lr`, which `update` scales.
     """
@@ -26,7 +32,7 @@ def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True):
     of_others = dict(lr=other_lr, weight_decay=0.0)
     if muon:
         optimizers = [
-            torch.optim.Muon(matrices, momentum=0.95, **of_matrices),
+            Muon(matrices, ranks, momentum=0.95, **of_matrices),
             torch.optim.AdamW(others, **of_others, **adamw),
         ]
     else:

@@ -87,6 +87,8 @@ assert dist.totals(values, "max") == {"a": 2, "b": 10}
 assert dist.totals(values, "min") == {"a": 0, "b": 8}
 assert dist.gather([r] * r) == ([1, 2, 2] if r == 0 else [])
 assert dist.broadcast(f"from {r}") == "from 0"
+every = dist.gather_numbers(torch.tensor([r, 0.5], dtype=torch.bfloat16))
+assert [part.tolist() for part in every] == [[0, 0.5], [1, 0.5], [2, 0.5]]
 n = 7
 assert dist.total(len(range(n)[dist.share(n)])) == n
 assert dist.gather(list(range(n)[dist.share(n)])) == (list(range(n)) if r == 0 else [])

@@ -484,7 +484,7 @@ def test_sft_and_base_on_two_ranks_are_those_of_one(out, tmp_path):
     ]
     chats.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in turns))
     few = ["--steps=3", "--save_every=0", "--device_tokens=128"]
-    base = [*BASE, *few, "--matrix_lr=0", "--sample_tokens=0", "--eval_every=2"]
+    base = [*BASE, *few, "--sample_tokens=0", "--eval_every=2"]
     start = [f"--model={out / 'a' / 'base'}", "--optimizer=adamw", "--eval_every=2"]
     runs = {
         "task": [

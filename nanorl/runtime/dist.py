@@ -301,6 +301,15 @@ def gather(items):
     return [item for part in lists for item in part]
 
 
+def gather_numbers(own):
+    """Each rank's tensor, of one shape on all -> a list of those of all ranks, on every rank."""
+    if world_size() == 1:
+        return [own]
+    every = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(every, own)
+    return every
+
+
 def broadcast(value):
     """Rank 0's object, on every rank."""
     if world_size() == 1:
