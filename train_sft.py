@@ -2,6 +2,7 @@
 
     python train_sft.py --depth=4                                   # from out/d4/base, on a task
     python train_sft.py --depth=4 --data='chats/*.jsonl'            # on conversations from files
+    python train_sft.py --data='gsm8k=2, chats.jsonl=1'             # on a mixture, two to one
     python train_sft.py --match_flops=out/d4/rl                     # more SFT for that run's FLOPs
     torchrun --nproc_per_node=8 train_sft.py --depth=20 --task=gsm8k --batch_tokens=32768
 
@@ -19,7 +20,8 @@ from nanorl import compilers, learner
 from nanorl import policy as policies
 from nanorl.data.conversations import read_conversations
 from nanorl.data.demonstrations import Demonstrations
-from nanorl.data.packing import PackedRows, collate, content_of, pack_rows
+from nanorl.data.packing import OrderedRows, PackedRows, collate, content_of, pack_rows
+from nanorl.data.parts import Mixture, is_weighted, read_parts
 from nanorl.data.tokens import check_same_content
 from nanorl.engine import Engine
 from nanorl.evaluate.outcomes import held_out
@@ -43,12 +45,12 @@ seed = 0  # fixes the order of the examples
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
 # ---- demonstrations
-data = ""  # conversations: files and globs with commas between, .jsonl, .parquet or .csv
+data = ""  # conversations: files and globs, hf:<name>; or a mixture with tasks, gsm8k=2, a.jsonl=1
 task = "sum3"  # without --data: one of nanorl/tasks, or path.py:Class
-task_args = ""  # the task's settings, such as 'demonstrations=worked'
-examples = 0  # how many training problems or conversations; 0: all of them
+task_args = ""  # the task's settings, such as 'demonstrations=worked'; of a mixture name.setting
+examples = 0  # how many training problems or conversations, of a mixture's each part; 0: all
 # ---- optimization
-steps = 0  # optimizer steps; 0: one pass over the examples
+steps = 0  # optimizer steps; 0: one pass over the examples, or a mixture's weightiest part
 match_flops = ""  # an RL run, out/d4/rl: SFT in its place, for as many FLOPs; into sft_more
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks, padding included
 seq_len = 256  # tokens of a row; longer conversations of --data are left out
@@ -68,7 +70,7 @@ max_bad_steps = 5  # stop after so many steps in a row whose gradient is not fin
 # ---- log
 log_every = 20  # steps between lines
 eval_every = 0  # steps between validations; 0: only before and after
-eval_problems = 0  # of a task's val split, answered greedily at each validation; 0: none
+eval_problems = 0  # of each task's val split, answered greedily at each validation; 0: none
 eval_new_tokens = 64  # an answer is cut off here
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
@@ -101,15 +103,21 @@ def main():
     tokenizer = Tokenizer.from_pretrained(run.model)
     meter = Meter(policy.model, policy.adapters, run.state["flops"])
 
-    # What it is trained on: conversations from files, or a task's own solutions.
+    # What it is trained on: conversations from files, a task's own solutions, or a mixture.
     chats, held_out_chats, note = read_data(tokenizer)
-    n, rows = min(examples or len(chats), len(chats)), batch_tokens // seq_len
+    mixture = chats if isinstance(chats, Mixture) else None
+    n = len(chats) if mixture else min(examples or len(chats), len(chats))
+    rows = batch_tokens // seq_len
     ranks = dist.rank(), dist.world_size()
-    train = PackedRows(chats.__getitem__, n, seq_len, rows, seed, ranks, pad=tokenizer.document_end)
+    pack = OrderedRows if mixture else PackedRows
+    train = pack(chats.__getitem__, n, seq_len, rows, seed, ranks, pad=tokenizer.document_end)
     some = [chats[i] for i in range(min(n, 500))]
     mean_length = sum(len(ids) for ids, _ in some) / len(some)
+    if mixture:
+        mean_length = mixture.mean_length()
     # A resumed run must find what it began with. A task's problems are its own: some of them tell.
-    content = content_of([*chats, *held_out_chats] if data else some)
+    every = mixture.every() if mixture else chats
+    content = content_of([*every, *held_out_chats] if data else some)
     total_steps = steps or math.ceil(n * mean_length / batch_tokens)
     if target:
         train.load_state_dict(target.cursor or train.state_dict())
@@ -135,11 +143,13 @@ def main():
     run.card(policy.model, steps=total_steps)
     rule = terminal.rule(policy, muon, rate, other_rate)
     terminal.sft_heading(run, rule, total_steps, n, mean_length, len(held_out_chats), note)
+    if mixture:
+        terminal.sft_parts(mixture.parts, mixture.epochs(total_steps * batch_tokens / mean_length))
     sizes.say_tokens(device, settings)
     terminal.short_run(total_steps, warmup, cooldown)
     if target:
         terminal.matched_flops(settings, target, total_steps)
-    validate = validation(policy.model, tokenizer, held_out_chats, meter)
+    validate = validation(policy.model, tokenizer, mixture, held_out_chats, meter)
     if validate and not run.resumed:
         before = validate()
         run.log.row(0, **before, **meter.flops_so_far())
@@ -205,8 +215,17 @@ def rates(policy, published):
 
 def read_data(tokenizer):
     """-> (conversations to train on, by index; conversations held out; a note for the user)."""
+    if is_weighted(data):
+        parts = read_parts(data, task_args, tokenizer, seq_len, examples)
+        if eval_problems and not any(part.val_task for part in parts.values()):
+            raise ValueError(
+                f"--eval_problems={eval_problems}: no part of --data is a task: leave it out"
+            )
+        mixture = Mixture(parts, seed)
+        note = f"a pass is {len(mixture):,} conversations, the weightiest part once:"
+        return mixture, mixture.held_out(), note
     if data:
-        return read_conversations(data, tokenizer, seq_len)
+        return read_conversations(data, tokenizer, seq_len, examples)
     source = get_task(task, split="train", **parse_settings(task_args))
     return Demonstrations(source, tokenizer, task), [], ""
 
@@ -214,28 +233,62 @@ def read_data(tokenizer):
 # ---- validation ----------------------------------------------------------------------------------
 
 
-def validation(net, tokenizer, held_out_chats, meter):
+def validation(net, tokenizer, mixture, held_out_chats, meter):
     """-> a function that gives the val/ metrics, over all ranks; None: nothing validates."""
+    pad = tokenizer.document_end
+    if mixture:
+        batches = {name: batch_of(part.held_out, pad) for name, part in mixture.parts.items()}
+        engine = Engine(net) if eval_problems else None
+        return partial(held_out_parts, net, engine, tokenizer, mixture.parts, batches, meter)
     if data:
-        packed = pack_rows(held_out_chats, seq_len + 1)[dist.rank() :: dist.world_size()]
-        batch = collate(packed, seq_len, tokenizer.document_end)
-        return partial(held_out_loss, net, batch, meter)
+        return partial(held_out_loss, net, batch_of(held_out_chats, pad), meter)
     if eval_problems:
         source = get_task(task, split="val", **parse_settings(task_args))
         return partial(held_out_answers, Engine(net), tokenizer, source, meter)
     return None
 
 
-@torch.no_grad()
+def batch_of(examples, pad):
+    """This rank's share of the rows that hold the examples."""
+    packed = pack_rows(examples, seq_len + 1)[dist.rank() :: dist.world_size()]
+    return collate(packed, seq_len, pad)
+
+
 def held_out_loss(net, batch, meter):
     """Nats a token that the assistant says, in the conversations that are held out."""
+    nats, said = held_out_nats(net, batch, meter)
+    return {"val/loss": nats / said}
+
+
+@torch.no_grad()
+def held_out_nats(net, batch, meter):
+    """-> (nats, number) of the tokens that the assistant says, over all ranks."""
     nats = 0.0
     for part in batch.split(device_tokens // seq_len, net.cos.device):
         nats += learner.chat_loss(net, *part).double()
     said = int(dist.total(batch.mask.sum()))
     slots = int(dist.total(batch.mask.numel()))
     meter.forward_only(slots, slots * seq_len, said)
-    return {"val/loss": dist.total(nats) / said}
+    return dist.total(nats), said
+
+
+def held_out_parts(net, engine, tokenizer, parts, batches, meter):
+    """The loss of every part, of all as the mixture weighs them, and its tasks' accuracies."""
+    row = {"val/loss": 0.0}  # its sum comes last
+    nats_of_a_turn, said_in_a_turn = 0.0, 0.0
+    for name, part in parts.items():
+        nats, said = held_out_nats(net, batches[name], meter)
+        row[f"val/loss/{name}"] = nats / said
+        share = part.weight / len(part.held_out)
+        nats_of_a_turn += share * nats
+        said_in_a_turn += share * said
+    row["val/loss"] = nats_of_a_turn / said_in_a_turn
+
+    for name, part in parts.items():
+        if engine and part.val_task:
+            answers = held_out_answers(engine, tokenizer, part.val_task, meter)
+            row.update({f"{metric}/{name}": value for metric, value in answers.items()})
+    return row
 
 
 def held_out_answers(engine, tokenizer, source, meter):

@@ -497,6 +497,7 @@ def test_sft_and_base_on_two_ranks_are_those_of_one(out, tmp_path):
             "--eval_new_tokens=6",
         ],
         "chats": ["train_sft.py", *SFT, *few, *start, f"--data={chats}"],
+        "mixture": ["train_sft.py", *SFT, *few, *start, f"--data={chats}=2, 0-20=1"],
         "text": ["train_base.py", *base],
     }
     call_on_ranks(*([*arguments, f"--run_name=two-{name}"] for name, arguments in runs.items()))

@@ -1,4 +1,4 @@
-"""Files that --data names -> conversations for SFT, some of them held out by their content."""
+"""What --data names -> conversations for SFT, some of them held out by their content."""
 
 import json
 from collections import Counter
@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 
 from nanorl.data.corpus import val_bound
+from nanorl.data.stream import Stream, is_stream
 from nanorl.tasks.files import find_files, read_rows
 from nanorl.tasks.problem import content_hash
 
@@ -27,6 +28,7 @@ COLUMNS = {
     "prompt": ("prompt", "completion", "system", "history"),
 }
 TURN = ("role", "content", "from", "value")  # what is read of a message
+MOST_READ = 100_000  # rows of a data set on the hub, unless the user names a number
 
 
 def messages_of(row):
@@ -152,14 +154,22 @@ def _text(fields, *names):
     raise ValueError(f"no {' or '.join(map(repr, names))}")
 
 
-def read_conversations(patterns, tokenizer, seq_len):
-    """Files of rows -> (examples to train on, examples held out, note).
+def fits(ids, seq_len):
+    """Whether a row of seq_len inputs holds the tokens: its last one is a target and no input."""
+    return len(ids) <= seq_len + 1
+
+
+def read_conversations(patterns, tokenizer, seq_len, most=0):
+    """Files of rows, or a data set hf:<name> -> (examples to train on, examples held out, note).
 
     An example is (ids, mask), numpy arrays, as tokenizer.render_chat gives them. A conversation
     that does not fit a row of seq_len inputs is left out. The note says how many are, how many come
     again, how many held-out ones ask what a training one asks, and what columns are not read; it is
-    "" where there is none of these. Raises ValueError for rows that are no
-    conversations, and where fewer than two different conversations fit.
+    "" where there is none of these.
+
+    Of a data set at most `most` rows are read (0: MOST_READ), and the note counts those that are no
+    conversations. Raises ValueError for such rows in files, and where fewer than two different
+    conversations fit.
     """
     examples = []
     hashes = []  # of the examples' messages
@@ -167,11 +177,13 @@ def read_conversations(patterns, tokenizer, seq_len):
     n_conversations = 0
     longest = 0  # in tokens
     n_unread = Counter()  # {column: its rows}
-    for messages, ids, mask in _rendered(patterns, tokenizer, n_unread):
+    # The rows of a data set are not the user's to mend: those that are broken are left out.
+    skipped = [] if is_stream(patterns) else None
+    rows = _rows(patterns, most)
+    for messages, ids, mask in _rendered(rows, tokenizer, n_unread, skipped):
         n_conversations += 1
         longest = max(longest, len(ids))
-        # The last token of a row is a target and never an input.
-        if len(ids) <= seq_len + 1:
+        if fits(ids, seq_len):
             examples.append((np.array(ids, np.int32), np.array(mask, bool)))
             hashes.append(content_hash(json.dumps(messages)))
             questions.append(content_hash(json.dumps(messages[:-1])))
@@ -183,6 +195,11 @@ def read_conversations(patterns, tokenizer, seq_len):
             f"{n_too_long:,} of {n_conversations:,} conversations are longer than "
             f"--seq_len={seq_len} tokens and are left out; the longest has {longest:,}"
         )
+    if skipped:
+        broken = (
+            f"{len(skipped):,} rows are no conversations and are left out, such as {skipped[0]}"
+        )
+        note = f"{broken}\n      {note}" if note else broken
     n_different = len(set(hashes))
     if n_different < 2:
         reason = note or f"{n_different} different conversations"
@@ -194,6 +211,11 @@ def read_conversations(patterns, tokenizer, seq_len):
     if n_unread:
         columns = ", ".join(f"{name} ({rows:,} rows)" for name, rows in n_unread.items())
         notes.append(f"not read: {columns}")
+    if skipped is not None and not most and n_conversations + len(skipped) == MOST_READ:
+        notes.append(
+            f"the first {MOST_READ:,} rows of {patterns} are read; "
+            "--examples=<number> reads so many"
+        )
     return train, held_out, "\n      ".join(filter(None, [note, *notes]))
 
 
@@ -228,23 +250,33 @@ def _split(examples, hashes, questions):
     return train, held_out, notes
 
 
-def _rendered(patterns, tokenizer, n_unread):
-    """Yield (messages, ids, mask) of every row. Counts in n_unread the columns that are not read.
+def _rows(patterns, most):
+    """Yield (name, row) of all files, or of a data set's first rows."""
+    if is_stream(patterns):
+        yield from Stream(patterns, text_field=None).first_rows(most or MOST_READ)
+    else:
+        for path in find_files(patterns):
+            yield from read_rows(path)
 
-    Raises ValueError for rows that are no conversations, once all have been seen: it names the
-    first and says how many there are.
+
+def _rendered(rows, tokenizer, n_unread, skipped):
+    """Yield (messages, ids, mask) of every (name, row). Counts in n_unread what is not read.
+
+    skipped: a list that gets what is wrong with rows that are no conversations. Without a list they
+    raise ValueError, once all have been seen: it names the first and says how many there are.
     """
-    broken = []
-    for path in find_files(patterns):
-        for row_name, row in read_rows(path):
-            try:
-                messages = messages_of(row)
-            except ValueError as error:
-                broken.append(f"{row_name}: {error}")
-                continue
-            n_unread.update(unread(row))
-            if not broken:
-                yield messages, *tokenizer.render_chat(messages)
+    broken = [] if skipped is None else skipped
+    for row_name, row in rows:
+        try:
+            messages = messages_of(row)
+        except ValueError as error:
+            broken.append(f"{row_name}: {error}")
+            continue
+        n_unread.update(unread(row))
+        if not broken or skipped is not None:
+            yield messages, *tokenizer.render_chat(messages)
+    if skipped is not None:
+        return
     if len(broken) > 1:
         raise ValueError(f"{broken[0]}; {len(broken):,} rows are no conversations: mend them all")
     if broken:

@@ -146,9 +146,20 @@ class PackedRows:
     def _fill(self):
         """Pack the chunk that begins at `position`."""
         epoch, start = divmod(self.position, self.n)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-        chosen = order[start : start + self.chunk]
+        chosen = self._choose(epoch, start)
         rows = pack_rows([self.example(int(i)) for i in chosen], self.seq_len + 1)
         shuffle = np.random.default_rng([self.seed, epoch, start]).permutation(len(rows))
         self.packed = [rows[i] for i in shuffle]
         self.in_chunk = len(chosen)
+
+    def _choose(self, epoch, start):
+        """The examples of a chunk that begins at `start` of an epoch."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        return order[start : start + self.chunk]
+
+
+class OrderedRows(PackedRows):
+    """Of examples that have an order of their own and no end, as a parts.Mixture gives them."""
+
+    def _choose(self, _epoch, _start):
+        return range(self.position, self.position + self.chunk)

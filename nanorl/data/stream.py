@@ -1,6 +1,7 @@
-"""Data sets that --data names, hf:<name> -> documents for pretraining, read as they are fetched."""
+"""Data sets that --data names, hf:<name> -> documents or rows, read as they are fetched."""
 
 import os
+from itertools import islice
 
 from nanorl.data.corpus import (
     MAX_BYTES,
@@ -48,6 +49,7 @@ class Stream:
     It is a source for tokens.tokenize. No data set is fetched before it is read, nor kept. Several
     take turns, a document each, until all have run out. Texts that are empty are left out.
 
+    text_field: None for first_rows, which gives all of a row.
     made_from: what the documents depend on; for a folder its files, for the hub the names.
     Position: where documents() goes on, [state of the `datasets` stream before a row, how many
     pieces of the row are done].
@@ -102,6 +104,18 @@ class Stream:
         for text in self._texts(facts["revisions"], position):
             yield "val" if content_hash(text) in validating else "train", text
 
+    def first_rows(self, most):
+        """Yield (name for messages, row) of one data set's first rows, at most so many."""
+        if len(self.parts) > 1:
+            raise ValueError(
+                f"--data={self.names}: of several data sets each needs a weight, such as "
+                f"{self.names.split(',')[0].strip()}=1"
+            )
+        name = self.parts[0][0]
+        stream = self._try(self._open, [self._try(_revision, name)])
+        for number, row in enumerate(islice(self._rows(stream), most), 1):
+            yield f"{name}, row {number}", row
+
     def _texts(self, revisions, position):
         """Yield the documents (str) after a position, and keep self.position at the last one."""
         stream = self._try(self._open, revisions)
@@ -144,9 +158,10 @@ class Stream:
             except StopIteration:
                 return
             except Exception as error:
+                kept = "; what is tokenized already is kept" if self.text_field else ""
                 raise ValueError(
                     f"--data={self.names}: reading broke off ({_in_a_line(error)}): if the network "
-                    "failed, start the same command again; what is tokenized already is kept"
+                    f"failed, start the same command again{kept}"
                 ) from None
             yield row
 
@@ -163,8 +178,9 @@ class Stream:
             name = self.parts[0][0]
             problem = f"--data={self.names} is not to be had ({_in_a_line(error)})"
             if os.path.isdir(name):
+                field = " and --text_field" if self.text_field else ""
                 raise ValueError(
-                    f"{problem}: check the folder's files, the config, the split and --text_field"
+                    f"{problem}: check the folder's files, the config, the split{field}"
                 ) from None
             raise ValueError(
                 f"{problem}: connect to the hub and check the name (hf auth login, if it is "

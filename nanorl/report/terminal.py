@@ -154,6 +154,16 @@ def sft_heading(run, rule, steps, n, mean_length, held_out, note):
         dist.say(f"      {note}")
 
 
+def sft_parts(parts, epochs):
+    """A line for every part of a mixture: how often the run goes through it. epochs: {name: so}."""
+    for name, part in parts.items():
+        words = f"{name}: weight {part.weight}, {len(part.train):,} conversations, "
+        words += f"{epochs[name]:.2f} epochs; {len(part.held_out):,} validate"
+        dist.say(f"      {words}")
+        if part.note:
+            dist.say(f"        {part.note}")
+
+
 def matched_flops(settings, target, steps):
     """That SFT takes the place of an RL run."""
     data = "after what that SFT has seen" if target.cursor else "from the first pass on"
@@ -164,6 +174,7 @@ def matched_flops(settings, target, steps):
 
 def sft_held_out_before(row):
     dist.say(f"      held-out before: {in_words(row)}")
+    held_out_parts(row)
 
 
 def in_words(row):
@@ -173,6 +184,21 @@ def in_words(row):
     if "val/accuracy" in row:
         return accuracy(row)
     return ""
+
+
+def held_out_parts(row):
+    """What a validation found for the parts of a mixture; nothing where there are none."""
+    words = []
+    for key in row:
+        if not key.startswith("val/loss/"):
+            continue
+        name = key.removeprefix("val/loss/")
+        word = f"{name} {row[key]:.3f}"
+        if f"val/accuracy/{name}" in row:
+            word += f" ({row[f'val/accuracy/{name}']:.1%} right)"
+        words.append(word)
+    if words:
+        dist.say(f"        by part: {', '.join(words)}")
 
 
 def sft_line(step, steps, row, losses, seconds_left):
@@ -185,6 +211,7 @@ def sft_line(step, steps, row, losses, seconds_left):
     words.append(f"{row['tok_per_s/learner']:,.0f} tok/s")
     words.append(f"ETA {duration(seconds_left)}")
     dist.say("  ".join(words))
+    held_out_parts(row)
 
 
 # ---- base ----------------------------------------------------------------------------------------

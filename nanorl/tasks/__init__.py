@@ -126,10 +126,10 @@ def make_mixture(text, split, settings):
 
 def make_task(name, split, settings):
     """One task, checked. Raises ValueError for what is not there or does not fit."""
-    if ":" in name:
-        make = load_class(name)
-    elif name in TASKS:
+    if name in TASKS:
         make = TASKS[name]
+    elif ":" in name:
+        make = load_class(name)
     else:
         near = difflib.get_close_matches(name, TASKS, n=1)
         guess = f"did you mean {near[0]}? " if near else ""

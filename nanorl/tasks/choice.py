@@ -10,8 +10,10 @@ from nanorl.tasks.problem import REWARDS, Problem, check_split, judged, one_of
 
 # name: the data set on the hub, its configuration, and its file for our `train`. MMLU has no file
 # to train on. Its `dev` has five questions a subject, to be shown in prompts (eval.py --shots).
+# Questions of other sets (RACE, ARC and more) come with it as auxiliary_train.
 SOURCES = {
     "mmlu": ("cais/mmlu", "all", "dev"),
+    "mmlu:auxiliary": ("cais/mmlu", "all", "auxiliary_train"),
     "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "train"),
     "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "train"),
 }
@@ -33,7 +35,8 @@ class MultipleChoice:
         self.rewards = rewards
         hub_id, config, train = SOURCES[name]
         file = {"train": train, "val": "validation", "test": "test"}[split]
-        self.rows = load_rows(name, file, hub_id, config, check=read_choices)
+        folder = name.split(":")[0]
+        self.rows = load_rows(folder, file, hub_id, config, check=read_choices)
 
     def __len__(self):
         return len(self.rows)
