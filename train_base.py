@@ -10,7 +10,7 @@ documents are cut at 64 KB. One document in 50 validates. A data set by name is 
 the run goes, and one in 50 of its first 100 MB validates. Text is tokenized once, in shards; a
 start after a kill goes on with the shard it was at.
 
-Left out: learning-rate sweeps by size, fp8, sharded optimizers, document masking.
+Left out: learning-rate sweeps by size, fp8, sharded optimizer states, document masking.
 """
 
 import math
@@ -38,6 +38,7 @@ from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.report import sizes, terminal
 from nanorl.report.cost import Meter
+from nanorl.report.rates import device_rates
 from nanorl.runtime import dist
 from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.run import Run
@@ -108,9 +109,10 @@ def main():
     net.compute_dtype = compute_dtype
     params, config = list(net.parameters()), net.config
     total_steps = horizon(config)
-    lr_rates = matrix_lr, other_lr or 0.75 / config.n_embd
-    optimizers = make_optimizers(net, *lr_rates, ranks=dist)
-    meter = Meter(net, None, run.state["flops"])
+    rates = matrix_lr, other_lr or 0.75 / config.n_embd
+    optimizers = make_optimizers(net, *rates, ranks=dist)
+    flop_rate, _ = device_rates(device, compute_dtype)
+    meter = Meter(net, None, run.state["flops"], flop_rate)
     if run.resumed:
         load_states(optimizers, run.state["optimizers"])
         train.load_state_dict(run.state["data"])
@@ -129,7 +131,7 @@ def main():
         )
 
     # What this run will do.
-    run.card(net, steps=total_steps, tokens=train.n_tokens)
+    run.card(net, steps=total_steps, tokens=train.n_tokens, flop_rate=flop_rate)
     passes = total_steps * rows / train.n
     plan = tokenizer.n_tokens, total_steps, batch_tokens, passes, train.n_tokens
     terminal.base_heading(net, *plan)
@@ -162,7 +164,7 @@ def main():
         losses.append(dist.total(loss))
         row = {"loss": losses[-1], "grad_norm": norm, "bad_steps": run.count_bad_steps([norm])}
         row.update({"epoch": train.cursor / train.n, "tokens_total": done * batch_tokens})
-        row["tok_per_s/learner"] = batch_tokens / meter.seconds()
+        row.update({"tok_per_s/learner": batch_tokens / meter.seconds(), "mfu": meter.mfu()})
         validates = last or bool(eval_every and done % eval_every == 0)
         if validates:
             row["val/bits_per_byte"] = bits_per_byte(val, loss_of, meter)

@@ -26,14 +26,14 @@ STACK = 2**25
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon, with its settings and its state, in fewer products and shared over ranks.
+    """torch.optim.Muon, with its state and its defaults, in fewer products and shared over ranks.
 
     ranks: knows rank() and world_size() and can gather_numbers(), as runtime.dist; None: one rank.
     All ranks must have the same weights and gradients.
     """
 
-    def __init__(self, params, ranks=None, **settings):
-        super().__init__(params, **settings)
+    def __init__(self, params, lr, weight_decay, momentum=0.95, ranks=None):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
         self.ranks = ranks
 
     @torch.no_grad()
@@ -91,9 +91,9 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(stack, coefficients, steps, eps):
-    """The matrices of a stack, (matrices, m, n) with m <= n, with singular values near 1.
+    """A stack, (matrices, m, n) with m <= n -> the same matrices with singular values near 1.
 
-    Newton and Schulz: each step puts a x + b x^3 + c x^5 in the place of every singular value x.
+    Newton and Schulz: each step turns every singular value x into a x + b x^3 + c x^5.
     """
     a, b, c = coefficients
     # No singular value is over 1: their squares add up to the square of the norm.

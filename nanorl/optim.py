@@ -32,7 +32,7 @@ def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True, ran
     of_others = dict(lr=other_lr, weight_decay=0.0)
     if muon:
         optimizers = [
-            Muon(matrices, ranks, momentum=0.95, **of_matrices),
+            Muon(matrices, momentum=0.95, ranks=ranks, **of_matrices),
             torch.optim.AdamW(others, **of_others, **adamw),
         ]
     else:

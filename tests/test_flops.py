@@ -184,3 +184,13 @@ def test_the_share_of_the_devices_rate_is_of_the_learners_time():
     meter.step_begun, meter.sampled_at, meter.learnt_at = 0.0, 4.0, 6.0
     meter.step["causal/learner"] = 40
     assert meter.rollout_and_learner(tokens=1, learnt_tokens=1)["mfu"] == 40 / 2 / 10
+
+
+def test_bases_share_of_the_devices_rate_is_of_what_a_step_needs(monkeypatch):
+    """By hand: half of the computed pairs are needed; a forward, and two for backward; 5 seconds."""
+    monkeypatch.setattr("time.time", lambda: 100.0)
+    model = toy_model()
+    meter = Meter(model, None, {}, flop_rate=1e6)
+    meter.step_begun = 95.0
+    meter.rows((8, 64), (8, 36), trained=8)
+    assert meter.mfu() == pytest.approx(3 * forward_flops(model.config, 8, 36, 8) / 5 / 1e6)

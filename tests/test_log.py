@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from nanorl.report import terminal
 from nanorl.report.watch import Watch
 from nanorl.runtime import results
 from nanorl.runtime.log import RunLog, duration, size, size_of
@@ -308,3 +309,14 @@ def test_the_cause_is_named_before_what_follows_from_it():
     # Completions are cut off.
     dead, _ = watching().look({**QUIET, **cut})
     assert "raise --max_new_tokens first" in dead
+
+
+def test_a_line_of_base_says_speed_share_pass_and_time_to_come_in_100_columns(capsys):
+    row = {"grad_norm": 13.761, "tok_per_s/learner": 1234567.8, "mfu": 0.453, "epoch": 11.204}
+    row["val/bits_per_byte"] = 0.8121
+    terminal.base_line(21400, 21400, row, [10.5, 10.7], 23 * 3600 + 120)
+    line, val = capsys.readouterr().out.splitlines()
+    assert "loss 10.600" in line
+    assert line.endswith("grad 13.76  1,234,568 tok/s  MFU 45%  pass 11.20  ETA 23h02m")
+    assert len(line) <= 100
+    assert val.strip() == "val 0.812 bits/byte"

@@ -160,7 +160,7 @@ def on_ranks(n, runs, first_step):
         group = torch.distributed.ProcessGroupGloo(store, rank, n, timedelta(seconds=60))
         for weights, state in runs:
             params = [torch.nn.Parameter(p.detach().clone()) for p in weights]
-            optimizer = Counting(params, Gloo(group), **SETTINGS)
+            optimizer = Counting(params, ranks=Gloo(group), **SETTINGS)
             if state:
                 optimizer.load_state_dict(copy.deepcopy(state))
             for step in range(4):

@@ -117,7 +117,7 @@ class Meter:
     """Counts what the steps of a run cost, on this rank, and says it over all ranks.
 
     model, adapters: what is trained. flops: {train, causal, eval} so far, of a run that is resumed.
-    flop_rate, copy_rate: what the device can do (rates.device_rates); for RL's mfu and mbu.
+    flop_rate, copy_rate: what the device can do (rates.device_rates); for mfu and mbu.
 
     total: {train, causal, eval}, the run's FLOPs over all ranks.
     """
@@ -147,8 +147,12 @@ class Meter:
         ran = learning_flops(self.config, *computed, trained, self.recompute, self.adapters)
         self.step.update(ran)
         self.total["train"] += sum(ran.values())
-        forward = forward_flops(self.config, *needed, trained)
-        self.total["causal"] += times_forward(self.adapters) * forward
+        self.needed = times_forward(self.adapters) * forward_flops(self.config, *needed, trained)
+        self.total["causal"] += self.needed
+
+    def mfu(self):
+        """FLOPs that the step's rows needed, as a share of what the devices could do until now."""
+        return self.needed / self.seconds() / dist.world_size() / self.flop_rate
 
     # ---- a step of RL, in its order
 

@@ -227,14 +227,16 @@ def base_heading(model, vocabulary, steps, batch_tokens, passes, tokens):
 
 
 def base_line(step, steps, row, losses, seconds_left):
-    """A line every `log_every` steps; losses: since the last."""
+    """A line every `log_every` steps, and one for a validation; losses: since the last."""
     words = [f"base  {step:5d}/{steps}", f"loss {sum(losses) / len(losses):.3f}"]
-    if "val/bits_per_byte" in row:
-        words.append(f"val {row['val/bits_per_byte']:.3f} bits/byte")
     words.append(f"grad {row['grad_norm']:.2f}")
     words.append(f"{row['tok_per_s/learner']:,.0f} tok/s")
+    words.append(f"MFU {row['mfu']:.0%}")
+    words.append(f"pass {row['epoch']:.2f}")
     words.append(f"ETA {duration(seconds_left)}")
     dist.say("  ".join(words))
+    if "val/bits_per_byte" in row:
+        dist.say(f"        val {row['val/bits_per_byte']:.3f} bits/byte")
 
 
 def one_line(text):
