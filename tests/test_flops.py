@@ -187,7 +187,7 @@ def test_the_share_of_the_devices_rate_is_of_the_learners_time():
 
 
 def test_bases_share_of_the_devices_rate_is_of_what_a_step_needs(monkeypatch):
-    """By hand: half of the computed pairs are needed; a forward, and two for backward; 5 seconds."""
+    """By hand: half of the computed pairs are needed; a forward, two for backward; 5 seconds."""
     monkeypatch.setattr("time.time", lambda: 100.0)
     model = toy_model()
     meter = Meter(model, None, {}, flop_rate=1e6)
