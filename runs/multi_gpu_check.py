@@ -29,6 +29,7 @@ from gpu_checks.common import (
     D20,
     ON_GPU,
     TINY,
+    exact_model,
     free_memory,
     options,
     random_rollouts,
@@ -141,10 +142,7 @@ def gradient_file(n):
 def save_gradient():
     """On each rank: its share of the completions, and the sum over ranks, as train_rl.py does."""
     device = dist.setup("auto", exact=True)
-    chosen = options(1 if TINY else 4, dtype="fp32")
-    chosen.vocab_size = 512
-    model = bench.make_model(chosen, device)
-    randomize(model)
+    model = exact_model(device)
 
     P, G = 16, 8
     advantages = torch.linspace(-1, 1, P * G, dtype=torch.float64).view(P, G)

@@ -76,6 +76,15 @@ def randomize(model):
             p.normal_(0, 0.02)
 
 
+def exact_model(device):
+    """A small model in fp32 with random matrices, for answers that a CPU and a GPU share."""
+    chosen = options(1 if TINY else 4, dtype="fp32")
+    chosen.vocab_size = 512
+    model = bench.make_model(chosen, device)
+    randomize(model)
+    return model
+
+
 def random_rollouts(P, G, prompt_tokens, new_tokens):
     """P Rollouts of G random completions. Prompts and completions have at most so many tokens."""
     rng = random.Random(0)

@@ -10,12 +10,11 @@ from gpu_checks.common import (
     D20,
     ON_GPU,
     TINY,
+    exact_model,
     kernels_of,
     median_seconds,
-    options,
     random_ids,
     random_rollouts,
-    randomize,
     rates,
     start,
     tell,
@@ -119,10 +118,7 @@ def duration(kernel):
 def exact():
     """In fp32: completions of the engine, and the gradient of a step, on the GPU and on the CPU."""
     device = dist.setup("auto", exact=True)
-    chosen = options(1 if TINY else 4, dtype="fp32")
-    chosen.vocab_size = 512
-    gpu = bench.make_model(chosen, device)
-    randomize(gpu)
+    gpu = exact_model(device)
     cpu = copy.deepcopy(gpu).to("cpu")
 
     # Fewer row slots than rows: some have to wait, and come in later.
