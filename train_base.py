@@ -79,6 +79,7 @@ eval_tokens = 65536  # validation tokens
 sample_tokens = 64  # how far to continue the first words of a text, after a validation; 0: none
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
+track = ""  # send the numbers to wandb, tensorboard, trackio; commas between
 
 # A sample continues so many tokens of a validation document, or its first half.
 PROMPT_TOKENS = 16

@@ -87,6 +87,7 @@ eval_problems = 400  # of the val split, greedy
 save_every = 20  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 save_reward_above = 1.0  # also save at a new best reward above this
 after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
+track = ""  # send the numbers to wandb, tensorboard, trackio; commas between
 
 
 FULL = "training samples from the full distribution, the one that the loss models"

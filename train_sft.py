@@ -74,6 +74,7 @@ eval_problems = 0  # of each task's val split, answered greedily at each validat
 eval_new_tokens = 64  # an answer is cut off here
 save_every = 500  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
+track = ""  # send the numbers to wandb, tensorboard, trackio; commas between
 
 
 def main():

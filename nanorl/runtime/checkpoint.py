@@ -17,7 +17,7 @@ USED = "used_by.txt"  # in a checkpoint: the runs that started from it
 
 # Settings that a run may change when it is resumed: they do not alter the training so far,
 FREE_TO_CHANGE = re.compile(
-    r"steps$|save_|after_save$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|"
+    r"steps$|save_|after_save$|track$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|"
     r"probe_prompts$|max_bad_steps$|sample_tokens$|"
     # or they change only its speed and how its sums are rounded.
     r"device$|device_rows$|device_tokens$|recompute$|compile$"

@@ -75,7 +75,7 @@ class RunLog:
             machine=platform.machine(),
         )
         text = to_json(values, indent=2) + "\n"
-        _replace(self._path("run.json"), text.encode())
+        replace_file(self._path("run.json"), text.encode())
 
     def earlier_card(self):
         """What run.json holds from an earlier start of this run; nothing where none can be read."""
@@ -109,7 +109,7 @@ class RunLog:
         for line in lines:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        _replace(path, "".join(kept).encode())
+        replace_file(path, "".join(kept).encode())
 
         removed = len(lines) - len(kept)
         if removed:
@@ -156,7 +156,7 @@ def _commit():
     return answer.stdout.strip() or None
 
 
-def _replace(path, content):
+def replace_file(path, content):
     """Write bytes to a file, whole or not at all."""
     with open(path + ".tmp", "wb") as f:
         f.write(content)

@@ -11,6 +11,7 @@ from functools import partial
 from nanorl.runtime import checkpoint, dist, lock
 from nanorl.runtime.after import AfterSave
 from nanorl.runtime.log import RunLog
+from nanorl.runtime.trackers import Trackers
 
 
 class Run:
@@ -58,6 +59,7 @@ class Run:
         self.best = self.state.get("best", {"step": None, "reward": -math.inf})  # saved step of RL
         run_directory = os.path.dirname(self.directory)
         self.after_save = AfterSave(settings["after_save"], run_directory, self.log.active)
+        self.trackers = Trackers(settings["track"], self.directory, self.log.active)
 
     def _lock(self):
         """Keep other processes out, until this one ends. Every rank takes part."""
@@ -143,6 +145,7 @@ class Run:
         """Call it before the first step: from now on the model that it starts from is in use."""
         if self.log.active and self.origin:
             checkpoint.mark_used(self.origin["path"], self.directory)
+        self.trackers.start()
         dist.catch_signals()
 
     def count_bad_steps(self, norms):
@@ -183,6 +186,7 @@ class Run:
                 "was not finite"
             )
         if last or stop or hopeless:
+            self.trackers.finish()
             self.after_save.finish()
         if hopeless:
             raise ValueError(self._why_hopeless(step - self.bad_steps))
