@@ -304,7 +304,16 @@ def test_a_run_with_other_constants_is_refused_and_they_are_named(tmp_path):
         assert "--run_name=" in said
 
 
-RUN = {"steps", "save_every", "after_save", "run_name", "resume", "max_bad_steps", "eval_every"}
+RUN = {
+    "steps",
+    "save_every",
+    "after_save",
+    "track",
+    "run_name",
+    "resume",
+    "max_bad_steps",
+    "eval_every",
+}
 RUN |= {"device", "device_tokens", "compile"}
 MAY_CHANGE = {
     "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens"},
@@ -414,7 +423,7 @@ def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
 def test_the_best_saved_step_stays_also_below_save_reward_above(tmp_path, monkeypatch):
     """Above 1 no step is saved for its reward alone. The best of those that were saved is kept."""
     monkeypatch.setenv("NANORL_OUT", str(tmp_path))
-    settings = dict(run_name="x", resume="auto", after_save="", max_bad_steps=9)
+    settings = dict(run_name="x", resume="auto", after_save="", track="", max_bad_steps=9)
     run = Run({**settings, "save_every": 1, "save_reward_above": 1.0}, "rl")
 
     def write_model(path):

@@ -110,7 +110,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(rl, capsys):
 
 def test_a_run_holds_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NANORL_OUT", str(tmp_path))
-    run = Run(dict(run_name="x", resume="auto", after_save=""), "rl")
+    run = Run(dict(run_name="x", resume="auto", after_save="", track=""), "rl")
     other, answer = hold(tmp_path / "x" / "rl" / "lock")
     other.communicate("")
     assert answer.startswith(f"process {os.getpid()} on ") and run.lock
