@@ -1,10 +1,13 @@
 """`--name=value` over a script's constants."""
 
+import dataclasses
 import os
+import re
 
 import pytest
 from torch.distributed.run import get_args_parser
 
+from nanorl.runtime import from_trl
 from nanorl.runtime.config import RENAMED, configure, read_constants
 from scripts import ROOT, call
 
@@ -12,7 +15,9 @@ TRAINING = ["train_base.py", "train_sft.py", "train_rl.py"]
 SCRIPTS = [*TRAINING, "eval.py"]
 
 SOURCE = '''"""What the script does."""
+import dataclasses
 import os
+import re
 
 # ---- run
 seed = 0  # fixes the order
@@ -172,3 +177,47 @@ def test_a_constant_that_had_another_name_is_refused_with_the_new_one(script):
     said = call(script, "--run=x")
     assert said == f"--run: no such constant: {RENAMED['run']}"
     assert "--run_name" in said and "\n" not in said
+
+
+def test_a_name_of_trl_is_answered_with_ours(script):
+    with open(os.path.join(ROOT, "train_rl.py"), encoding="utf-8") as f:
+        constants = read_constants(f.read())
+    for name, (ours, _) in from_trl.NAMES.items():
+        assert name not in constants and (not ours or ours in constants), name
+        said = from_trl.hint(name, constants)
+        assert said and (not ours or f"--{ours} here" in said), name
+    # Where a script has no such constant, the near misses are named as ever.
+    assert from_trl.hint("beta", ["steps"]) == "" == from_trl.hint("kl_coeff", constants)
+
+
+def test_the_script_says_so():
+    said = call("train_rl.py", "--beta=0.1")
+    assert said == "--beta: no such constant: TRL's beta is --kl_coef here"
+    assert "problems / prompts_per_step" in call("train_rl.py", "--num_train_epochs=2")
+    assert "its own sampler" in call("train_rl.py", "--use_vllm")
+
+
+def test_the_table_from_trl_has_the_defaults_of_train_rl():
+    with open(os.path.join(ROOT, "train_rl.py"), encoding="utf-8") as f:
+        constants = read_constants(f.read())
+    with open(os.path.join(ROOT, "docs", "from_trl.md"), encoding="utf-8") as f:
+        rows = [line.split(" | ") for line in f if line.startswith("| `")]
+    assert len(rows) > 20
+    for row in rows:
+        names = re.findall(r"`(\w+)`", row[2])
+        shown = row[3].split(", ")
+        for name, default in zip(names, shown):
+            if name in constants and re.fullmatch(r"[\w.]+", default) and default != "none":
+                assert str(constants[name][0]).lower() == default.lower(), name
+    # All names that the program knows stand there, but those that speak for themselves.
+    text = " ".join(row[0] for row in rows)
+    for name in ("beta", "num_generations", "loss_type", "scale_rewards", "epsilon_high"):
+        assert f"`{name}`" in text and name in from_trl.NAMES
+
+
+def test_the_names_are_those_of_trl():
+    trl = pytest.importorskip("trl")
+    fields = {field.name for field in dataclasses.fields(trl.GRPOConfig)}
+    of_others = {"model_name_or_path", "dataset_name", "reward_funcs", "max_prompt_length"}
+    of_others |= {"warmup_ratio", "lora_r", "lora_target_modules", "use_peft"}
+    assert set(from_trl.NAMES) - of_others <= fields

@@ -17,6 +17,8 @@ import os
 import sys
 import tokenize
 
+from nanorl.runtime import from_trl
+
 # Constants that had another name -> what to tell who uses it.
 RENAMED = {"run": "it is --run_name now, because torchrun takes --run for its own --run-path"}
 
@@ -123,7 +125,7 @@ def _split(argument):
 
 def _hint(name, constants, refused):
     """What to tell a user who sets a constant that there is not."""
-    reason = refused.get(name) or RENAMED.get(name)
+    reason = refused.get(name) or RENAMED.get(name) or from_trl.hint(name, constants)
     if reason:
         return reason
     near = difflib.get_close_matches(name, constants, n=3, cutoff=0.5)
