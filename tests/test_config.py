@@ -206,6 +206,8 @@ def test_the_table_from_trl_has_the_defaults_of_train_rl():
     for row in rows:
         names = re.findall(r"`(\w+)`", row[2])
         shown = row[3].split(", ")
+        if len(names) != len(shown):
+            continue  # the row has values beside those of constants
         for name, default in zip(names, shown):
             if name in constants and re.fullmatch(r"[\w.]+", default) and default != "none":
                 assert str(constants[name][0]).lower() == default.lower(), name
