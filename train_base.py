@@ -22,6 +22,7 @@ import torch
 
 from nanorl import compilers, learner
 from nanorl.data.corpus import Corpus
+from nanorl.data.preview import preview
 from nanorl.data.stream import Stream, is_stream
 from nanorl.data.task_text import TaskText
 from nanorl.data.tokens import (
@@ -36,9 +37,10 @@ from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
 from nanorl.hf import load_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
-from nanorl.report import sizes, terminal
+from nanorl.report import forecast, plan, sizes, terminal
 from nanorl.report.cost import Meter
 from nanorl.report.rates import device_rates
+from nanorl.report.trial import layers_to_try, try_step
 from nanorl.runtime import dist
 from nanorl.runtime.config import at_least, configure
 from nanorl.runtime.run import Run
@@ -51,6 +53,7 @@ resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the initial weights and the order of the data
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
+dry_run = False  # print what the run would do, and stop
 # ---- model and text
 depth = 4  # layers; the width is 64 x depth
 vocab_size = 512  # tokens of the BPE to train; for real text some 8192 or more
@@ -91,11 +94,13 @@ def main():
     device = dist.setup(settings["device"])
     if compile:
         compilers.check_compiler(device)
-    run = Run(settings, "base")
+    run = Run(settings, "base", writes=not dry_run)
     weight_dtype, compute_dtype = run.dtypes(device)
+    directory = os.path.join(run.directory, "tokens")
+    if dry_run:
+        return say_plan(run, settings, directory, device, compute_dtype)
 
     # Text -> tokenizer and token files, once.
-    directory = os.path.join(run.directory, "tokens")
     tokenizer = prepare(run, directory)
     rows, ranks = batch_tokens // seq_len, (dist.rank(), dist.world_size())
     content = content_of_shards(read_index(directory))
@@ -134,8 +139,8 @@ def main():
     # What this run will do.
     run.card(net, steps=total_steps, tokens=train.n_tokens, flop_rate=flop_rate)
     passes = total_steps * rows / train.n
-    plan = tokenizer.n_tokens, total_steps, batch_tokens, passes, train.n_tokens
-    terminal.base_heading(net, *plan)
+    work = tokenizer.n_tokens, total_steps, batch_tokens, passes, train.n_tokens
+    terminal.base_heading(net, *work)
     sizes.say_tokens(device, settings)
     terminal.short_run(total_steps, warmup, cooldown)
     fast_loss_of = torch.compile(loss_of) if compile else loss_of
@@ -224,11 +229,11 @@ def tokens_wanted(source):
 
 def horizon(config):
     """Optimizer steps of the run."""
-    return steps or math.ceil(20 * config.n_params()[0] / batch_tokens)
+    return steps or plan.base_steps(config, batch_tokens)
 
 
-def new_model(n_tokens):
-    config = GPTConfig.from_depth(depth, n_tokens)
+def new_model(n_tokens, **overrides):
+    config = GPTConfig.from_depth(depth, n_tokens, **overrides)
     return GPT(config).init_weights(torch.Generator().manual_seed(seed))
 
 
@@ -273,6 +278,64 @@ def show_samples(net, tokenizer, val, n):
         before = terminal.one_line(tokenizer.decode(prompt[1:]))
         after = terminal.one_line(tokenizer.decode(said.ids))
         print(f"        {before} ▸{after}", flush=True)
+
+
+# ---- before the first step -----------------------------------------------------------------------
+
+
+def say_plan(run, settings, directory, device, compute_dtype):
+    """Say what the run would do, from its beginning: of the text in memory, and of a few layers."""
+    # The text. From a data set as many tokens are made as the run takes.
+    source = text_source()
+    seen = preview(source, vocab_size, directory) if dist.is_main() else None
+    dist.wait_for_main()
+    seen = dist.broadcast(seen)
+    dist.say(f"corpus  {seen.in_words()}")
+    config = GPTConfig.from_depth(depth, seen.vocabulary)
+    total_steps = horizon(config)
+    tokens = total_steps * batch_tokens
+    enough = data_tokens or (tokens if isinstance(source, Stream) else 0)
+    n_train, n_val = seen.made(enough)
+    check_enough(n_train)
+
+    # The model, with few of its layers.
+    weight_dtype, _ = dist.dtypes(run.dtype, device)
+    used = dist.used_memory(device)
+    net = new_model(seen.vocabulary, n_layer=max(layers_to_try(depth)))
+    net = net.to(weight_dtype).to(device)
+    net.config, net.compute_dtype = config, compute_dtype
+    passes = tokens / n_train if n_train else None
+    run.card(net)  # it is not written: it says where a run goes on
+    terminal.base_heading(net, seen.vocabulary, total_steps, batch_tokens, passes, n_train)
+    sizes.say_tokens(device, settings)
+    terminal.short_run(total_steps, warmup, cooldown)
+
+    def loss_of(n):
+        ids = torch.zeros(n, seq_len, dtype=torch.long, device=device)
+        return learner.text_loss(net, ids, ids)
+
+    flop_rate, _ = device_rates(device, compute_dtype)
+    trial = try_step(net, net, loss_of, settings, muon=True, flop_rate=flop_rate)
+
+    # What it holds, in memory and on disk.
+    itemsize, ranks = weight_dtype.itemsize, dist.world_size()
+    parts = plan.training_bytes(config, True, ranks, trial.activations, itemsize)
+    parts["program"] = used
+    saved = plan.checkpoint_bytes(config, True, itemsize)
+    written = plan.token_file_bytes(n_train + n_val, seen.vocabulary) if n_train else 0
+    to_come = total_steps - run.first_step
+    forecast.say_plan(run, trial, to_come, (parts, used, device), saved, written)
+
+
+def check_enough(n_train):
+    """Raise ValueError where the text is too short for a step. n_train: its tokens, or None."""
+    windows = max(0, n_train - 1) // seq_len if n_train is not None else math.inf
+    if windows < batch_tokens // seq_len:
+        raise ValueError(
+            f"the train split has {windows} windows of {seq_len} tokens, fewer than "
+            f"the {batch_tokens // seq_len} of one batch: lower --batch_tokens or --seq_len, or "
+            "give more text"
+        )
 
 
 def check_settings(settings):

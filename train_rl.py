@@ -157,14 +157,15 @@ def main():
     run.card(policy.model, device_rows=engine.max_rows, flop_rate=rates[0], copy_rate=rates[1])
     terminal.rl_heading(settings, run.model, policy.model, train, looks, full_lr)
     terminal.short_run(steps, warmup, cooldown, lr_schedule)
+    asked = train.peek(probe_prompts)
+    a_step = sample, engine, policy, objective, meter, run, tokenizer
+    if dry_run:
+        return forecast.dry_run(asked, evaluate, *a_step)
     if not run.resumed and not selfcheck:
         val = evaluate()
         terminal.held_out_before(val)
-        asked = train.peek(probe_prompts)
-        forecast.say(asked, sample, engine, policy, objective, meter, run, tokenizer)
+        forecast.say(asked, *a_step)
         run.log.row(0, **val, **meter.flops_so_far())
-    if dry_run:
-        return
     run.begin()
 
     for step in range(run.first_step, max(steps, run.first_step + selfcheck)):
@@ -225,7 +226,7 @@ def main():
         row = metrics.of_rollouts(rollouts, replaced, advantages, run.log, done, tokenizer.decode)
         row.update(metrics.of_updates(sums, norms, part_norms))
         row.update(lr=full_lr * scale, bad_steps=run.count_bad_steps(norms))
-        row.update(left_out=len(train.left_out))
+        row.update(left_out=len(train.left_out), epoch=train.passes(step))
         row.update(meter.rollout_and_learner(row["tokens"], row.pop("learnt_tokens")))
         if done == steps or (eval_every and done % eval_every == 0):
             row.update(evaluate())

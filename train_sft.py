@@ -27,8 +27,10 @@ from nanorl.engine import Engine
 from nanorl.evaluate.outcomes import held_out
 from nanorl.hf import local_model, save_model
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
-from nanorl.report import forecast, sizes, terminal
+from nanorl.report import forecast, memory, plan, sizes, terminal
 from nanorl.report.cost import Meter, learning_flops
+from nanorl.report.rates import device_rates
+from nanorl.report.trial import try_step
 from nanorl.runtime import checkpoint, dist, equal_flops
 from nanorl.runtime.config import at_least, configure, given, one_of
 from nanorl.runtime.run import Run
@@ -44,6 +46,7 @@ resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the order of the examples
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
+dry_run = False  # print what the run would do, and stop
 # ---- demonstrations
 data = ""  # conversations: files and globs, hf:<name>; or a mixture with tasks, gsm8k=2, a.jsonl=1
 task = "sum3"  # without --data: one of nanorl/tasks, or path.py:Class
@@ -94,7 +97,8 @@ def main():
     base = checkpoint.stage_directory(run_name or f"d{depth}", "base")
     start = local_model(checkpoint.resolve(model or base))
     make = f"make one with `python train_base.py --depth={depth}`, or name one with --model="
-    run = Run(settings, stage, start, no_start=f"no base model in {start}: {make}")
+    no_start = f"no base model in {start}: {make}"
+    run = Run(settings, stage, start, no_start, writes=not dry_run)
     weight_dtype, compute_dtype = run.dtypes(device)
 
     # What is trained: the weights or LoRA's adapters, and by which rule.
@@ -150,6 +154,8 @@ def main():
     terminal.short_run(total_steps, warmup, cooldown)
     if target:
         terminal.matched_flops(settings, target, total_steps)
+    if dry_run:
+        return say_plan(run, policy, rows_of(policy, chats, n, tokenizer), total_steps, muon)
     validate = validation(policy.model, tokenizer, mixture, held_out_chats, meter)
     if validate and not run.resumed:
         before = validate()
@@ -334,16 +340,33 @@ def rows_that_are_left(target, meter, row_flops, rows):
 # ---- before the first step -----------------------------------------------------------------------
 
 
-def say_memory(policy, chats, n, tokenizer):
-    """What the run will need at its peak, from one row of the first conversations."""
+def rows_of(policy, chats, n, tokenizer):
+    """-> a function that gives the loss over so many rows of the first conversations."""
     packed = pack_rows([chats[i] for i in range(min(n, 8))], seq_len + 1)[:1]
     (row,) = collate(packed, seq_len, tokenizer.document_end).split(1, policy.device)
 
     def loss_of(rows):
         return learner.chat_loss(policy.model, *(part.expand(rows, -1) for part in row))
 
+    return loss_of
+
+
+def say_memory(policy, chats, n, tokenizer):
+    """What the run will need at its peak."""
     tokens = min(device_tokens, batch_tokens / dist.world_size())
+    loss_of = rows_of(policy, chats, n, tokenizer)
     forecast.say_memory_of_rows(policy, loss_of, seq_len, tokens)
+
+
+def say_plan(run, policy, loss_of, total_steps, muon):
+    """What a dry run says after the heading."""
+    device, dtype = policy.device, policy.model.compute_dtype
+    used = dist.used_memory(device)
+    flop_rate, _ = device_rates(device, dtype)
+    trial = try_step(policy.model, policy.trained, loss_of, run.settings, muon, flop_rate)
+    parts = memory.estimate(policy.model, [], policy.params, used, trial.activations)
+    saved = plan.saved_bytes(policy, muon)
+    forecast.say_plan(run, trial, total_steps - run.first_step, (parts, used, device), saved)
 
 
 def check_settings(settings):

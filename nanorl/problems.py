@@ -48,6 +48,14 @@ class Problems:
         started = [task for first, task in self.stages if first <= number]
         return started[-1]
 
+    def n_of(self, task):
+        """Training problems of a stage's task."""
+        return self.limit or len(task)
+
+    def passes(self, step):
+        """How often the problems of the step's stage were gone through so far."""
+        return self.taken / self.n_of(self.task_of(step))
+
     def length(self, problem):
         """Tokens of its prompt."""
         return len(self.tokenizer.render_prompt(problem.prompt))
@@ -72,7 +80,7 @@ class Problems:
 
     def _ask(self, task, before, count):
         """-> (number, problem) pairs of those that fit, (index, tokens) of those passed over."""
-        n = self.limit or len(task)
+        n = self.n_of(task)
         asked, left_out = [], []
         while len(asked) < count:
             number = before + len(asked) + len(left_out)

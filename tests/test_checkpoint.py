@@ -314,12 +314,12 @@ RUN = {
     "max_bad_steps",
     "eval_every",
 }
-RUN |= {"device", "device_tokens", "compile"}
+RUN |= {"device", "device_tokens", "compile", "dry_run"}
 MAY_CHANGE = {
     "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens"},
     "train_sft.py": RUN | {"log_every", "eval_problems", "eval_new_tokens", "recompute"},
     "train_rl.py": RUN
-    | {"eval_problems", "save_reward_above", "device_rows", "recompute", "dry_run", "selfcheck"}
+    | {"eval_problems", "save_reward_above", "device_rows", "recompute", "selfcheck"}
     | {"probe_prompts"},
 }
 

@@ -102,6 +102,10 @@ def test_a_run_leaves_overlong_prompts_out_and_resumes_to_the_same_end(out, caps
     assert call("train_rl.py", *run, "--run_name=uneven2", "--resume=must") is None
     assert_same_run(out / "uneven" / "rl", out / "uneven2" / "rl", "step_000004")
     left_out = [row["left_out"] for row in rows(out / "uneven" / "rl")[1:]]
+    # Passes so far: those that are left out have had their turn.
+    epochs = [row["epoch"] for row in rows(out / "uneven" / "rl")[1:]]
+    taken = [4 * step + sum(left_out[:step]) for step in range(1, len(epochs) + 1)]
+    assert epochs == pytest.approx([number / 10 for number in taken])
     # 16 problems are 2 passes over 7 and a part of a third.
     assert 6 <= sum(left_out) <= 9
     assert not any(" now" in record["prompt"] for record in step_records(out / "uneven", 1))

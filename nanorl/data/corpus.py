@@ -199,16 +199,29 @@ class Corpus:
         each that is left out.
         """
         for path in self.files:
-            if kind(path) in READERS:
-                documents = row_documents(path, self.text_field, not_utf8)
+            yield from self._texts_of(path, not_utf8, empty)
+
+    def _texts_of(self, path, not_utf8, empty):
+        if kind(path) in READERS:
+            documents = row_documents(path, self.text_field, not_utf8)
+        else:
+            documents = plain_documents(path)
+        for data in documents:
+            text = decode(data, path, not_utf8)
+            if text.strip():
+                yield text
             else:
-                documents = plain_documents(path)
-            for data in documents:
-                text = decode(data, path, not_utf8)
-                if text.strip():
-                    yield text
-                else:
-                    empty.append(path)
+                empty.append(path)
+
+    def first_texts(self):
+        """Yield (text, None), and after each file ("", share of all files' bytes read so far)."""
+        sizes = [max(1, os.path.getsize(path)) for path in self.files]
+        done = 0
+        for path, nbytes in zip(self.files, sizes):
+            for text in self._texts_of(path, [], []):
+                yield text, None
+            done += nbytes
+            yield "", done / sum(sizes)
 
 
 def look_through(texts, name):

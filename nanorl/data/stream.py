@@ -104,6 +104,13 @@ class Stream:
         for text in self._texts(facts["revisions"], position):
             yield "val" if content_hash(text) in validating else "train", text
 
+    def first_texts(self):
+        """Yield (text, None), and at the end ("", 1.0): how much there is nobody says before."""
+        revisions = [self._try(_revision, name) for name, _, _ in self.parts]
+        for text in self._texts(revisions, None):
+            yield text, None
+        yield "", 1.0
+
     def first_rows(self, most):
         """Yield (name for messages, row) of one data set's first rows, at most so many."""
         if len(self.parts) > 1:

@@ -33,3 +33,8 @@ class TaskText:
         for i in range(self.n):
             validates = i % VAL_ONE_IN == VAL_ONE_IN - 1
             yield "val" if validates else "train", self.task.document(i)
+
+    def first_texts(self):
+        """Yield (text, share of all documents that it ends)."""
+        for i in range(self.n):
+            yield self.task.document(i), (i + 1) / self.n

@@ -5,17 +5,27 @@ and what it will write.
 """
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from nanorl import grpo, learner
 from nanorl.batch import pack
-from nanorl.report import memory, sizes
+from nanorl.report import memory, plan, sizes, terminal
 from nanorl.report.metrics import records, rollout_metrics
+from nanorl.rollout import Rollout
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.log import duration, size, size_of
+from nanorl.sampling import Completion
 from nanorl.tasks import is_correct
+
+# A dry run of RL tries no more problems, and evaluates no more, than take about so many seconds,
+# reckoned at this share of the device's FLOP/s and bandwidth, which is assumed.
+SECONDS, SHARE = 20.0, 0.1
+
+# Checkpoints of base and SFT that stay: the first and the last two (checkpoint.prune).
+KEPT = 3
 
 
 def say(asked, sample, engine, policy, objective, meter, run, tokenizer):
@@ -44,11 +54,83 @@ def say(asked, sample, engine, policy, objective, meter, run, tokenizer):
 
     rollouts = dist.gather(rollouts)
     if dist.is_main():
-        lines = learning_lines(rollouts, seconds, settings["steps"])
+        lines = learning_lines(rollouts, seconds, settings["steps"] - run.first_step)
         rates = meter.flop_rate, meter.copy_rate
         lines += sizes.decode_lines(rollouts, engine, policy, settings, *rates) + held
-        lines += disk_lines(rollouts, policy, tokenizer.decode, run.directory, settings)
+        steps = settings["steps"] - run.first_step
+        written = bytes_of_rollouts(rollouts, tokenizer.decode, settings, steps)
+        lines += disk_lines(policy, run.directory, written)
         print(*("      " + text for text in lines), sep="\n", flush=True)
+
+
+def dry_run(asked, evaluate, *a_step):
+    """What a dry run of RL says after the heading. Every rank takes part.
+
+    asked, a_step: what say() takes. evaluate(): the held-out evaluation. As much of both is done as
+    is quick.
+    """
+    _, engine, policy, _, meter, run, tokenizer = a_step
+    settings = run.settings
+    prompts = [tokenizer.render_prompt(problem.prompt) for _, problem in asked]
+    prompt = max(map(len, prompts))
+    most = settings["max_new_tokens"]
+    group = plan.Rollouts(1, settings["samples_per_prompt"], prompt, most, most)
+    validation = plan.Rollouts(settings["eval_problems"], 1, prompt, most, most)
+    seconds = seconds_at_most(group, 4, policy, meter)  # sampling, forward and twice that backward
+    seconds_validating = seconds_at_most(validation, 1, policy, meter)
+
+    reckoned = f"reckoned at an assumed {SHARE:.0%} of the device's FLOP/s and bandwidth"
+    if seconds_validating > SECONDS:
+        clock = duration(seconds_validating)
+        dist.say(f"      held-out before: left out, it may take {clock} ({reckoned})")
+    else:
+        terminal.held_out_before(evaluate())
+    affordable = int(SECONDS / seconds)
+    if affordable < len(asked):
+        clock = duration(seconds * len(asked))
+        tried = f"{affordable} of {len(asked)} problems are tried"
+        dist.say(f"      probe: {tried}, since all may take {clock} ({reckoned})")
+    if affordable:
+        say(asked[:affordable], *a_step)
+    else:
+        # Without a completion: the sizes of those that may come.
+        untried = [like_rollout(ids, settings["samples_per_prompt"]) for ids in prompts]
+        lines = speed_lines(group, policy, meter, run)
+        lines += memory_lines(untried, engine, policy, settings)
+        lines += disk_lines(policy, run.directory, None)
+        dist.say("\n".join("      " + line for line in lines))
+    dist.say("      a dry run: nothing is trained, and nothing was written")
+
+
+def seconds_at_most(rollouts, forwards, policy, meter):
+    """Of so many forwards over them, the first to sample them; with answers as long as can be."""
+    model = policy.model
+    flops = forwards * rollouts.flops(model.config) / dist.world_size()
+    read = rollouts.bytes_read(model.config, model.compute_dtype.itemsize)
+    seconds = (flops / meter.flop_rate + read / meter.copy_rate) / SHARE
+    return dist.total(seconds, "max")
+
+
+def like_rollout(prompt_ids, samples):
+    """A Rollout of which the sizes count alone: its completions have 8 tokens."""
+    completions = [Completion(prompt_ids[-1:] * 8, [0.0] * 8, True)] * samples
+    return Rollout(None, prompt_ids, completions, None, None, None)
+
+
+def speed_lines(group, policy, meter, run):
+    """How long a run may take whose problems are as `group`, where none is tried."""
+    config, settings = policy.model.config, run.settings
+    step = replace(group, problems=settings["prompts_per_step"])
+    speeds = plan.assumed_speeds(meter.flop_rate, meter.copy_rate)
+    itemsize = policy.model.compute_dtype.itemsize
+    rollout, learner = plan.rl_step_seconds(step, config, dist.world_size(), speeds, itemsize)
+    seconds = rollout + learner * settings["updates_per_rollout"]
+    steps = settings["steps"] - run.first_step
+    return [
+        f"forecast: about {seconds:,.1f} s a step, {duration(steps * seconds)} in all, without "
+        f"evaluations, where every answer has {group.answer} tokens (assumed, not measured: "
+        f"{speeds.how['learner']}, {speeds.how['decode']})"
+    ]
 
 
 def try_learning(rollouts, policy, objective, meter, settings):
@@ -156,6 +238,37 @@ def memory_lines(rollouts, engine, policy, settings):
     return memory.describe(parts, used, dist.free_memory(device))
 
 
+def say_plan(run, trial, steps, held, saved, others=0):
+    """What a dry run of base or SFT foretells.
+
+    trial: a trial.Trial. steps: still to come. held: ({part: bytes} of memory, bytes of that in use
+    now, the device). saved: bytes of a checkpoint. others: bytes that come on disk besides.
+    """
+    parts, used, device = held
+    seconds = f"{trial.seconds:,.2f} s a step, {duration(trial.seconds * steps)} in all"
+    lines = [f"forecast: about {seconds}, without evaluations ({trial.how})"]
+    can_recompute = "recompute" in run.settings
+    remedy = memory.REMEDY if can_recompute else "lower --device_tokens, or --depth"
+    lines += memory.describe(parts, used, dist.free_memory(device), remedy)
+    kept = KEPT + 1  # the next one is written before one goes
+    tokens = f"token files {size(others)}, " if others else ""
+    lines.append(
+        f"on disk: {tokens}a checkpoint {size(saved)}, of which at most {KEPT} are kept, and those "
+        "that others start from"
+    )
+    lines += too_little_disk(run.directory, others + kept * saved)
+    lines.append("a dry run: nothing is trained, and nothing was written")
+    dist.say("\n".join("      " + line for line in lines))
+
+
+def too_little_disk(directory, needed):
+    """-> a warning, or none."""
+    free = checkpoint.free_disk(directory)
+    if free >= needed:
+        return []
+    return [f"WARNING: {size(needed)} may be needed and only {size(free)} are free at {directory}"]
+
+
 def say_memory_of_rows(policy, loss_of, seq_len, tokens):
     """What base or SFT will need at its peak: loss_of(n) is a forward over n rows of the kind to
     come, tokens is what this rank runs at once."""
@@ -174,21 +287,19 @@ def share(problems):
     return -(-problems // dist.world_size())
 
 
-def disk_lines(rollouts, policy, decode, directory, settings):
-    """What the run will write."""
-    # Rollouts, from these few as they would be written.
+def bytes_of_rollouts(rollouts, decode, settings, steps):
+    """That so many steps will write, judged by these few as they would be written."""
     no_advantages = torch.zeros(len(rollouts), len(rollouts[0].rewards), dtype=torch.float64)
     few = size_of(records(rollouts, no_advantages, decode, step=0, at=time.time()))
-    problems = settings["prompts_per_step"] * settings["steps"]
-    written = few / len(rollouts) * problems
+    return few / len(rollouts) * settings["prompts_per_step"] * steps
 
-    # A checkpoint: the weights, and AdamW's two moments of what is trained.
-    saved = memory.bytes_of(policy.model.parameters()) + 2 * memory.bytes_of(policy.params)
+
+def disk_lines(policy, directory, written):
+    """What the run will write. written: bytes of rollouts; None where nobody knows them."""
+    saved = plan.saved_bytes(policy, muon=False)
+    known = "" if written is None else f"rollouts about {size(written)} in all, "
     lines = [
-        f"on disk: rollouts about {size(written)} in all, a checkpoint {size(saved)}, "
+        f"on disk: {known}a checkpoint {size(saved)}, "
         "of which at most four are kept, and those that others start from"
     ]
-    free = checkpoint.free_disk(directory)
-    if free < written + 5 * saved:
-        lines.append(f"WARNING: only {size(free)} are free where {directory} is")
-    return lines
+    return lines + too_little_disk(directory, (written or 0) + 5 * saved)

@@ -23,7 +23,7 @@ import torch
 
 from nanorl import learner
 from nanorl.batch import pack
-from nanorl.gpt import LOGITS_AT_ONCE
+from nanorl.gpt import GPT, LOGITS_AT_ONCE
 from nanorl.gpu import kernels_serve
 from nanorl.report.cost import cache_numbers
 from nanorl.runtime import dist
@@ -46,12 +46,13 @@ HOLES = {
 
 def saved_bytes(model, forward):
     """Bytes that autograd keeps between forward() and its backward, without the weights."""
-    # Bytes of each storage, by its address. What shares a storage counts once.
-    sizes = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}
+    # Bytes of each storage, by the address of its record (one on the meta device has no other).
+    # What shares a storage counts once.
+    sizes = {p.untyped_storage()._cdata: 0 for p in model.parameters()}
 
     def count(tensor):
         storage = tensor.untyped_storage()
-        sizes.setdefault(storage.data_ptr(), storage.nbytes())
+        sizes.setdefault(storage._cdata, storage.nbytes())
         return tensor
 
     recompute, model.recompute = model.recompute, False
@@ -90,6 +91,38 @@ def activation_bytes(model, small, large, tokens, packed=False):
         kept = entering + block
         once = once / config.n_layer
     return holes(model, packed) * (once + tokens * (kept + block))
+
+
+class FusedAttention(torch.autograd.Function):
+    """Stands for a GPU's kernel where only sizes count: it keeps q, k, v, y and a sum a query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)  # (B, T, H, D)
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("it has sizes and no numbers")
+
+
+def activation_bytes_on_a_gpu(config, dtype, tokens, recompute=False):
+    """activation_bytes of rows of text, counted on the meta device, which holds sizes alone."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.compute_dtype, model.recompute = dtype, recompute
+
+    def attend(_layer, q, k, v):
+        return FusedAttention.apply(q, k, v)
+
+    def forward(n):
+        ids = torch.zeros(1, n, dtype=torch.long, device="meta")
+        h = model.hidden(ids, attend=attend)  # (1, n, C)
+        return model.logprobs(h[0], ids[0], chunk_elements=LOGITS_AT_ONCE["cuda"])
+
+    small, large = ((partial(forward, n), n) for n in (64, 128))
+    return activation_bytes(model, small, large, tokens)
 
 
 def holes(model, packed):
@@ -225,10 +258,14 @@ def bytes_of(params):
     return sum({p.data_ptr(): p.numel() * p.element_size() for p in params}.values())
 
 
-def describe(parts, used, free):
+# What helps where a model does not fit.
+REMEDY = "lower --device_tokens, or --recompute, or --lora_rank=16"
+
+
+def describe(parts, used, free, remedy=REMEDY):
     """The estimate in words -> lines, with a warning where it does not fit.
 
-    used: bytes in use now. free: bytes that can still be taken.
+    used: bytes in use now. free: bytes that can still be taken. remedy: what the user can do.
     """
     total = gigabytes(sum(parts.values()))
     named = ", ".join(f"{name} {gigabytes(n)}" for name, n in parts.items() if n > 5e6)
@@ -238,7 +275,7 @@ def describe(parts, used, free):
     if to_come > free:
         lines.append(
             f"WARNING: {gigabytes(to_come)} GB of that are still to be taken and "
-            f"{gigabytes(free)} are free: lower --device_tokens, or --recompute, or --lora_rank=16"
+            f"{gigabytes(free)} are free: {remedy}"
         )
     return lines
 

@@ -22,7 +22,21 @@ def rl_heading(settings, start, model, problems, looks, lr):
     for number, look in enumerate(looks, 1):
         stage = f" in stage {number}" if len(looks) > 1 else ""
         about_problems(settings["task"] + stage, problems, look)
-    dist.say(f"      a step is {step}; {settings['steps']} steps")
+    dist.say(f"      a step is {step}; {passes_in_words(problems, P, settings['steps'])}")
+
+
+def passes_in_words(problems, per_step, steps):
+    """How often so many steps go through the problems, of a curriculum through each stage's."""
+    words = [f"{steps} steps x {per_step} problems"]
+    firsts = [first for first, _ in problems.stages]
+    for first, end, (_, task) in zip(firsts, [*firsts[1:], steps], problems.stages):
+        n = problems.n_of(task)
+        asked = per_step * max(0, min(end, steps) - first)
+        # Of a task that makes its problems there may be no end, and 0.00 would say nothing.
+        number = "less than 0.01" if asked / n < 0.01 else f"{asked / n:.2f}"
+        passes = f"{number} passes over {n:,} problems"
+        words.append(passes if len(firsts) == 1 else f"from step {first} on {passes}")
+    return " = ".join(words) if len(firsts) == 1 else "; ".join(words)
 
 
 def about_problems(name, problems, look):
@@ -218,11 +232,13 @@ def sft_line(step, steps, row, losses, seconds_left):
 
 
 def base_heading(model, vocabulary, steps, batch_tokens, passes, tokens):
-    """tokens: there are to train on."""
+    """tokens: there are to train on. passes: over them; None where that is not known."""
     parameters, depth = model.config.n_params()[0], model.config.n_layer
     shape = f"{parameters:,} parameters, depth {depth}, vocabulary {vocabulary}"
     where = f"{model.compute_dtype} on {model.cos.device}"
-    work = f"{steps} steps of {batch_tokens:,} tokens = {passes:.1f} passes over {tokens:,} tokens"
+    work = f"{steps} steps of {batch_tokens:,} tokens"
+    if passes is not None:
+        work += f" = {passes:.1f} passes over {tokens:,} tokens"
     dist.say(f"base  {shape}, {where}; {work}")
 
 
