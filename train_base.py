@@ -35,9 +35,9 @@ from nanorl.data.tokens import (
 )
 from nanorl.engine import Engine
 from nanorl.gpt import GPT, GPTConfig
-from nanorl.hf import load_model, save_model
+from nanorl.hf import load_model, model_writer
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
-from nanorl.report import forecast, plan, sizes, terminal
+from nanorl.report import forecast, memory, plan, sizes, terminal
 from nanorl.report.cost import Meter
 from nanorl.report.rates import device_rates
 from nanorl.report.trial import layers_to_try, try_step
@@ -67,7 +67,7 @@ documents = 20000  # how many of them, at most one a training problem
 steps = 0  # optimizer steps; 0: 20 tokens per parameter
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks
 seq_len = 256  # tokens of a row
-device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
+device_tokens = 0  # tokens of one forward; 0: what fits a third of a GPU's memory, on a CPU 16384
 compile = False  # torch.compile: 1.8 times as fast after half a minute; needs a C++ compiler
 matrix_lr = 0.02  # Muon, the blocks' matrices
 other_lr = 0.0  # AdamW, embeddings, norms and head; 0: 0.75 / width
@@ -89,6 +89,7 @@ PROMPT_TOKENS = 16
 
 
 def main():
+    global device_tokens  # found where it is 0
     settings = configure(globals())
     check_settings(settings)
     device = dist.setup(settings["device"])
@@ -118,6 +119,7 @@ def main():
     rates = matrix_lr, other_lr or 0.75 / config.n_embd
     optimizers = make_optimizers(net, *rates, ranks=dist)
     flop_rate, _ = device_rates(device, compute_dtype)
+    device_tokens = memory.device_tokens(net, memory.bytes_of(params), settings)
     meter = Meter(net, None, run.state["flops"], flop_rate)
     if run.resumed:
         load_states(optimizers, run.state["optimizers"])
@@ -183,7 +185,7 @@ def main():
             losses = []
         if validates and sample_tokens and dist.is_main():
             show_samples(net, tokenizer, val, 3 if last else 1)
-        run.end_of_step(done, last, partial(save_model, net, tokenizer), state)
+        run.end_of_step(done, last, partial(model_writer, net, tokenizer), state)
 
 
 def prepare(run, directory):
@@ -315,6 +317,7 @@ def say_plan(run, settings, directory, device, compute_dtype):
         return learner.text_loss(net, ids, ids)
 
     flop_rate, _ = device_rates(device, compute_dtype)
+    memory.device_tokens(net, weight_dtype.itemsize * config.n_params()[0], settings)
     trial = try_step(net, net, loss_of, settings, muon=True, flop_rate=flop_rate)
 
     # What it holds, in memory and on disk.
@@ -343,14 +346,13 @@ def check_settings(settings):
     at_least(
         settings,
         1,
-        "depth vocab_size documents batch_tokens seq_len device_tokens log_every eval_tokens "
-        "max_bad_steps",
+        "depth vocab_size documents batch_tokens seq_len log_every eval_tokens max_bad_steps",
     )
     at_least(
         settings,
         0,
-        "seed data_tokens steps matrix_lr other_lr warmup cooldown max_grad_norm eval_every "
-        "sample_tokens save_every",
+        "seed data_tokens steps device_tokens matrix_lr other_lr warmup cooldown max_grad_norm "
+        "eval_every sample_tokens save_every",
     )
     if batch_tokens % seq_len:
         raise ValueError(f"batch_tokens = {batch_tokens} is not a multiple of seq_len = {seq_len}")

@@ -20,12 +20,11 @@ from nanorl import policy as policies
 from nanorl.batch import pack
 from nanorl.engine import SAMPLERS
 from nanorl.evaluate.outcomes import validate
-from nanorl.hf import local_model, save_model
+from nanorl.hf import local_model, model_writer
 from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.problems import Problems
-from nanorl.report import forecast, metrics, terminal
+from nanorl.report import forecast, memory, metrics, terminal
 from nanorl.report.cost import Meter
-from nanorl.report.memory import rows_that_fit
 from nanorl.report.rates import device_rates
 from nanorl.report.watch import Watch
 from nanorl.runtime import checkpoint, dist
@@ -73,7 +72,7 @@ warmup = 0  # steps of linear warm-up
 lr_schedule = "constant"  # after the warm-up: constant, or down to 0 at the end: linear, cosine
 weight_decay = 0.0  # on the blocks' matrices
 max_grad_norm = 1.0  # 0: no clipping
-device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
+device_tokens = 0  # tokens of one forward; 0: what fits a third of a GPU's memory, on a CPU 16384
 recompute = False  # activations are computed again in backward: a third more work, little memory
 compile = False  # the learner's blocks by torch.compile: 1.3 times as fast on a CPU; needs g++
 lora_rank = 0  # train low-rank adapters of the weights alone, of this rank; 0: train the weights
@@ -94,6 +93,7 @@ FULL = "training samples from the full distribution, the one that the loss model
 
 
 def main():
+    global device_tokens  # found where it is 0
     settings = configure(globals(), refused={"top_k": FULL, "top_p": FULL})
     check_settings(settings)
     device = dist.setup(settings["device"], exact=selfcheck)
@@ -128,7 +128,9 @@ def main():
         load_states(optimizers, run.state["optimizers"])
         policy.load_adapters(run.state["lora"])
     if not engine.max_rows:
-        engine.max_rows = rows_that_fit(engine, policy.params, G, max_new_tokens)
+        engine.max_rows = memory.rows_that_fit(engine, policy.params, G, max_new_tokens)
+    trained = memory.bytes_of(policy.params)
+    device_tokens = memory.device_tokens(policy.model, trained, settings)
     rates = device_rates(device, compute_dtype)
     meter = Meter(policy.model, policy.adapters, run.state["flops"], *rates)
     watch = Watch(run.state.get("watch"), policy.model.config.vocab_size)
@@ -234,8 +236,8 @@ def main():
         run.log.row(done, **row)
         terminal.rl_line(done, steps, row, meter.seconds_left(steps - done))
         terminal.warnings(done, watch.look(row) + train.newly_left_out())
-        write_model = partial(save_model, policy.model, tokenizer)
-        run.end_of_step(done, done == steps, write_model, state, row["reward"])
+        writer = partial(model_writer, policy.model, tokenizer)
+        run.end_of_step(done, done == steps, writer, state, row["reward"])
 
 
 def default_lr(policy, published):
@@ -249,14 +251,14 @@ def check_settings(settings):
     at_least(
         settings,
         1,
-        "prompts_per_step max_new_tokens steps updates_per_rollout device_tokens eval_problems "
+        "prompts_per_step max_new_tokens steps updates_per_rollout eval_problems "
         "probe_prompts max_bad_steps",
     )
     at_least(
         settings,
         0,
         "seed problems device_rows resample lora_rank lora_alpha kl_coef clip_low clip_high lr "
-        "warmup weight_decay max_grad_norm eval_every save_every",
+        "warmup weight_decay max_grad_norm device_tokens eval_every save_every",
     )
     one_of(settings, "sampler", SAMPLERS)
     one_of(settings, "overlong", ("zero", "mask"))

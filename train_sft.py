@@ -25,7 +25,7 @@ from nanorl.data.parts import Mixture, is_weighted, read_parts
 from nanorl.data.tokens import check_same_content
 from nanorl.engine import Engine
 from nanorl.evaluate.outcomes import held_out
-from nanorl.hf import local_model, save_model
+from nanorl.hf import local_model, model_writer
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.report import forecast, memory, plan, sizes, terminal
 from nanorl.report.cost import Meter, learning_flops
@@ -57,7 +57,7 @@ steps = 0  # optimizer steps; 0: one pass over the examples, or a mixture's weig
 match_flops = ""  # an RL run, out/d4/rl: SFT in its place, for as many FLOPs; into sft_more
 batch_tokens = 8192  # tokens of an optimizer step, over all ranks, padding included
 seq_len = 256  # tokens of a row; longer conversations of --data are left out
-device_tokens = 16384  # tokens of one forward on one device: lower it when memory runs out
+device_tokens = 0  # tokens of one forward; 0: what fits a third of a GPU's memory, on a CPU 16384
 optimizer = "auto"  # muon (with AdamW beside the blocks' matrices), adamw; auto: muon from scratch
 matrix_lr = 0.0  # the blocks' matrices; 0: 0.01 for Muon, 2e-5 for AdamW, 2e-4 for LoRA
 other_lr = 0.0  # embeddings, norms and head; 0: beside Muon 0.4 / width, else matrix_lr
@@ -81,6 +81,7 @@ track = ""  # send the numbers to wandb, tensorboard, trackio; commas between
 
 
 def main():
+    global device_tokens  # found where it is 0
     settings = configure(globals())
     target = None
     if match_flops:
@@ -107,6 +108,8 @@ def main():
     optimizers = make_optimizers(policy.trained, rate, other_rate, muon=muon, ranks=dist)
     tokenizer = Tokenizer.from_pretrained(run.model)
     meter = Meter(policy.model, policy.adapters, run.state["flops"])
+    trained = memory.bytes_of(policy.params)
+    device_tokens = memory.device_tokens(policy.model, trained, settings)
 
     # What it is trained on: conversations from files, a task's own solutions, or a mixture.
     chats, held_out_chats, note = read_data(tokenizer)
@@ -203,7 +206,7 @@ def main():
                 done, total_steps, row, losses, meter.seconds_left(total_steps - done)
             )
             losses = []
-        run.end_of_step(done, last, partial(save_model, policy.model, tokenizer), state)
+        run.end_of_step(done, last, partial(model_writer, policy.model, tokenizer), state)
     if target:
         spent = meter.total["train"]
         dist.say(f"      {spent:.4g} FLOPs, {spent / target.flops:.2%} of the RL run's")
@@ -374,12 +377,12 @@ def check_settings(settings):
     at_least(
         settings,
         1,
-        "batch_tokens seq_len device_tokens log_every max_bad_steps eval_new_tokens",
+        "batch_tokens seq_len log_every max_bad_steps eval_new_tokens",
     )
     at_least(
         settings,
         0,
-        "seed examples steps matrix_lr other_lr lora_rank lora_alpha warmup cooldown "
+        "seed examples steps device_tokens matrix_lr other_lr lora_rank lora_alpha warmup cooldown "
         "max_grad_norm eval_every eval_problems save_every",
     )
     one_of(settings, "optimizer", ("auto", "muon", "adamw"))

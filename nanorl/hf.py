@@ -8,6 +8,7 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -418,14 +419,28 @@ def save_model(model, tokenizer, path):
 
     Raises FloatingPointError for a model with a weight that is not finite.
     """
-    os.makedirs(path, exist_ok=True)
+    model_writer(model, tokenizer)(path)
 
+
+def model_writer(model, tokenizer):
+    """-> write(path), which is save_model of the model as it is now.
+
+    The weights of a GPU are copied now. Those of a CPU are not, so they must be written before
+    they change.
+    """
     # A tied head is written once, as the embedding.
     weights = {}
     for name, parameter in model.named_parameters():
-        if not is_finite(parameter.detach()):
-            raise FloatingPointError(f"{name} holds values that are not finite (NaN or infinite)")
         weights[name] = parameter.detach().cpu().contiguous()
+    return partial(_write_model, weights, model.config, tokenizer)
+
+
+def _write_model(weights, config, tokenizer, path):
+    """See save_model. weights: {name: tensor on the CPU}."""
+    os.makedirs(path, exist_ok=True)
+    for name, weight in weights.items():
+        if not is_finite(weight):
+            raise FloatingPointError(f"{name} holds values that are not finite (NaN or infinite)")
     save_file(weights, os.path.join(path, "model.safetensors"), metadata={"format": "pt"})
 
     ids = {
@@ -434,6 +449,7 @@ def save_model(model, tokenizer, path):
         "pad_token_id": tokenizer.document_end,
         **tokenizer.bos_id,
     }
-    write_config(model.config, path, next(model.parameters()).dtype, ids)
+    dtype = next(iter(weights.values())).dtype
+    write_config(config, path, dtype, ids)
     tokenizer.save(path)
     _write_json(ids, os.path.join(path, "generation_config.json"))

@@ -431,7 +431,7 @@ def test_the_best_saved_step_stays_also_below_save_reward_above(tmp_path, monkey
             pass
 
     for step, reward in enumerate((0.1, 0.5, 0.2, 0.3, 0.2), 1):
-        run.end_of_step(step, False, write_model, dict, reward)
+        run.end_of_step(step, False, lambda: write_model, dict, reward)
     assert run.best["step"] == 2
     saved = sorted(path.name for path in (tmp_path / "x" / "rl").glob("step_*"))
     assert saved == ["step_000001", "step_000002", "step_000004", "step_000005"]

@@ -4,8 +4,11 @@ import errno
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch
 
 from nanorl import rollout
 from nanorl.runtime import dist
@@ -116,6 +119,26 @@ def test_ranks_agree():
         assert finish_ranks(processes) == [f"said by {r}\n" for r in range(3)]
 
 
+def test_ranks_that_start_again_do_not_take_the_names_of_the_dead():
+    """The store stays over restarts, and the dead may have asked and never been answered."""
+    store = torch.distributed.HashStore()
+    store.set("rank 2 is", "one that died before rank 0 came")
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as threads:
+            ranks = [threads.submit(dist._name_of_start, store, rank, 3) for rank in range(3)]
+            names.append({rank.result(20) for rank in ranks})
+    assert [len(name) for name in names] == [1, 1, 1] and len(set.union(*names)) == 3
+
+
+def test_a_rank_that_never_comes_is_named(monkeypatch):
+    monkeypatch.setattr(dist, "TIMEOUT", timedelta(seconds=0.1))
+    store = torch.distributed.HashStore()
+    store.set("rank 1 is", "one that has died")
+    with pytest.raises(ValueError, match="rank 1 of 2 has not come within 0:00:00.1"):
+        dist._name_of_start(store, 0, 2)
+
+
 # Rank 0 is slower than collectives wait, twice.
 SLOW_MAIN = """
 import datetime, time
@@ -149,6 +172,37 @@ def test_rank_0_may_work_alone_for_longer_than_a_collective_waits():
     assert all(later >= earlier for earlier, later in zip(done, went_on))
 
 
+# A save that takes longer than collectives wait.
+SLOW_SAVE = """
+import datetime, sys, time
+import torch.distributed
+from nanorl.runtime import checkpoint, dist
+from nanorl.runtime.run import Run
+
+def slow(*arguments):
+    time.sleep(2)
+    return "saved"
+
+def main():
+    dist.setup("cpu")
+    settings = dict(run_name="a", resume="auto", after_save="", track="")
+    settings.update(max_bad_steps=9, save_every=1)
+    run = Run(settings, "base")
+    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1))
+    checkpoint.save = slow
+    for step in (1, 2):
+        run.end_of_step(step, step == 2, lambda: None, dict)
+    dist.say("went on")
+
+dist.run(main)
+"""
+
+
+def test_a_slow_save_does_not_time_out_the_ranks_that_wait_for_it(tmp_path):
+    with ranks(["-c", SLOW_SAVE], NANORL_OUT=str(tmp_path)) as processes:
+        assert finish_ranks(processes) == ["saved\nsaved\nwent on\n", ""]
+
+
 def test_a_rank_0_that_dies_alone_ends_the_others_with_one_line():
     with ranks(["-c", SLOW_MAIN]) as processes:
         assert processes[1].stdout.readline() == "waits\n"
@@ -156,6 +210,36 @@ def test_a_rank_0_that_dies_alone_ends_the_others_with_one_line():
         said = processes[1].communicate(timeout=60)[1]
     assert processes[1].returncode == 1 and "Traceback" not in said
     assert "error: rank 1 has lost another rank (connection closed while rank 0" in said
+
+
+# Two nodes, each with an out/ of its own, or with one.
+NODES = """
+import os, sys
+from nanorl.runtime import dist
+from nanorl.runtime.run import Run
+
+def main():
+    dist.setup("cpu")
+    dist.PATIENCE = 0.2
+    os.environ["NANORL_OUT"] = sys.argv[1] + os.environ["RANK"] * int(sys.argv[2])
+    settings = dict(run_name="a", resume="auto", after_save="", track="")
+    no_start = "no model"
+    Run(settings, "rl", start="none" if dist.rank() else None, no_start=no_start)
+
+dist.run(main)
+"""
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_nodes_that_do_not_share_out_are_told_so_before_anything_is_missed(tmp_path, apart):
+    with ranks(["-c", NODES, str(tmp_path / "out"), str(int(apart))]) as processes:
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes][1] == 1
+    for line in said if apart else []:
+        assert line.startswith("error: ") and line.count("\n") == 1
+        assert "does not see what rank 0 writes" in line and "NANORL_OUT=<folder>" in line
+    assert apart or said[1] == "error: no model\n"
+    assert [name for name in (tmp_path).rglob(".seen*")] == []
 
 
 PARENT = """

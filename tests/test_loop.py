@@ -436,6 +436,30 @@ def test_how_many_rows_fit_is_found_once(rl, monkeypatch):
     assert kept[0] == kept[1] < other
 
 
+@pytest.mark.parametrize("script", ["train_base.py", "train_sft.py", "train_rl.py"])
+def test_how_many_tokens_fit_is_found_once(script, out, monkeypatch, capsys):
+    """A run goes on with as many, also elsewhere, and learns in micro-batches of so many."""
+    stage = script.removeprefix("train_").removesuffix(".py")
+    start = {
+        "base": [*BASE, "--sample_tokens=0"],
+        "sft": [*SFT, f"--model={out / 'a' / 'base'}"],
+        "rl": [*RL, f"--model={out / 'a' / 'sft'}"],
+    }
+    run = [script, *start[stage], "--run_name=tokens", "--device_tokens=0"]
+    on_cpu = [*run, "--steps=1", "--run_name=tokens-cpu"]
+    assert call(*on_cpu) is None
+    assert trainer_state(out / "tokens-cpu" / stage, 1)["settings"]["device_tokens"] == 16384
+
+    monkeypatch.setattr("nanorl.report.sizes.on_a_gpu", lambda device: True)
+    monkeypatch.setattr("nanorl.report.memory.tokens_that_fit", lambda *_: 512)
+    assert call(*run, "--steps=1") is None
+    monkeypatch.setattr("nanorl.report.memory.tokens_that_fit", lambda *_: 1024)
+    assert call(*run, "--steps=2", "--resume=must") is None
+    assert "with other constants: steps: 1 -> 2\n" in capsys.readouterr().out
+    for step in (1, 2):
+        assert trainer_state(out / "tokens" / stage, step)["settings"]["device_tokens"] == 512
+
+
 @pytest.mark.parametrize("script", ["train_sft.py", "train_base.py"])
 def test_sft_and_base_stop_when_no_gradient_is_finite(script, out):
     """After a step of a rate that leaves no number: two more are tried, as --max_bad_steps says."""
@@ -472,8 +496,11 @@ def test_a_run_that_ends_in_skipped_updates_says_so(out, capsys):
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
-def test_sft_and_base_on_two_ranks_are_those_of_one(out, tmp_path):
-    """Loss, gradient, validation and weights: no rank sees another's rows, and all count."""
+def test_sft_and_base_on_three_ranks_are_those_of_one(out, tmp_path):
+    """Loss, gradient, validation and weights: no rank sees another's rows, and all count.
+
+    Eight rows a step divide neither by three ranks nor, on two of them, by micro-batches of two.
+    """
     chats = tmp_path / "chats.jsonl"
     turns = [
         [
@@ -496,15 +523,16 @@ def test_sft_and_base_on_two_ranks_are_those_of_one(out, tmp_path):
             "--eval_problems=5",
             "--eval_new_tokens=6",
         ],
-        "chats": ["train_sft.py", *SFT, *few, *start, f"--data={chats}"],
+        "chats": ["train_sft.py", *SFT, *few, *start, f"--data={chats}", "--optimizer=muon"],
         "mixture": ["train_sft.py", *SFT, *few, *start, f"--data={chats}=2, 0-20=1"],
         "text": ["train_base.py", *base],
     }
-    call_on_ranks(*([*arguments, f"--run_name=two-{name}"] for name, arguments in runs.items()))
+    calls = ([*arguments, f"--run_name=three-{name}"] for name, arguments in runs.items())
+    call_on_ranks(*calls, n=3)
     for name, arguments in runs.items():
         assert call(*arguments, f"--run_name=one-{name}") is None
         stage = arguments[0].removeprefix("train_").removesuffix(".py")
-        one, two = (out / f"{ranks}-{name}" / stage for ranks in ("one", "two"))
-        assert_rows_agree(rows(one), rows(two))
+        one, three = (out / f"{ranks}-{name}" / stage for ranks in ("one", "three"))
+        assert_rows_agree(rows(one), rows(three))
         assert any("val/" in key for key in rows(one)[-1])
-        assert max(movement(weights(one, 3), weights(two, 3)).values()) < 1e-9
+        assert max(movement(weights(one, 3), weights(three, 3)).values()) < 1e-9

@@ -89,6 +89,46 @@ def test_any_rollout_will_do(lengths):
     assert model.recompute  # as it was
 
 
+# ---- tokens of a forward -------------------------------------------------------------------------
+
+
+def test_so_many_tokens_that_a_third_of_a_gpus_free_memory_holds_them(monkeypatch, capsys):
+    """Beside gradients and moments. The next power of two does not fit."""
+    monkeypatch.setattr(memory, "HOLES", dict.fromkeys(memory.HOLES, 1.0))
+    monkeypatch.setattr(memory.sizes, "on_a_gpu", lambda device: True)
+    model = toy_model(dtype=torch.float32)
+    trained = 4 * sum(p.numel() for p in model.parameters())
+    beside = 3 * trained
+    needed = memory.activation_bytes_on_a_gpu(model.config, torch.float32, 1024)
+
+    def found(free, **settings):
+        monkeypatch.setattr(memory.dist, "free_memory", lambda device: free)
+        settings = {"device_tokens": 0, "seq_len": 32, **settings}
+        assert memory.device_tokens(model, trained, settings) == settings["device_tokens"]
+        return settings["device_tokens"]
+
+    assert found(beside + 3 * needed + 100) == 1024
+    assert "--device_tokens=1024: " in capsys.readouterr().out
+    assert found(beside + 3 * needed - 3000) == 512
+    assert found(2**50) == 65536  # as fast as more
+    assert found(0) == 32  # a row, whatever there is
+    assert found(2**50, device_tokens=100) == 100  # what was asked for
+    # The smallest over ranks.
+    monkeypatch.setattr(memory.dist, "total", lambda n, op: {"min": 700}[op])
+    assert found(2**50) == 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_completions_take_about_as_much_as_text(dtype):
+    """So that one count does for all stages."""
+    model = toy_model(dtype=torch.float32, n_layer=3)
+    model.compute_dtype = dtype
+    group = Rollout(None, [1] * 20, [Completion([5] * 40, [0.0] * 40, True)] * 4, None, None, None)
+    packed = memory.activation_bytes(model, *memory.passes(model, [group]), 10_000)
+    text = memory.activation_bytes(model, *[(forward(model, n), n * 32) for n in (1, 2)], 10_000)
+    assert 0.8 < packed / text < 1.2
+
+
 def test_the_parts():
     model = toy_model(dtype=torch.float32)
     n = 4 * sum(p.numel() for p in model.parameters())

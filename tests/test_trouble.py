@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from nanorl.report.watch import CUT, marks_passed
 from nanorl.runtime import checkpoint
 from scripts import (
+    BASE,
     RL,
     ROOT,
+    SFT,
     assert_rows_agree,
     assert_same_run,
     call,
@@ -79,25 +81,59 @@ def test_ranks_give_the_rows_of_one(out, n, options):
     assert "within the bounds" in said and "(bound 1e-10)" in said
 
 
-def test_two_nodes_on_loopback_give_the_one_process_result(out):
-    run = [*RL, f"--model={out / 'a' / 'sft'}", "--steps=3"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    launch += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
-    nodes = []
-    for rank in range(2):
-        node = subprocess.Popen(
-            [*launch, f"--node_rank={rank}", "--", "train_rl.py", *run, "--run_name=nodes"],
+def two_nodes(rendezvous, n, *command):
+    """Start a script under two agents, as on two nodes, with n ranks each -> their processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--nproc_per_node={n}"]
+    return [
+        subprocess.Popen(
+            [*launch, *rendezvous, f"--node_rank={node}", "--", *command],
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        nodes.append(node)
-    assert call("train_rl.py", *run, "--run_name=onenode") is None
+        for node in range(2)
+    ]
+
+
+STAGES = {
+    "base": ["train_base.py", *BASE, "--device_tokens=128", "--eval_every=2", "--sample_tokens=0"],
+    "sft": ["train_sft.py", *SFT, "--device_tokens=128", "--optimizer=muon"],
+    "rl": ["train_rl.py", *RL, "--prompts_per_step=6"],
+}
+
+
+TWO_EACH = [pytest.param(2, stage, marks=pytest.mark.slow) for stage in STAGES]
+
+
+@pytest.mark.parametrize("n, stage", [(1, "rl"), *TWO_EACH])
+def test_two_nodes_on_loopback_give_the_one_process_result(out, n, stage):
+    """With one rank each, and with two: Muon's work is shared, and problems not evenly."""
+    start = {"base": [], "sft": [f"--model={out / 'a' / 'base'}"]}
+    start["rl"] = [f"--model={out / 'a' / 'sft'}"]
+    run = [*STAGES[stage], *start[stage], "--steps=3"]
+    static = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    nodes = two_nodes(static, n, *run, f"--run_name=nodes{n}")
+    assert call(*run, f"--run_name=onenode{n}") is None
     for node in nodes:
         finish(node)
-    assert_rows_agree(rows(out / "onenode" / "rl"), rows(out / "nodes" / "rl"))
+    assert_rows_agree(rows(out / f"onenode{n}" / stage), rows(out / f"nodes{n}" / stage))
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_on_one_of_two_nodes_is_started_again_with_all_others(out):
+    run = ["train_sft.py", *SFT, f"--model={out / 'a' / 'base'}", "--save_every=5", "--steps=60"]
+    assert call(*run, "--run_name=whole-nodes") is None
+    point = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
+    options = ["--rdzv_backend=c10d", "--rdzv_id=dies", point, "--max-restarts=1"]
+    nodes = two_nodes(options, 2, *run, "--run_name=dies")
+    directory = out / "dies" / "sft"
+    wait_for(lambda: checkpoint.latest(directory), nodes[0])
+    os.kill(workers(nodes[1])[1], signal.SIGKILL)
+    said = [finish(node) for node in nodes]
+    assert any(f"resumed {directory}" in text for text in said)
+    assert_rows_agree(rows(out / "whole-nodes" / "sft"), rows(directory))
 
 
 def test_uneven_ranks_do_not_wait_for_each_other(out):

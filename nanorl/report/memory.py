@@ -25,8 +25,12 @@ from nanorl import learner
 from nanorl.batch import pack
 from nanorl.gpt import GPT, LOGITS_AT_ONCE
 from nanorl.gpu import kernels_serve
+from nanorl.report import sizes
 from nanorl.report.cost import cache_numbers
 from nanorl.runtime import dist
+
+CPU_TOKENS = 16384  # of a forward on a CPU
+MOST_TOKENS = 65536  # and on a GPU: its products are as fast with fewer
 
 # On a CPU the C library keeps freed memory that later tensors do not fit, the more the more their
 # shapes differ. These are peaks over what is needed, with a margin: the largest of runs of a few
@@ -156,6 +160,38 @@ def learner_pass(model, rollouts):
 
 def sampled_tokens(rollout):
     return sum(len(completion.ids) for completion in rollout.completions)
+
+
+def device_tokens(model, trained, settings):
+    """settings["device_tokens"], tokens of one forward. Where that is 0 it is filled in.
+
+    On a CPU with CPU_TOKENS. On a GPU with a power of two of which, beside gradients and AdamW's
+    moments, backward needs a third of the free memory: the sampler's cache takes half at most. At
+    least a row of the settings' seq_len, and the same on every rank.
+
+    trained: bytes of the parameters that are trained.
+    """
+    if not settings["device_tokens"]:
+        settings["device_tokens"] = CPU_TOKENS
+        if sizes.on_a_gpu(model.cos.device):
+            row = settings.get("seq_len", 256)
+            settings["device_tokens"] = max(row, tokens_that_fit(model, trained))
+            dist.say(
+                f"      --device_tokens={settings['device_tokens']}: what backward needs for so "
+                "many tokens at a time fits a third of the free memory"
+            )
+    return settings["device_tokens"]
+
+
+def tokens_that_fit(model, trained):
+    """The power of two, up to MOST_TOKENS, on every rank the same. trained: bytes."""
+    # Packed completions take about as much as text does (docs/log.md).
+    of_text = partial(activation_bytes_on_a_gpu, model.config, model.compute_dtype)
+    once = of_text(0, model.recompute)
+    per_token = of_text(1, model.recompute) - once
+    free = dist.free_memory(model.cos.device) - 3 * trained
+    tokens = min(MOST_TOKENS, max(1, int((free / 3 - once) / per_token)))
+    return sizes.power_of_two(int(dist.total(tokens, "min")))
 
 
 # ---- the sampler's cache -------------------------------------------------------------------------

@@ -9,13 +9,17 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from nanorl.runtime import background
 
 # The number of the signal that has come, SIGTERM's or Ctrl-C's. False: none has.
 _stop = False
@@ -25,6 +29,12 @@ _store = None
 
 # Errors of files that are no defect: a full disk, a limit, a file that may not be written.
 FILE_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+
+# So long ranks wait for each other, at the start and in a collective.
+TIMEOUT = timedelta(hours=1)
+
+# For so many seconds a rank looks for a file of rank 0's: some file systems are late to show it.
+PATIENCE = 5.0
 
 # For the products of so many shapes a kernel is kept, on a CPU.
 KERNELS_KEPT = 32
@@ -88,25 +98,53 @@ def _bound_kernel_caches():
 def _join(device):
     """Join the process group that the environment describes, on this rank's device."""
     global _store
-    timeout = timedelta(hours=1)
-    store, number, world = next(dist.rendezvous("env://", timeout=timeout))
-
-    # torchrun keeps its store over --max-restarts. Ranks that start again would find the addresses
-    # of the dead in it, so each start has a prefix of its own. The agents of several nodes count
-    # their restarts apart, so that there the count is no common name.
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        store = dist.PrefixStore(f"start {start}", store)
-    _store = store
+    store, number, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    _store = dist.PrefixStore(_name_of_start(store, number, world), store)
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         device_id=device if on_gpu else None,
-        store=store,
+        store=_store,
         rank=number,
         world_size=world,
-        timeout=timeout,
+        timeout=TIMEOUT,
     )
+
+
+def _name_of_start(store, number, world):
+    """-> a name that the ranks which start together have in common, and that no start had before.
+
+    torchrun keeps its store over --max-restarts. Ranks that start again would find the addresses of
+    the dead in it, so what they write has this name before it. No count is common to the agents of
+    several nodes. So each process leaves a name of its own, and rank 0 gives its own in answer. It
+    may answer the dead first, so it goes on until every rank has said that it has heard.
+
+    Raises ValueError where one does not within TIMEOUT.
+    """
+    own = uuid.uuid4().hex
+    if number > 0:
+        store.set(f"rank {number} is", own)
+        name = store.get(f"answer to {own}").decode()  # waits
+        store.set(f"{name} is known to {number}", "")
+        return name
+
+    silent, answered = set(range(1, world)), set()
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while silent:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"rank {min(silent)} of {world} has not come within {TIMEOUT}: start all"
+            )
+        for other in sorted(silent):
+            if store.check([f"{own} is known to {other}"]):
+                silent.remove(other)
+            elif store.check([f"rank {other} is"]):
+                process = store.get(f"rank {other} is").decode()
+                if process not in answered:
+                    store.set(f"answer to {process}", own)
+                    answered.add(process)
+        time.sleep(0.02)
+    return own
 
 
 # ---- stop ----------------------------------------------------------------------------------------
@@ -178,6 +216,9 @@ def _leave(end):
     in some thirty). Nor is the process group taken down: that may wait for ranks that sit in a
     collective, up to its timeout, and they for this one.
     """
+    # A checkpoint that is being written becomes whole.
+    background.wait()
+
     # Nobody leaves while another rank still waits for it. One that is gone is not waited for.
     if end is None:
         with contextlib.suppress(RuntimeError):
@@ -202,7 +243,10 @@ def _one_line(error):
     if isinstance(error, ValueError):
         return str(error) or None
     if _is_out_of_memory(error):
-        return "out of memory: lower --device_tokens (training) or --device_rows (sampling)"
+        return (
+            "out of memory: give --device_tokens (training) or --device_rows (sampling) a lower "
+            "value than run.json has"
+        )
     if _is_lost_rank(error):
         reason = str(error).splitlines()[0][:120]
         return (
@@ -341,7 +385,7 @@ def wait_for_main():
         _store.set(note, "")
     try:
         while not _store.check([note]):
-            time.sleep(0.1)
+            time.sleep(0.02)
     except dist.DistNetworkError as error:
         raise RuntimeError("connection closed while rank 0 worked alone") from error
 
@@ -350,6 +394,33 @@ def wait_for_main():
     if is_main():
         _store.delete_key(note)
     barrier()
+
+
+def check_shared(folder):
+    """Check that all ranks see one folder: rank 0 makes a file in it, and all look for that.
+
+    Raises ValueError on every rank where one does not see it.
+    """
+    if world_size() == 1:
+        return
+    path = os.path.join(folder, broadcast(f".seen_by_all_{uuid.uuid4().hex}"))
+    if is_main():
+        open(path, "x").close()
+    barrier()
+    deadline = time.monotonic() + PATIENCE
+    while not os.path.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+    hosts = [] if os.path.exists(path) else [socket.gethostname()]
+    hosts = broadcast(gather(hosts))  # that do not see it
+    if is_main():
+        os.remove(path)
+    if hosts:
+        raise ValueError(
+            f"{hosts[0]} does not see what rank 0 writes in {folder}, so not all nodes have the "
+            "same folder: it must be on a file system that they share; NANORL_OUT=<folder> names "
+            "another"
+        )
 
 
 def sum_gradients(params):

@@ -10,7 +10,8 @@ from functools import partial
 
 from nanorl.runtime import checkpoint, dist, lock
 from nanorl.runtime.after import AfterSave
-from nanorl.runtime.log import RunLog
+from nanorl.runtime.background import Background, copied
+from nanorl.runtime.log import RunLog, make_folder
 from nanorl.runtime.trackers import Trackers
 
 
@@ -28,14 +29,16 @@ class Run:
     origin: what the run started from when it was new, {path, hash, published}, or None.
     dtype: the precision of its activations, from the call of `dtypes` on.
 
-    Raises ValueError for a start that is no model, for a run that another process is in, and where
-    checkpoint.resume_point does.
+    Raises ValueError for a start that is no model, for a run that another process is in, for nodes
+    that do not share out/, and where checkpoint.resume_point does.
     """
 
     def __init__(self, settings, stage, start=None, no_start="", writes=True):
         settings["run_name"] = settings["run_name"] or f"d{settings['depth']}"
         self.settings, self.stage = settings, stage
         self.directory = checkpoint.stage_directory(settings["run_name"], stage)
+        if writes:
+            self._check_shared()
         point = partial(checkpoint.resume_point, self.directory, settings["resume"], settings)
         model = point() or start
         if model and not checkpoint.is_model(model):
@@ -48,6 +51,9 @@ class Run:
         self.model = self.resumed or start
         self.state = self._state(start)
         self.dtype = self.state.get("dtype")
+        if self.resumed and settings.get("device_tokens") == 0:
+            # What was found when the run was new.
+            settings["device_tokens"] = self.state["settings"]["device_tokens"]
         self.origin = self.state.get("start")
         if settings.get("lora_rank") or settings.get("kl_coef"):
             # Adapters are a change of the very weights that the run started from, and a KL term
@@ -60,6 +66,15 @@ class Run:
         run_directory = os.path.dirname(self.directory)
         self.after_save = AfterSave(settings["after_save"], run_directory, self.log.active)
         self.trackers = Trackers(settings["track"], self.directory, self.log.active)
+        self.on_gpu = False  # until the call of `dtypes`
+        self.background = Background()
+
+    def _check_shared(self):
+        """Refuse nodes that do not see one out/. Before a rank has looked for anything in it."""
+        out = checkpoint.stage_directory("", "")
+        if dist.is_main():
+            make_folder(out)
+        dist.check_shared(out)
 
     def _lock(self):
         """Keep other processes out, until this one ends. Every rank takes part."""
@@ -88,6 +103,7 @@ class Run:
 
         auto stays what it was when the run was new, on whatever device it goes on.
         """
+        self.on_gpu = device.type == "cuda"
         asked = self.settings["dtype"]
         if asked != "auto":
             self.dtype = asked
@@ -154,17 +170,19 @@ class Run:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         return self.bad_steps
 
-    def end_of_step(self, step, last, write_model, state, reward=None):
+    def end_of_step(self, step, last, model_writer, state, reward=None):
         """Save where it is time to, and leave where a signal or too many bad steps say so.
 
         step: the number of steps that are done.
         last: whether no more are to come.
-        write_model(path): writes the model directory.
+        model_writer(): takes the model as it is now -> write(path), for a model directory.
         state(): what only the script has and a resumed run needs.
         reward: of this step, in RL.
 
-        Raises ValueError after too many bad steps, SystemExit after a signal.
+        Raises ValueError after too many bad steps and where a save has failed, SystemExit after a
+        signal.
         """
+        self.background.check()
         settings = self.settings
         stop = dist.stop_requested()
         hopeless = self.bad_steps >= settings["max_bad_steps"]
@@ -173,19 +191,23 @@ class Run:
         if reward is not None:
             improved = reward > max(self.best["reward"], settings["save_reward_above"])
 
-        if last or stop or hopeless or due or improved:
+        leaves = last or stop or hopeless
+        if leaves or due or improved:
             if reward is not None and reward > self.best["reward"]:
                 self.best = {"step": step, "reward": reward}
             if dist.is_main():
-                self._save(step, write_model, state(), reward, improved)
-            dist.barrier()
+                self._save(step, model_writer, state(), reward, improved)
+            if leaves:
+                self.background.finish()
+            if leaves or not self.on_gpu:
+                dist.wait_for_main()
 
         if last and self.bad_steps and not hopeless:
             dist.say(
                 f"WARNING: the last {self.bad_steps} steps changed nothing, because the gradient "
                 "was not finite"
             )
-        if last or stop or hopeless:
+        if leaves:
             self.trackers.finish()
             self.after_save.finish()
         if hopeless:
@@ -193,8 +215,12 @@ class Run:
         if stop:
             raise SystemExit(0 if stop == signal.SIGTERM else 130)
 
-    def _save(self, step, write_model, state, reward, improved):
-        """Save a checkpoint and say so, on the first rank. See end_of_step."""
+    def _save(self, step, model_writer, state, reward, improved):
+        """Save a checkpoint and say so, on the first rank. See end_of_step.
+
+        A GPU goes on with the next step once all is copied to the CPU, which is the only wait. On a
+        CPU the copies would take the memory that the training needs, so it waits for the disk.
+        """
         state = dict(state, step=step, bad=self.bad_steps, settings=self.settings)
         state["dtype"] = self.dtype
         if self.origin:
@@ -204,10 +230,18 @@ class Run:
         # Where the gradient is not finite, the last step at which the weights may still be good.
         sound_step = step - self.bad_steps - 1 if self.bad_steps else None
         steps_to_keep = self.best["step"], sound_step
-        report = checkpoint.save(self.directory, step, write_model, state, *steps_to_keep)
-        if improved:
-            report += f" (a new best reward, {reward:.3f})"
-        print(report, flush=True)
+        note = f" (a new best reward, {reward:.3f})" if improved else ""
+        if self.on_gpu:
+            state = copied(state)
+        save = partial(checkpoint.save, self.directory, step, model_writer(), state, *steps_to_keep)
+        if self.on_gpu:
+            self.background.start(partial(self._write, save, note))
+        else:
+            self._write(save, note)
+
+    def _write(self, save, note):
+        """Save, and say what was saved."""
+        print(save() + note, flush=True)
         self.after_save()
 
     def _why_hopeless(self, step):
