@@ -54,6 +54,8 @@ seed = 0  # fixes the initial weights and the order of the data
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
 dry_run = False  # print what the run would do, and stop
+note = ""  # what this run is to show; it stands in run.json and on the run's page
+timestamps = False  # every line begins with the time
 # ---- model and text
 depth = 4  # layers; the width is 64 x depth
 vocab_size = 512  # tokens of the BPE to train; for real text some 8192 or more

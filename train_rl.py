@@ -43,6 +43,8 @@ resume = "auto"  # auto: go on if the constants are the same; never; must
 seed = 0  # fixes the problems of each step and every sampled token
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
+note = ""  # what this run is to show; it stands in run.json and on the run's page
+timestamps = False  # every line begins with the time
 dry_run = False  # print what the run would do, and stop
 selfcheck = False  # compare the first step's gradient with a naive fp64 implementation, and stop
 # ---- task and rollouts
@@ -80,9 +82,12 @@ lora_alpha = 32.0  # what an adapter learns is scaled by lora_alpha / lora_rank
 lora_targets = "q,k,v,o,gate,up,down"  # the projections that get one
 max_bad_steps = 5  # stop after so many steps in a row whose gradient is not finite
 # ---- log
+log_every = 1  # steps between lines
 probe_prompts = 32  # problems tried before the first step, for the forecast
 eval_every = 10  # steps between held-out evaluations; 0: only before and after
 eval_problems = 400  # of the val split, greedy
+rollout_tokens = True  # ids, log-probs and entropies of every sampled token too, in rollouts/
+rollouts_gb = 2.0  # most that rollouts/ takes: beyond it token by token values go, then whole steps
 save_every = 20  # steps between checkpoints, from which a killed run goes on; 0: only at the end
 save_reward_above = 1.0  # also save at a new best reward above this
 after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
@@ -153,7 +158,7 @@ def main():
             lora=policy.adapter_state(),
         )
 
-    evaluate = partial(validate, engine, tokenizer, train, settings, dist, meter)
+    evaluate = partial(validate, engine, tokenizer, train, settings, dist, meter, run.log)
 
     # What this run will do, and whether it can learn anything.
     run.card(policy.model, device_rows=engine.max_rows, flop_rate=rates[0], copy_rate=rates[1])
@@ -164,7 +169,7 @@ def main():
     if dry_run:
         return forecast.dry_run(asked, evaluate, *a_step)
     if not run.resumed and not selfcheck:
-        val = evaluate()
+        val = evaluate(0)
         terminal.held_out_before(val)
         forecast.say(asked, *a_step)
         run.log.row(0, **val, **meter.flops_so_far())
@@ -225,16 +230,17 @@ def main():
 
         # Record: the rollouts, a row, a line, and now and then a checkpoint.
         done = step + 1
-        row = metrics.of_rollouts(rollouts, replaced, advantages, run.log, done, tokenizer.decode)
+        metrics.add_entropies(rollouts, batches, sums[0])
+        row = metrics.of_rollouts(rollouts, replaced, advantages, run, done, tokenizer.decode)
         row.update(metrics.of_updates(sums, norms, part_norms))
         row.update(lr=full_lr * scale, bad_steps=run.count_bad_steps(norms))
         row.update(left_out=len(train.left_out), epoch=train.passes(step))
         row.update(meter.rollout_and_learner(row["tokens"], row.pop("learnt_tokens")))
         if done == steps or (eval_every and done % eval_every == 0):
-            row.update(evaluate())
+            row.update(evaluate(done))
         row.update(meter.end_of_step())
         run.log.row(done, **row)
-        terminal.rl_line(done, steps, row, meter.seconds_left(steps - done))
+        terminal.rl_line(done, steps, row, meter.seconds_left(steps - done), log_every)
         terminal.warnings(done, watch.look(row) + train.newly_left_out())
         writer = partial(model_writer, policy.model, tokenizer)
         run.end_of_step(done, done == steps, writer, state, row["reward"])
@@ -252,13 +258,14 @@ def check_settings(settings):
         settings,
         1,
         "prompts_per_step max_new_tokens steps updates_per_rollout eval_problems "
-        "probe_prompts max_bad_steps",
+        "probe_prompts max_bad_steps log_every",
     )
     at_least(
         settings,
         0,
         "seed problems device_rows resample lora_rank lora_alpha kl_coef clip_low clip_high lr "
-        "warmup weight_decay max_grad_norm device_tokens eval_every save_every",
+        "warmup weight_decay max_grad_norm device_tokens eval_every save_every "
+        "rollouts_gb",
     )
     one_of(settings, "sampler", SAMPLERS)
     one_of(settings, "overlong", ("zero", "mask"))

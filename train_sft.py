@@ -24,7 +24,7 @@ from nanorl.data.packing import OrderedRows, PackedRows, collate, content_of, pa
 from nanorl.data.parts import Mixture, is_weighted, read_parts
 from nanorl.data.tokens import check_same_content
 from nanorl.engine import Engine
-from nanorl.evaluate.outcomes import held_out
+from nanorl.evaluate.outcomes import held_out, records
 from nanorl.hf import local_model, model_writer
 from nanorl.optim import load_states, lr_scale, make_optimizers, update
 from nanorl.report import forecast, memory, plan, sizes, terminal
@@ -47,6 +47,8 @@ seed = 0  # fixes the order of the examples
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64 (tests)
 dry_run = False  # print what the run would do, and stop
+note = ""  # what this run is to show; it stands in run.json and on the run's page
+timestamps = False  # every line begins with the time
 # ---- demonstrations
 data = ""  # conversations: files and globs, hf:<name>; or a mixture with tasks, gsm8k=2, a.jsonl=1
 task = "sum3"  # without --data: one of nanorl/tasks, or path.py:Class
@@ -112,7 +114,7 @@ def main():
     device_tokens = memory.device_tokens(policy.model, trained, settings)
 
     # What it is trained on: conversations from files, a task's own solutions, or a mixture.
-    chats, held_out_chats, note = read_data(tokenizer)
+    chats, held_out_chats, remark = read_data(tokenizer)
     mixture = chats if isinstance(chats, Mixture) else None
     n = len(chats) if mixture else min(examples or len(chats), len(chats))
     rows = batch_tokens // seq_len
@@ -150,7 +152,7 @@ def main():
     # What this run will do, and how good the model is before it.
     run.card(policy.model, steps=total_steps)
     rule = terminal.rule(policy, muon, rate, other_rate)
-    terminal.sft_heading(run, rule, total_steps, n, mean_length, len(held_out_chats), note)
+    terminal.sft_heading(run, rule, total_steps, n, mean_length, len(held_out_chats), remark)
     if mixture:
         terminal.sft_parts(mixture.parts, mixture.epochs(total_steps * batch_tokens / mean_length))
     sizes.say_tokens(device, settings)
@@ -159,9 +161,9 @@ def main():
         terminal.matched_flops(settings, target, total_steps)
     if dry_run:
         return say_plan(run, policy, rows_of(policy, chats, n, tokenizer), total_steps, muon)
-    validate = validation(policy.model, tokenizer, mixture, held_out_chats, meter)
+    validate = validation(policy.model, tokenizer, mixture, held_out_chats, meter, run.log)
     if validate and not run.resumed:
-        before = validate()
+        before = validate(0)
         run.log.row(0, **before, **meter.flops_so_far())
         terminal.sft_held_out_before(before)
     if not run.resumed:
@@ -198,7 +200,7 @@ def main():
         row.update({"tokens": N, "packing": needed[0] / computed[0]})
         row["tok_per_s/learner"] = computed[0] / meter.seconds()
         if validate and (last or (eval_every and done % eval_every == 0)):
-            row.update(validate())
+            row.update(validate(done))
         row.update(meter.end_of_step())
         run.log.row(done, **row)
         if last or done % log_every == 0 or terminal.in_words(row):
@@ -224,7 +226,7 @@ def rates(policy, published):
 
 
 def read_data(tokenizer):
-    """-> (conversations to train on, by index; conversations held out; a note for the user)."""
+    """-> (conversations to train on, by index; conversations held out; a remark for the user)."""
     if is_weighted(data):
         parts = read_parts(data, task_args, tokenizer, seq_len, examples)
         if eval_problems and not any(part.val_task for part in parts.values()):
@@ -232,8 +234,8 @@ def read_data(tokenizer):
                 f"--eval_problems={eval_problems}: no part of --data is a task: leave it out"
             )
         mixture = Mixture(parts, seed)
-        note = f"a pass is {len(mixture):,} conversations, the weightiest part once:"
-        return mixture, mixture.held_out(), note
+        remark = f"a pass is {len(mixture):,} conversations, the weightiest part once:"
+        return mixture, mixture.held_out(), remark
     if data:
         return read_conversations(data, tokenizer, seq_len, examples)
     source = get_task(task, split="train", **parse_settings(task_args))
@@ -243,18 +245,19 @@ def read_data(tokenizer):
 # ---- validation ----------------------------------------------------------------------------------
 
 
-def validation(net, tokenizer, mixture, held_out_chats, meter):
-    """-> a function that gives the val/ metrics, over all ranks; None: nothing validates."""
+def validation(net, tokenizer, mixture, held_out_chats, meter, log):
+    """-> a function of the step that gives the val/ metrics, over all ranks, and writes the answers
+    to disk; None: nothing validates."""
     pad = tokenizer.document_end
     if mixture:
         batches = {name: batch_of(part.held_out, pad) for name, part in mixture.parts.items()}
         engine = Engine(net) if eval_problems else None
-        return partial(held_out_parts, net, engine, tokenizer, mixture.parts, batches, meter)
+        return partial(held_out_parts, net, engine, tokenizer, mixture.parts, batches, meter, log)
     if data:
         return partial(held_out_loss, net, batch_of(held_out_chats, pad), meter)
     if eval_problems:
         source = get_task(task, split="val", **parse_settings(task_args))
-        return partial(held_out_answers, Engine(net), tokenizer, source, meter)
+        return partial(held_out_task, Engine(net), tokenizer, source, meter, log)
     return None
 
 
@@ -264,7 +267,7 @@ def batch_of(examples, pad):
     return collate(packed, seq_len, pad)
 
 
-def held_out_loss(net, batch, meter):
+def held_out_loss(net, batch, meter, _step):
     """Nats a token that the assistant says, in the conversations that are held out."""
     nats, said = held_out_nats(net, batch, meter)
     return {"val/loss": nats / said}
@@ -282,7 +285,7 @@ def held_out_nats(net, batch, meter):
     return dist.total(nats), said
 
 
-def held_out_parts(net, engine, tokenizer, parts, batches, meter):
+def held_out_parts(net, engine, tokenizer, parts, batches, meter, log, step):
     """The loss of every part, of all as the mixture weighs them, and its tasks' accuracies."""
     row = {"val/loss": 0.0}  # its sum comes last
     nats_of_a_turn, said_in_a_turn = 0.0, 0.0
@@ -294,19 +297,35 @@ def held_out_parts(net, engine, tokenizer, parts, batches, meter):
         said_in_a_turn += share * said
     row["val/loss"] = nats_of_a_turn / said_in_a_turn
 
+    if not engine:
+        return row
+    written = []
     for name, part in parts.items():
-        if engine and part.val_task:
-            answers = held_out_answers(engine, tokenizer, part.val_task, meter)
-            row.update({f"{metric}/{name}": value for metric, value in answers.items()})
+        if part.val_task:
+            found, answers = held_out_answers(engine, tokenizer, part.val_task, meter)
+            row.update({f"{metric}/{name}": value for metric, value in found.items()})
+            named = [{**answer, "task": name} for answer in answers]
+            written += records(named, "val", tokenizer, step)
+    log.evaluation(step, written)
+    return row
+
+
+def held_out_task(engine, tokenizer, source, meter, log, step):
+    """The accuracy on a task; its answers go to disk."""
+    row, answers = held_out_answers(engine, tokenizer, source, meter)
+    log.evaluation(step, records(answers, "val", tokenizer, step))
     return row
 
 
 def held_out_answers(engine, tokenizer, source, meter):
-    """Greedy accuracy on the first `eval_problems` problems of the task's val split."""
+    """Greedy accuracy on the first `eval_problems` problems of the task's val split.
+
+    -> (metrics, outcomes, on the first rank).
+    """
     engine.refresh()
-    row = held_out(engine, tokenizer, source, eval_problems, eval_new_tokens, dist)
+    row, answers = held_out(engine, tokenizer, source, eval_problems, eval_new_tokens, dist)
     meter.evaluation(engine)
-    return row
+    return row, answers
 
 
 # ---- as many FLOPs as an RL run ------------------------------------------------------------------

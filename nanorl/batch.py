@@ -55,6 +55,7 @@ class Batch:
     sampler_logprobs: torch.Tensor  # (S,) float64, as it was sampled
     # One entry a completion.
     lengths: torch.Tensor  # (completions,) sampled tokens of each; their sum is S
+    numbers: list  # (p, g) of each: it is completion g of the p-th of the rollouts
     # Where there is a KL term, learner.with_reference adds it.
     reference_logprobs: torch.Tensor = None  # (S,) float64
 
@@ -66,8 +67,9 @@ class Batch:
 
 @dataclass
 class Sample:
-    """A completion, and what each of its tokens counts."""
+    """A completion, which one it is, and what each of its tokens counts."""
 
+    number: tuple  # (p, g): completion g of the p-th of the rollouts
     completion: object  # Completion: ids, log-probs, finished
     advantage: float
     token_weight: float
@@ -94,9 +96,10 @@ def pack(rollouts, advantages, token_weights, token_budget, device):
     come together, so that attention pads little.
     """
     groups = []
-    for rollout, row_advantages, row_weights in zip(rollouts, advantages, token_weights):
-        columns = zip(rollout.completions, row_advantages.tolist(), row_weights.tolist())
-        groups.append(Group(rollout.prompt_ids, [Sample(*column) for column in columns]))
+    for p, rollout in enumerate(rollouts):
+        columns = zip(rollout.completions, advantages[p].tolist(), token_weights[p].tolist())
+        samples = [Sample((p, g), *column) for g, column in enumerate(columns)]
+        groups.append(Group(rollout.prompt_ids, samples))
     groups.sort(key=Group.tokens)
 
     batches, current, slots = [], [], 0
@@ -127,7 +130,7 @@ def make_batch(groups, device):
     """Groups -> the Batch of all their samples."""
     ids, positions, rows = [], [], []
     targets, predicted_at, sampler_logprobs = [], [], []
-    advantages, token_weights, lengths = [], [], []
+    advantages, token_weights, lengths, numbers = [], [], [], []
     for group in groups:
         prompt = Row(
             start=len(ids),
@@ -162,6 +165,7 @@ def make_batch(groups, device):
             # What is known of a completion holds for each of its tokens.
             length = len(completion.ids)
             lengths.append(length)
+            numbers.append(sample.number)
             advantages += [sample.advantage] * length
             token_weights += [sample.token_weight] * length
 
@@ -179,6 +183,7 @@ def make_batch(groups, device):
         token_weights=token_weights,
         sampler_logprobs=sampler_logprobs,
         lengths=lengths,
+        numbers=numbers,
     )
 
 

@@ -225,7 +225,7 @@ TOKEN_SUMS = (
 
 
 def token_sums(logprobs, entropy, batch, objective):
-    """Sums over a micro-batch's tokens, in fp64, and the largest gap.
+    """Sums over a micro-batch's tokens, in fp64, the largest gap, and each token's entropy.
 
     logprobs, entropy: (S,) each, of the policy. batch: a batch.Batch of those tokens.
     """
@@ -252,8 +252,10 @@ def token_sums(logprobs, entropy, batch, objective):
     found["clip_high"] = high.sum().double()
     found["gap_max"] = gap.abs().max()
     # One look at the device for all.
-    values = torch.stack(list(found.values())).tolist()
-    return dict(zip(found, values))
+    values = torch.cat([torch.stack(list(found.values())), entropy.double()]).tolist()
+    sums = dict(zip(found, values))
+    sums["entropies"] = values[len(found) :]  # (S,)
+    return sums
 
 
 def token_metrics(first, last):

@@ -46,7 +46,7 @@ def with_reference(batches, policy, objective, temperature, meter):
 
 
 def token_sums(outputs, batch, objective):
-    """What is logged of the tokens of one micro-batch, as sums."""
+    """What is logged of the tokens of one micro-batch: sums, and each one's entropy."""
     sums = grpo.token_sums(outputs.logprobs, outputs.entropy, batch, objective)
     return {**sums, "slots": batch.ids.numel(), "computed_slots": outputs.computed_slots}
 

@@ -5,6 +5,7 @@ step asks depends on the seed and on how many problems were taken before, and on
 problem whose prompt is too long for the model is passed over: the next one takes its turn.
 """
 
+import copy
 from functools import lru_cache
 
 import numpy as np
@@ -86,7 +87,8 @@ class Problems:
             number = before + len(asked) + len(left_out)
             epoch, i = divmod(number, n)
             index = int(self.order(epoch, n)[i])
-            problem = task.problem(index)
+            problem = copy.copy(task.problem(index))  # a task may give one object twice
+            problem.index = index
             tokens = self.length(problem)
             if tokens <= self.longest:
                 asked.append((number, problem))

@@ -22,6 +22,7 @@ class Rollout:
     texts: list  # (G) str, without the stop token
     rewards: list  # (G) of Reward
     failures: list  # (G) of Failure where the reward raised or took too long, else None
+    entropies: list = None  # (G) lists, of each token's distribution, once it was learnt from
 
 
 # ---- problems -> Rollouts ------------------------------------------------------------------------

@@ -43,7 +43,7 @@ BASE = [*SMALL, *ROWS, "--documents=300", "--vocab_size=300", "--dtype=fp64"]
 SFT = [*SMALL, *ROWS, "--examples=400", "--dtype=fp64"]
 
 # Fields of the clock and the machine.
-MEASURED = ("time", "tok_per_s/", "time/", "memory/", "mfu", "mbu")
+MEASURED = ("time", "tok_per_s/", "time/", "memory/", "gpu/", "mfu", "mbu")
 # Each rank packs and decodes its own rows, so padding differs, and with it what is computed.
 PARTS = ("prefill", "decode", "reference", "forward", "backward", "recompute")
 APART = {"padding", "occupancy", "flops_total", "flops_eval_total", *(f"flops/{p}" for p in PARTS)}

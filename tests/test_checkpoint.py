@@ -314,13 +314,13 @@ RUN = {
     "max_bad_steps",
     "eval_every",
 }
-RUN |= {"device", "device_tokens", "compile", "dry_run"}
+RUN |= {"device", "device_tokens", "compile", "dry_run", "note", "timestamps"}
 MAY_CHANGE = {
     "train_base.py": RUN | {"log_every", "eval_tokens", "sample_tokens"},
     "train_sft.py": RUN | {"log_every", "eval_problems", "eval_new_tokens", "recompute"},
     "train_rl.py": RUN
     | {"eval_problems", "save_reward_above", "device_rows", "recompute", "selfcheck"}
-    | {"probe_prompts"},
+    | {"probe_prompts", "log_every", "rollout_tokens", "rollouts_gb"},
 }
 
 

@@ -609,5 +609,6 @@ def test_rollouts_on_disk_hold_all_that_was_seen(out):
     with gzip.open(out / "disk" / "rl" / "rollouts" / "step_000001.jsonl.gz", "rt") as f:
         some = [json.loads(line) for line in f]
     fields = "step time group sample prompt answer completion reward parts advantage tokens finish"
+    fields += " index correct prompt_ids ids logprobs entropies"
     assert set(some[0]) == set(fields.split())
     assert all(r["step"] == 1 and abs(r["time"] - time.time()) < 600 for r in some)

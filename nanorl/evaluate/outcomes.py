@@ -1,7 +1,8 @@
 """Problems -> outcomes: what a model answered, and what that was worth.
 
 An outcome is a dict, with all that is needed to judge it again: index, prompt, answer, and of each
-sample texts, rewards, solved, parts, lengths (in tokens), finished. Of multiple choice also chance.
+sample texts, rewards, solved, parts, lengths (in tokens), finished. Of a mixture also task, of
+multiple choice chance.
 Where the task's reward failed on a sample also errors: of each sample the reason, or None.
 """
 
@@ -124,6 +125,8 @@ def which_fit(engine, tokenizer, problems, new_tokens):
 def about(index, problem):
     """What an outcome says of its problem."""
     found = dict(index=int(index), prompt=problem.prompt, answer=problem.answer)
+    if problem.task:
+        found["task"] = problem.task
     labels = problem.meta.get("labels")
     if labels:
         found["chance"] = 1 / len(labels)
@@ -144,19 +147,23 @@ def not_solved(index, problem, samples):
     )
 
 
-def validate(engine, tokenizer, problems, settings, ranks, meter):
+def validate(engine, tokenizer, problems, settings, ranks, meter, log, step):
     """held_out, and the same of a fixed set of training problems -> metrics, train_set/...
 
-    problems: a problems.Problems. ranks: see greedy. meter: a report.cost.Meter.
+    problems: a problems.Problems. ranks: see greedy. meter: a report.cost.Meter. log: a
+    runtime.log.RunLog, which writes the answers to disk.
     """
     new_tokens = settings["max_new_tokens"]
-    row = held_out(engine, tokenizer, problems.val, settings["eval_problems"], new_tokens, ranks)
+    n = settings["eval_problems"]
+    row, answers = held_out(engine, tokenizer, problems.val, n, new_tokens, ranks)
     meter.evaluation(engine)
+    written = records(answers, "val", tokenizer, step)
 
     task, indices = problems.fixed()
     if indices:
-        found = greedy(engine, tokenizer, task, indices, new_tokens, ranks)
+        found, answers = greedy(engine, tokenizer, task, indices, new_tokens, ranks)
         meter.evaluation(engine)
+        written += records(answers, "train", tokenizer, step)
         for name in ("accuracy", "low", "high", "n"):
             row[f"train_set/{name}"] = found[name]
         counts = []
@@ -164,23 +171,25 @@ def validate(engine, tokenizer, problems, settings, ranks, meter):
             solved = round(row[f"{part}/accuracy"] * row[f"{part}/n"])
             counts += [solved, row[f"{part}/n"] - row.get(f"{part}/too_long", 0)]
         row["train_set/p"] = more_often(*counts)
+    log.evaluation(step, written)
     return row
 
 
 def held_out(engine, tokenizer, task, n, max_new_tokens, ranks):
-    """Greedy accuracy on a task's first n problems, the same ones every time -> metrics, val/...
+    """Greedy accuracy on a task's first n problems, the same ones every time.
 
-    ranks: see greedy.
+    -> (metrics, val/...; outcomes). See greedy.
     """
-    found = greedy(engine, tokenizer, task, range(min(n, len(task))), max_new_tokens, ranks)
-    return {f"val/{name}": value for name, value in found.items()}
+    first = range(min(n, len(task)))
+    found, answers = greedy(engine, tokenizer, task, first, max_new_tokens, ranks)
+    return {f"val/{name}": value for name, value in found.items()}, answers
 
 
 def greedy(engine, tokenizer, task, indices, max_new_tokens, ranks):
-    """The likeliest answers to a task's problems `indices` -> their summary.
+    """The likeliest answers to a task's problems `indices` -> (their summary, their outcomes).
 
     A prompt that does not fit the model's context is not solved. ranks: runtime.dist, by which all
-    ranks share the work and know the result.
+    ranks share the work and know the summary. The first one alone has the outcomes.
 
     Raises ValueError where the reward failed on all of them.
     """
@@ -188,7 +197,31 @@ def greedy(engine, tokenizer, task, indices, max_new_tokens, ranks):
     how = Sampling(1, max_new_tokens, 0.0)
     with tqdm(total=len(mine), desc="held-out", disable=None, leave=False) as bar:
         found = by_sampling(engine, tokenizer, task, mine, how, bar.update, leave_long=True)
-    found = ranks.gather(found)
-    found = ranks.broadcast(summary(found) if ranks.is_main() else None)
+    answers = ranks.gather(found)
+    found = ranks.broadcast(summary(answers) if ranks.is_main() else None)
     check_judged(found)
+    return found, answers
+
+
+def records(outcomes, split, tokenizer, step):
+    """Outcomes of one sample each -> a JSON-ready record of each (docs/metrics.md)."""
+    found = []
+    for outcome in outcomes:
+        record = {"step": step, "split": split, "index": outcome["index"]}
+        if "task" in outcome:
+            record["task"] = outcome["task"]
+        # As the model saw it.
+        record["prompt"] = tokenizer.decode(tokenizer.render_prompt(outcome["prompt"]))
+        record["answer"] = outcome["answer"]
+        record["completion"] = outcome["texts"][0]
+        record["reward"] = outcome["rewards"][0]
+        record["parts"] = outcome["parts"][0]
+        record["correct"] = outcome["solved"][0]
+        record["tokens"] = outcome["lengths"][0]
+        record["finish"] = "stop" if outcome["finished"][0] else "length"
+        if outcome.get("too_long"):
+            record["finish"] = "too_long"  # the prompt does not fit: nothing was asked
+        if any(outcome.get("errors", [])):
+            record["error"] = outcome["errors"][0]
+        found.append(record)
     return found

@@ -9,6 +9,8 @@ the pairs of a query and a key that it may see.
 import time
 from collections import Counter
 
+import torch
+
 from nanorl.runtime import dist
 
 # Where FLOPs run, in the order of a step of RL.
@@ -241,6 +243,7 @@ class Meter:
         self.step.clear()
         row["time/step"] = self.seconds()
         row["memory/peak_gb"] = dist.peak_memory(self.device) / 1e9
+        row.update(gpu_load(self.device))
         return row
 
     def flops_so_far(self):
@@ -254,3 +257,14 @@ class Meter:
     def seconds_left(self, steps):
         """How long so many more steps will take."""
         return (time.time() - self.begun) / self.steps * steps
+
+
+def gpu_load(device):
+    """{gpu/utilization, a share; gpu/watts} of now, where the driver's library tells them."""
+    if device.type != "cuda":
+        return {}
+    try:
+        utilization = torch.cuda.utilization(device) / 100
+        return {"gpu/utilization": utilization, "gpu/watts": torch.cuda.power_draw(device) / 1000}
+    except Exception:  # the library is not installed, or the GPU does not tell: no run needs them
+        return {}

@@ -4,6 +4,7 @@ What share of the groups will teach something, how long it will take, what it wi
 and what it will write.
 """
 
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,8 @@ import torch
 from nanorl import grpo, learner
 from nanorl.batch import pack
 from nanorl.report import memory, plan, sizes, terminal
-from nanorl.report.metrics import records, rollout_metrics
-from nanorl.rollout import Rollout
+from nanorl.report.metrics import add_entropies, allowed_bytes, records, rollout_metrics
+from nanorl.rollout import Rollout, reward_table
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime.log import duration, size, size_of
 from nanorl.sampling import Completion
@@ -57,10 +58,9 @@ def say(asked, sample, engine, policy, objective, meter, run, tokenizer):
         lines = learning_lines(rollouts, seconds, settings["steps"] - run.first_step)
         rates = meter.flop_rate, meter.copy_rate
         lines += sizes.decode_lines(rollouts, engine, policy, settings, *rates) + held
-        steps = settings["steps"] - run.first_step
-        written = bytes_of_rollouts(rollouts, tokenizer.decode, settings, steps)
-        lines += disk_lines(policy, run.directory, written)
+        lines += disk_lines(rollouts, policy, tokenizer.decode, run)
         print(*("      " + text for text in lines), sep="\n", flush=True)
+        run.log.probe(probe_records(rollouts, tokenizer.decode, settings))
 
 
 def dry_run(asked, evaluate, *a_step):
@@ -84,7 +84,7 @@ def dry_run(asked, evaluate, *a_step):
         clock = duration(seconds_validating)
         dist.say(f"      held-out before: left out, it may take {clock} ({reckoned})")
     else:
-        terminal.held_out_before(evaluate())
+        terminal.held_out_before(evaluate(0))
     affordable = int(SECONDS / seconds)
     if affordable < len(asked):
         clock = duration(seconds * len(asked))
@@ -97,7 +97,7 @@ def dry_run(asked, evaluate, *a_step):
         untried = [like_rollout(ids, settings["samples_per_prompt"]) for ids in prompts]
         lines = speed_lines(group, policy, meter, run)
         lines += memory_lines(untried, engine, policy, settings)
-        lines += disk_lines(policy, run.directory, None)
+        lines += disk_lines([], policy, tokenizer.decode, run)
         dist.say("\n".join("      " + line for line in lines))
     dist.say("      a dry run: nothing is trained, and nothing was written")
 
@@ -134,18 +134,23 @@ def speed_lines(group, policy, meter, run):
 
 
 def try_learning(rollouts, policy, objective, meter, settings):
-    """Forward and backward over Rollouts as train_rl.py's loop does them, to be timed."""
+    """Forward and backward over Rollouts as train_rl.py's loop does them, to be timed.
+
+    The Rollouts get their entropies.
+    """
     temperature = settings["temperature"]
     ones = torch.ones(len(rollouts), settings["samples_per_prompt"], dtype=torch.float64)  # (P, G)
     batches = pack(rollouts, ones, ones, settings["device_tokens"], policy.device)
     if policy.reference:
         batches = learner.with_reference(batches, policy, objective, temperature, meter)
+    sums = []
     for batch in batches:
         outputs = learner.forward(policy.model, batch, temperature, with_entropy=True)
         gain = grpo.surrogate(outputs.logprobs, batch, objective)
         loss = -(batch.token_weights * gain).sum()
         loss.backward()
-        learner.token_sums(outputs, batch, objective)
+        sums.append(learner.token_sums(outputs, batch, objective))
+    add_entropies(rollouts, batches, sums)
 
 
 # ---- in words ------------------------------------------------------------------------------------
@@ -287,19 +292,80 @@ def share(problems):
     return -(-problems // dist.world_size())
 
 
-def bytes_of_rollouts(rollouts, decode, settings, steps):
-    """That so many steps will write, judged by these few as they would be written."""
-    no_advantages = torch.zeros(len(rollouts), len(rollouts[0].rewards), dtype=torch.float64)
-    few = size_of(records(rollouts, no_advantages, decode, step=0, at=time.time()))
-    return few / len(rollouts) * settings["prompts_per_step"] * steps
+# ---- on disk -------------------------------------------------------------------------------------
 
 
-def disk_lines(policy, directory, written):
-    """What the run will write. written: bytes of rollouts; None where nobody knows them."""
+def probe_records(rollouts, decode, settings):
+    """The records of Rollouts that are tried before the first step, as of a step 0."""
+    rewards = reward_table(rollouts, settings["samples_per_prompt"])  # (P, G)
+    advantages = grpo.advantages(rewards, settings["advantage"])  # (P, G)
+    return records(
+        rollouts, advantages.tolist(), decode, 0, time.time(), settings["rollout_tokens"]
+    )
+
+
+def disk_lines(rollouts, policy, decode, run):
+    """What the run will write. rollouts: a few; none: nobody knows how much they will take."""
+    written, known, warnings = 0, "", []
+    if rollouts:
+        written, warnings = rollout_bytes(rollouts, decode, run.settings)
+        known = f"rollouts about {size(written)} in all, "
+    if run.log.evaluation_bytes:
+        steps, every = run.settings["steps"], run.settings["eval_every"]
+        evaluated = (1 + math.ceil(steps / (every or steps))) * run.log.evaluation_bytes
+        known += f"evaluations {size(evaluated)}, "
+        written += evaluated
     saved = plan.saved_bytes(policy, muon=False)
-    known = "" if written is None else f"rollouts about {size(written)} in all, "
-    lines = [
+    line = (
         f"on disk: {known}a checkpoint {size(saved)}, "
         "of which at most four are kept, and those that others start from"
+    )
+    return [line, *warnings, *too_little_disk(run.directory, written + 5 * saved)]
+
+
+def rollout_bytes(rollouts, decode, settings):
+    """-> (bytes of all files of rollouts, a warning where --rollouts_gb is too little for them)."""
+    whole = bytes_a_step(rollouts, decode, settings)
+    text = bytes_a_step(rollouts, decode, {**settings, "rollout_tokens": False})
+    written, counts = kept_steps(whole, text, settings)
+    if counts["whole"] == settings["steps"]:
+        return written, []
+    bound = f"--rollouts_gb={settings['rollouts_gb']:g}"
+    needed = size(whole * settings["steps"])
+    return written, [
+        f"WARNING: all rollouts would take {needed}, more than {bound}: about "
+        f"{counts['whole']:,} steps are written whole, {counts['text']:,} as text alone, "
+        f"{counts['none']:,} not at all; raise it to have more"
     ]
-    return lines + too_little_disk(directory, (written or 0) + 5 * saved)
+
+
+def bytes_a_step(rollouts, decode, settings):
+    """Of a step's file of rollouts, from a few Rollouts.
+
+    With --resample groups without signal are in it too, in the place of which others were sampled.
+    """
+    P = settings["prompts_per_step"]
+    some = rollouts[:P]
+    learnt = size_of(probe_records(some, decode, settings)) * P / len(some)
+
+    dead = rollout_metrics(rollouts)["frac_reward_zero_std"]
+    replaced = sum(P * dead**time for time in range(1, settings["resample"] + 1))
+    without = [replace(rollout, entropies=None) for rollout in some]
+    again = size_of(probe_records(without, decode, settings)) * replaced / len(some)
+    return learnt + again
+
+
+def kept_steps(whole, text, settings):
+    """How much of the steps metrics.write_rollouts has room for, where each has files of so many
+    bytes, whole and as text alone -> (bytes in all, {"whole", "text", "none": steps})."""
+    held, counts = 0, {"whole": 0, "text": 0, "none": 0}
+    for step in range(1, settings["steps"] + 1):
+        most = allowed_bytes(step, settings)
+        kept, taken = "none", 0
+        if held + whole <= most:
+            kept, taken = "whole", whole
+        elif held + text <= most:
+            kept, taken = "text", text
+        counts[kept] += 1
+        held += taken
+    return held, counts

@@ -8,12 +8,28 @@ import torch
 from nanorl import grpo
 from nanorl.rollout import length_table, reward_table
 from nanorl.runtime import dist
+from nanorl.tasks import is_correct
 from nanorl.tasks.pool import RAISED, TIMEOUT
 
 # ---- of the rollouts -----------------------------------------------------------------------------
 
 
-def of_rollouts(rollouts, replaced, advantages, log, step, decode):
+def add_entropies(rollouts, batches, sums):
+    """Give this rank's Rollouts the entropies of their tokens, from the learner's own forward.
+
+    batches: what the Rollouts were packed into. sums: the learner.token_sums of each.
+    """
+    for rollout in rollouts:
+        rollout.entropies = [None] * len(rollout.completions)
+    for batch, found in zip(batches, sums):
+        start = 0
+        for p, g in batch.numbers:
+            end = start + len(rollouts[p].completions[g].ids)
+            rollouts[p].entropies[g] = found["entropies"][start:end]
+            start = end
+
+
+def of_rollouts(rollouts, replaced, advantages, run, step, decode):
     """Write all that the step sampled to disk -> its metrics, on every rank.
 
     replaced: Rollouts whose place others took, which nothing was learnt from; advantages (P, G).
@@ -26,9 +42,10 @@ def of_rollouts(rollouts, replaced, advantages, log, step, decode):
         samples = len(rollouts[0].rewards)
         sampled = rollouts + replaced
         no_advantages = [[0.0] * samples for _ in replaced]
-        written = records(sampled, advantages + no_advantages, decode, step, time.time())
-        log.rollouts(step, written)
+        left_out = write_rollouts(sampled, advantages + no_advantages, run, step, decode)
         row = rollout_metrics(sampled)
+        if left_out:
+            row["rollouts/left_out"] = left_out
         row["resampled"] = len(replaced)
         row.update(learnt_metrics(rollouts, torch.tensor(advantages)))
     return dist.broadcast(row)
@@ -103,25 +120,82 @@ def learnt_metrics(rollouts, advantages):
     }
 
 
-def records(rollouts, advantages, decode, step, at):
-    """One JSON-ready record a completion: the prompt as the model saw it, what it wrote, what it
-    got for that, and why, where the reward failed. advantages: P lists of G; at: the time."""
+# ---- what is on disk of them ---------------------------------------------------------------------
+
+
+def write_rollouts(rollouts, advantages, run, step, decode):
+    """Write a step's records, as much of them as --rollouts_gb has room for -> what is left out.
+
+    advantages: P lists of G. 0: nothing is left out; 1: what is known token by token; 2: all.
+    """
+    most, now = allowed_bytes(step, run.settings), time.time()
+    for left_out in (0, 1):
+        by_token = run.settings["rollout_tokens"] and not left_out
+        written = records(rollouts, advantages, decode, step, now, by_token)
+        if run.log.rollouts(step, written, most):
+            return left_out
+    return 2
+
+
+def allowed_bytes(step, settings):
+    """What rollouts/ may hold after a step: half of the bound at once, the rest step by step.
+
+    So a run that needs more than the bound leaves something out all along, and not its end.
+    """
+    return settings["rollouts_gb"] * 1e9 * (1 + step / settings["steps"]) / 2
+
+
+def records(rollouts, advantages, decode, step, at, by_token):
+    """One JSON-ready record a completion (docs/metrics.md).
+
+    advantages: P lists of G; at: the time. by_token: with ids, log-probs and entropies.
+    """
     for number, (rollout, group_advantages) in enumerate(zip(rollouts, advantages)):
         prompt = decode(rollout.prompt_ids)
-        for sample, completion in enumerate(rollout.completions):
-            reward, failure = rollout.rewards[sample], rollout.failures[sample]
+        for sample in range(len(rollout.completions)):
             record = {"step": step, "time": round(at, 3), "group": number, "sample": sample}
             record["prompt"] = prompt
-            record["answer"] = rollout.problem.answer
-            record["completion"] = rollout.texts[sample]
-            record["reward"] = reward.total
-            record["parts"] = reward.parts
             record["advantage"] = float(group_advantages[sample])
-            record["tokens"] = len(completion.ids)
-            record["finish"] = "stop" if completion.finished else "length"
-            if failure:
-                record["error"] = failure.text
+            record.update(record_of(rollout, sample))
+            if by_token:
+                record.update(by_token_of(rollout, sample))
             yield record
+
+
+def record_of(rollout, sample):
+    """What was asked, what the model wrote, and what it got for that."""
+    problem, completion = rollout.problem, rollout.completions[sample]
+    reward, failure = rollout.rewards[sample], rollout.failures[sample]
+    record = {"index": problem.index}
+    if problem.task:
+        record["task"] = problem.task
+    record["answer"] = problem.answer
+    record["completion"] = rollout.texts[sample]
+    record["reward"] = reward.total
+    record["parts"] = reward.parts
+    record["correct"] = is_correct(reward)
+    record["tokens"] = len(completion.ids)
+    record["finish"] = "stop" if completion.finished else "length"
+    if failure:
+        record["error"] = failure.text
+    return record
+
+
+def by_token_of(rollout, sample):
+    """A completion token by token; with the first of a group the ids of its prompt."""
+    completion = rollout.completions[sample]
+    found = {}
+    if sample == 0:
+        found["prompt_ids"] = rollout.prompt_ids
+    found["ids"] = completion.ids
+    found["logprobs"] = rounded(completion.logprobs, 4)
+    if rollout.entropies:
+        found["entropies"] = rounded(rollout.entropies[sample], 3)
+    return found
+
+
+def rounded(numbers, decimals):
+    return [round(number, decimals) + 0.0 for number in numbers]  # 0.0 in the place of -0.0
 
 
 # ---- of the updates ------------------------------------------------------------------------------

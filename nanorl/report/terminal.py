@@ -106,8 +106,10 @@ def accuracy(row):
     return words
 
 
-def rl_line(step, steps, row, seconds_left):
-    """One line a step."""
+def rl_line(step, steps, row, seconds_left, every=1):
+    """A line every `every` steps, and one for an evaluation."""
+    if step % every and "val/accuracy" not in row:
+        return
     seconds = f"{row['time/rollout']:.1f}+{row['time/learner']:.1f} s"
     words = [f"rl    {step:4d}/{steps}"]
     words.append(f"reward {row['reward']:.3f}")

@@ -68,6 +68,8 @@ class Watch:
         found["dead"] = marks_passed(dead, DEAD), dead_groups(row, cause)
         found["cut"] = marks_passed(cut, CUT), cut_off(row, cause)
         found["gap"] = doublings(gap), sampler_apart(row, first)
+        left_out = row.get("rollouts/left_out", 0)
+        found["disk"] = left_out, rollouts_left_out(left_out)
         # It is not measured at every step.
         if "train_set/p" in row:
             found["by heart"] = int(row["train_set/p"] < 0.01), learnt_by_heart(row)
@@ -188,6 +190,16 @@ def cut_off(row, cause):
     return (
         f"{row['completions/clipped_ratio']:.0%} of the completions were cut off, and earn "
         f"nothing: {cause or remedy}"
+    )
+
+
+def rollouts_left_out(left_out):
+    what = "as text alone, without ids, log-probs and entropies"
+    if left_out == 2:
+        what = "not at all"
+    return (
+        f"rollouts/ has come to what --rollouts_gb leaves it so far: from now on some steps are "
+        f"written {what}; resumed with a higher --rollouts_gb the run writes more"
     )
 
 

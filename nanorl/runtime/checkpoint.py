@@ -18,12 +18,12 @@ USED = "used_by.txt"  # in a checkpoint: the runs that started from it
 # Settings that a run may change when it is resumed: they do not alter the training so far,
 FREE_TO_CHANGE = re.compile(
     r"steps$|save_|after_save$|track$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|"
-    r"probe_prompts$|max_bad_steps$|sample_tokens$|"
+    r"probe_prompts$|max_bad_steps$|sample_tokens$|note$|timestamps$|rollout_tokens$|rollouts_gb$|"
     # or they change only its speed and how its sums are rounded.
     r"device$|device_rows$|device_tokens$|recompute$|compile$"
 )
 # Those of them that say nothing of the run.
-OF_THE_START = ("resume", "run", "run_name", "dry_run", "selfcheck")
+OF_THE_START = ("resume", "run", "run_name", "timestamps", "dry_run", "selfcheck")
 
 # Constants that older runs did not have yet -> what those runs did.
 ADDED = {"sampler": "engine", "compile": False}

@@ -17,6 +17,7 @@ NAMES = {
     "report_to": ("track", ""),
     "save_steps": ("save_every", ""),
     "eval_steps": ("eval_every", ""),
+    "logging_steps": ("log_every", ""),
     "resume_from_checkpoint": ("resume", "a run goes on by itself"),
     # ---- rollouts
     "num_generations": ("samples_per_prompt", ""),

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: run.json, metrics.jsonl and rollouts/."""
+"""What a run leaves for people to read: run.json, metrics.jsonl, rollouts/ and evals/."""
 
 import gzip
 import io
@@ -53,6 +53,7 @@ class RunLog:
 
     def __init__(self, directory, active=True):
         self.directory, self.active = directory, active
+        self.evaluation_bytes = 0  # of the last one
         if active:
             make_folder(directory)
 
@@ -89,13 +90,14 @@ class RunLog:
             return {}  # a machine that lost power may leave half of it
 
     def cut(self, step):
-        """Remove rows and rollouts after `step`: they are about to be made again.
+        """Remove rows, rollouts and evaluations after `step`: they are about to be made again.
 
         step: -1 removes all, since no checkpoint was reached.
         """
         if self.active:
             self._cut_rows(step)
-            self._cut_rollouts(step)
+            self._cut_steps("rollouts", step)
+            self._cut_steps("evals", step)
 
     def _cut_rows(self, step):
         path = self._path("metrics.jsonl")
@@ -118,8 +120,8 @@ class RunLog:
                 which = f"after step {step}"
             print(f"{path}: {removed} rows {which} are removed and made again", flush=True)
 
-    def _cut_rollouts(self, step):
-        folder = self._path("rollouts")
+    def _cut_steps(self, folder, step):
+        folder = self._path(folder)
         if not os.path.isdir(folder):
             return
         for name in os.listdir(folder):
@@ -134,15 +136,38 @@ class RunLog:
         with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as f:
             f.write(to_json(row) + "\n")
 
-    def rollouts(self, step, records):
-        """Write rollouts/step_000120.jsonl.gz, one record a completion, whole or not at all."""
+    def rollouts(self, step, records, most=math.inf):
+        """Write rollouts/step_000120.jsonl.gz, one record a completion, whole or not at all.
+
+        most: the bytes that rollouts/ may hold then -> whether there was room for it.
+        """
         if not self.active:
-            return
+            return True
         os.makedirs(self._path("rollouts"), exist_ok=True)
         path = self._path("rollouts", f"step_{step:06d}.jsonl.gz")
         with open(path + ".tmp", "wb") as f:
             write_records(f, records)
+        with os.scandir(self._path("rollouts")) as files:
+            held = sum(file.stat().st_size for file in files)
+        if held > most:
+            os.remove(path + ".tmp")
+            return False
         os.replace(path + ".tmp", path)
+        return True
+
+    def evaluation(self, step, records):
+        """Write evals/step_000120.jsonl.gz likewise. Its bytes are known where it is not written,
+        too."""
+        content = zipped(records)
+        self.evaluation_bytes = len(content)
+        if self.active:
+            os.makedirs(self._path("evals"), exist_ok=True)
+            replace_file(self._path("evals", f"step_{step:06d}.jsonl.gz"), content)
+
+    def probe(self, records):
+        """Write probe.jsonl.gz, the samples of before the first step, likewise."""
+        if self.active:
+            replace_file(self._path("probe.jsonl.gz"), zipped(records))
 
 
 def _commit():
@@ -175,11 +200,37 @@ def write_records(file, records):
             zipped.write(line.encode("utf-8", "backslashreplace"))
 
 
-def size_of(records):
-    """Bytes of a file that write_records makes of these records."""
+def zipped(records):
+    """The bytes that write_records makes of these records."""
     file = io.BytesIO()
     write_records(file, records)
-    return file.tell()
+    return file.getvalue()
+
+
+def size_of(records):
+    """How many they are."""
+    return len(zipped(records))
+
+
+# ---- lines with the time -------------------------------------------------------------------------
+
+
+class Stamped:
+    """A text stream, sys.stdout, each line of which begins with the time: --timestamps."""
+
+    def __init__(self, stream):
+        self.stream, self.at_start = stream, True
+
+    def write(self, text):
+        for line in text.splitlines(keepends=True):
+            if self.at_start:
+                self.stream.write(time.strftime("%H:%M:%S  "))
+            self.stream.write(line)
+            self.at_start = line.endswith("\n")
+        return len(text)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 # ---- numbers as a person reads them --------------------------------------------------------------

@@ -6,12 +6,13 @@ All three training scripts have one. What is learnt, and from what, is theirs.
 import math
 import os
 import signal
+import sys
 from functools import partial
 
 from nanorl.runtime import checkpoint, dist, lock
 from nanorl.runtime.after import AfterSave
 from nanorl.runtime.background import Background, copied
-from nanorl.runtime.log import RunLog, make_folder
+from nanorl.runtime.log import RunLog, Stamped, make_folder
 from nanorl.runtime.trackers import Trackers
 
 
@@ -36,6 +37,8 @@ class Run:
     def __init__(self, settings, stage, start=None, no_start="", writes=True):
         settings["run_name"] = settings["run_name"] or f"d{settings['depth']}"
         self.settings, self.stage = settings, stage
+        if settings.get("timestamps"):
+            sys.stdout = Stamped(sys.stdout)
         self.directory = checkpoint.stage_directory(settings["run_name"], stage)
         if writes:
             self._check_shared()

@@ -21,6 +21,7 @@ class Problem:
     answer: str  # the right answer
     meta: dict = field(default_factory=dict)  # what else the task's solution() and reward() need
     task: str = ""  # in a mixture, the name of the task it comes from
+    index: int = None  # its number in its split, once it was taken for a step
 
     def __post_init__(self):
         if isinstance(self.prompt, str):
