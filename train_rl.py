@@ -25,6 +25,7 @@ from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, up
 from nanorl.problems import Problems
 from nanorl.report import forecast, memory, metrics, terminal
 from nanorl.report.cost import Meter
+from nanorl.report.page import LivePage
 from nanorl.report.rates import device_rates
 from nanorl.report.watch import Watch
 from nanorl.runtime import checkpoint, dist
@@ -159,10 +160,13 @@ def main():
         )
 
     evaluate = partial(validate, engine, tokenizer, train, settings, dist, meter, run.log)
+    writer = partial(model_writer, policy.model, tokenizer)
+    page = LivePage(run)
 
     # What this run will do, and whether it can learn anything.
-    run.card(policy.model, device_rows=engine.max_rows, flop_rate=rates[0], copy_rate=rates[1])
-    terminal.rl_heading(settings, run.model, policy.model, train, looks, full_lr)
+    measured = dict(flop_rate=rates[0], copy_rate=rates[1])
+    run.card(policy.model, device_rows=engine.max_rows, train_problems=len(train), **measured)
+    terminal.rl_heading(run, policy.model, train, looks, full_lr)
     terminal.short_run(steps, warmup, cooldown, lr_schedule)
     asked = train.peek(probe_prompts)
     a_step = sample, engine, policy, objective, meter, run, tokenizer
@@ -241,9 +245,9 @@ def main():
         row.update(meter.end_of_step())
         run.log.row(done, **row)
         terminal.rl_line(done, steps, row, meter.seconds_left(steps - done), log_every)
-        terminal.warnings(done, watch.look(row) + train.newly_left_out())
-        writer = partial(model_writer, policy.model, tokenizer)
+        terminal.warnings(done, watch.look(row) + train.newly_left_out(), run.log)
         run.end_of_step(done, done == steps, writer, state, row["reward"])
+        page.update(row, last=done == steps)
 
 
 def default_lr(policy, published):

@@ -21,3 +21,4 @@ for stage in base sft rl; do
 done
 echo
 python -m nanorl.tools.summary "$out" $SECONDS
+python -m nanorl.tools.report "$out"

@@ -145,6 +145,8 @@ import importlib, os
 for name in {modules!r}:
     module = importlib.import_module(name)
     assert module.__file__.startswith({str(tmp_path / "installed")!r}), module.__file__
+from nanorl.report import page
+assert page.asset("page.html") and all(map(page.asset, page.SCRIPTS))
 """
     only = environment(PYTHONPATH=str(tmp_path / "installed"))
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=only, check=True)

@@ -67,13 +67,17 @@ def test_cut_drops_later_rows_rollouts_and_a_torn_line(tmp_path):
     log = RunLog(str(tmp_path))
     for step in range(1, 13):
         log.row(step, reward=step / 10)
+        log.event(step, "warning", f"of step {step}")
         log.rollouts(step, [{"text": str(step)}])
     with open(tmp_path / "metrics.jsonl", "a") as f:
         # What a killed process leaves. The step stays, so that only the tear can drop this line.
         f.write('{"step": 3, "rew')
     log.cut(9)
     assert [r["step"] for r in rows(log)] == list(range(1, 10))
-    assert stored(tmp_path) == ["metrics.jsonl"] + [
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [e["text"] for e in events[:-1]] == [f"of step {step}" for step in range(1, 10)]
+    assert events[-1]["kind"] == "removed" and events[-1]["text"].startswith("4 rows after step 9")
+    assert stored(tmp_path) == ["events.jsonl", "metrics.jsonl"] + [
         f"rollouts/step_{s:06d}.jsonl.gz" for s in range(1, 10)
     ]
     log.row(10)  # goes on with a line of its own

@@ -61,6 +61,9 @@ def say(asked, sample, engine, policy, objective, meter, run, tokenizer):
         lines += disk_lines(rollouts, policy, tokenizer.decode, run)
         print(*("      " + text for text in lines), sep="\n", flush=True)
         run.log.probe(probe_records(rollouts, tokenizer.decode, settings))
+        for line in lines:
+            if line.startswith("WARNING: "):
+                run.log.event(0, "warning", line.removeprefix("WARNING: "))
 
 
 def dry_run(asked, evaluate, *a_step):

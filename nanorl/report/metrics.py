@@ -60,7 +60,10 @@ def rollout_metrics(rollouts):
     cut_off = sum(not completion.finished for completion in completions)
     different = sum(len(set(rollout.texts)) for rollout in rollouts)
 
+    solved = [is_correct(reward) for rollout in rollouts for reward in rollout.rewards]
+
     row = {"reward": float(rewards.mean())}
+    row["solved"] = sum(solved) / len(solved)
     row["reward_std"] = float(rewards.std(dim=1).mean())  # within groups
     row["frac_reward_zero_std"] = float(dead.double().mean())
     row.update(part_metrics(rollouts))

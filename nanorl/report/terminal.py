@@ -7,11 +7,12 @@ from nanorl.runtime import dist
 from nanorl.runtime.log import duration
 
 
-def rl_heading(settings, start, model, problems, looks, lr):
+def rl_heading(run, model, problems, looks, lr):
     """Where the run starts from, what it trains on, and what a step is.
 
     problems: a problems.Problems; looks: what its check() has found.
     """
+    settings, start = run.settings, run.model
     P, G = settings["prompts_per_step"], settings["samples_per_prompt"]
     parameters = model.config.n_params()[0]
     devices = f"{dist.world_size()} x {model.cos.device.type}"
@@ -21,7 +22,7 @@ def rl_heading(settings, start, model, problems, looks, lr):
     dist.say(f"rl    from {start}: {parameters:,} parameters, {model.compute_dtype} on {devices}")
     for number, look in enumerate(looks, 1):
         stage = f" in stage {number}" if len(looks) > 1 else ""
-        about_problems(settings["task"] + stage, problems, look)
+        about_problems(settings["task"] + stage, problems, look, run.log)
     dist.say(f"      a step is {step}; {passes_in_words(problems, P, settings['steps'])}")
 
 
@@ -39,7 +40,7 @@ def passes_in_words(problems, per_step, steps):
     return " = ".join(words) if len(firsts) == 1 else "; ".join(words)
 
 
-def about_problems(name, problems, look):
+def about_problems(name, problems, look, log):
     """How many there are, how many are different, and what is wrong with them."""
     looked_at, different = look["looked_at"], look["different"]
     shared, held_out = look["shared"], look["held_out"]
@@ -48,18 +49,25 @@ def about_problems(name, problems, look):
     among = f"{shared:,} among the {held_out:,} held-out ones"
     dist.say(f"      {name}: {look['n']:,} training problems ({counts}, {among})")
     if shared:
-        dist.say(
-            f"      WARNING: {shared:,} of the {held_out:,} held-out problems are training "
-            "problems too, so the held-out accuracy is not of unseen problems: give the val "
-            "split others"
+        warn(
+            f"{shared:,} of the {held_out:,} held-out problems are training problems too, so the "
+            "held-out accuracy is not of unseen problems: give the val split others",
+            log,
         )
     if different < looked_at:
-        dist.say(
-            f"      WARNING: the first {looked_at:,} training problems are only {different:,} "
-            "different ones: the others come again"
+        warn(
+            f"the first {looked_at:,} training problems are only {different:,} different ones: "
+            "the others come again",
+            log,
         )
     if look["too_long"]:
-        dist.say(f"      WARNING: {problems.in_words(look['too_long'])}")
+        warn(problems.in_words(look["too_long"]), log)
+
+
+def warn(sentence, log):
+    """Say before the first step what is amiss, and keep it in events.jsonl."""
+    dist.say(f"      WARNING: {sentence}")
+    log.event(0, "warning", sentence)
 
 
 def update_in_words(settings):
@@ -127,9 +135,11 @@ def rl_line(step, steps, row, seconds_left, every=1):
     dist.say("  ".join(words))
 
 
-def warnings(step, sentences):
+def warnings(step, sentences, log):
+    """Say what begins to go wrong, and keep it in events.jsonl. log: a runtime.log.RunLog."""
     for sentence in sentences:
         dist.say(f"      WARNING, step {step}: {sentence}")
+        log.event(step, "warning", sentence)
 
 
 def short_run(steps, warmup, *schedule):

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read: run.json, metrics.jsonl, rollouts/ and evals/."""
+"""What a run leaves for people to read: run.json, the .jsonl files, rollouts/ and evals/."""
 
 import gzip
 import io
@@ -74,6 +74,7 @@ class RunLog:
             torch=torch.__version__,
             python=platform.python_version(),
             machine=platform.machine(),
+            hardware=_hardware(),
         )
         text = to_json(values, indent=2) + "\n"
         replace_file(self._path("run.json"), text.encode())
@@ -90,19 +91,28 @@ class RunLog:
             return {}  # a machine that lost power may leave half of it
 
     def cut(self, step):
-        """Remove rows, rollouts and evaluations after `step`: they are about to be made again.
+        """Remove rows, events, rollouts and evaluations after `step`: they are made again.
 
         step: -1 removes all, since no checkpoint was reached.
         """
         if self.active:
-            self._cut_rows(step)
+            self._cut_lines("events.jsonl", step)
+            removed = self._cut_lines("metrics.jsonl", step)
+            if removed:
+                which = "of a run that had saved no checkpoint"
+                if step >= 0:
+                    which = f"after step {step}"
+                words = f"{removed} rows {which} are removed and made again"
+                print(f"{self._path('metrics.jsonl')}: {words}", flush=True)
+                self.event(max(step, 0), "removed", words)
             self._cut_steps("rollouts", step)
             self._cut_steps("evals", step)
 
-    def _cut_rows(self, step):
-        path = self._path("metrics.jsonl")
+    def _cut_lines(self, name, step):
+        """Remove the lines after `step` from a file of JSON lines -> how many."""
+        path = self._path(name)
         if not os.path.exists(path):
-            return
+            return 0
         with open(path, encoding="utf-8") as f:
             lines = f.readlines()
 
@@ -112,13 +122,7 @@ class RunLog:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         replace_file(path, "".join(kept).encode())
-
-        removed = len(lines) - len(kept)
-        if removed:
-            which = "of a run that had saved no checkpoint"
-            if step >= 0:
-                which = f"after step {step}"
-            print(f"{path}: {removed} rows {which} are removed and made again", flush=True)
+        return len(lines) - len(kept)
 
     def _cut_steps(self, folder, step):
         folder = self._path(folder)
@@ -132,9 +136,20 @@ class RunLog:
         """Add a line to metrics.jsonl. Infinities and NaN, which JSON lacks, become null."""
         if not self.active:
             return
-        row = {"step": step, "time": round(time.time(), 3), **values}
-        with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as f:
-            f.write(to_json(row) + "\n")
+        self._add("metrics.jsonl", {"step": step, "time": round(time.time(), 3), **values})
+
+    def event(self, step, kind, text):
+        """Add a line to events.jsonl: what the console said once, of what happened at a step.
+
+        kind: warning, saved, resumed, removed or stopped.
+        """
+        if self.active:
+            event = {"step": step, "time": round(time.time(), 3), "kind": kind, "text": text}
+            self._add("events.jsonl", event)
+
+    def _add(self, name, value):
+        with open(self._path(name), "a", encoding="utf-8") as f:
+            f.write(to_json(value) + "\n")
 
     def rollouts(self, step, records, most=math.inf):
         """Write rollouts/step_000120.jsonl.gz, one record a completion, whole or not at all.
@@ -168,6 +183,21 @@ class RunLog:
         """Write probe.jsonl.gz, the samples of before the first step, likewise."""
         if self.active:
             replace_file(self._path("probe.jsonl.gz"), zipped(records))
+
+
+def _hardware():
+    """The name of the GPU, or of the processor and how many cores it has."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
+            models = [line for line in f if line.startswith("model name")]
+        if models:
+            name = models[0].split(":", 1)[1].strip()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _commit():

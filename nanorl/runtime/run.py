@@ -138,6 +138,7 @@ class Run:
         )
         if self.resumed:
             dist.say(f"resumed {self.resumed}")
+            self.log.event(self.first_step, "resumed", f"resumed {self.resumed}")
             if changed and changed[-1]["step"] == self.first_step:
                 dist.say(f"      with other constants: {'; '.join(changed[-1]['constants'])}")
 
@@ -206,16 +207,19 @@ class Run:
                 dist.wait_for_main()
 
         if last and self.bad_steps and not hopeless:
-            dist.say(
-                f"WARNING: the last {self.bad_steps} steps changed nothing, because the gradient "
-                "was not finite"
-            )
+            words = f"the last {self.bad_steps} steps changed nothing, because the gradient was "
+            words += "not finite"
+            dist.say(f"WARNING: {words}")
+            self.log.event(step, "warning", words)
         if leaves:
             self.trackers.finish()
             self.after_save.finish()
         if hopeless:
-            raise ValueError(self._why_hopeless(step - self.bad_steps))
+            why = self._why_hopeless(step - self.bad_steps)
+            self.log.event(step, "stopped", why)
+            raise ValueError(why)
         if stop:
+            self.log.event(step, "stopped", f"stopped by {signal.Signals(stop).name}")
             raise SystemExit(0 if stop == signal.SIGTERM else 130)
 
     def _save(self, step, model_writer, state, reward, improved):
@@ -238,13 +242,15 @@ class Run:
             state = copied(state)
         save = partial(checkpoint.save, self.directory, step, model_writer(), state, *steps_to_keep)
         if self.on_gpu:
-            self.background.start(partial(self._write, save, note))
+            self.background.start(partial(self._write, save, step, note))
         else:
-            self._write(save, note)
+            self._write(save, step, note)
 
-    def _write(self, save, note):
+    def _write(self, save, step, note):
         """Save, and say what was saved."""
-        print(save() + note, flush=True)
+        report = save() + note
+        print(report, flush=True)
+        self.log.event(step, "saved", report)
         self.after_save()
 
     def _why_hopeless(self, step):
