@@ -3,18 +3,22 @@
     python eval.py --model=out/d4/rl                     # a stage's newest checkpoint, or any model
     python eval.py --compare=out/d4/sft,out/d4/rl        # the same problems: is the second better?
     python eval.py --model=out/d4/rl --task=benchmarks --allow_code     # six of them (README)
+    python eval.py --model=out/d20/base --task=base --shots=5           # a base model, without chat
     python eval.py --model=out/d4/sft --task=all         # every task: where can RL learn something?
     python eval.py --show=out/d4/rl --step=12            # read what was written in a step of RL
     torchrun --nproc_per_node=8 eval.py --model=out/d20/rl --task=gsm8k --problems=0
 
 Multiple choice (mmlu, arc_easy, arc_challenge) is judged by the likelihood of the labels and by
-what the model says; code (humaneval) is run in nanorl/tasks/sandbox.py.
+what the model says; code (humaneval) is run in nanorl/tasks/sandbox.py. A base model is asked in
+plain text, by the likelihood of the choices' own text (nanorl/evaluate/base.py): that is what
+arc_easy:text is, and --task=base all of them, with bits per byte and samples.
 
 Writes into <model>/eval/: <task>.jsonl (an outcome a problem, which can be judged again) and
-summary.json, of all tasks evaluated so far; of two models also compare.<task>.json, with the
-second; of all tasks all.json alone. Another split than val is in the name, <task>.<split>, and so
-are shots, <task>.5shot. An evaluation that is smaller than the one on disk is filed beside it, as
-<task>.greedy20x1 for 20 problems. A read-only model's results go to out/<its path>/eval.
+summary.json, of all tasks evaluated so far (its `base` holds bits per byte, samples and score);
+of two models also compare.<task>.json, with the second; of all tasks all.json alone. Another split
+than val is in the name, <task>.<split>, and so are shots, <task>.5shot. An evaluation that is
+smaller than the one on disk is filed beside it, as <task>.greedy20x1 for 20 problems. A read-only
+model's results go to out/<its path>/eval.
 """
 
 import os
@@ -23,17 +27,19 @@ import time
 import torch
 from tqdm import tqdm
 
+from nanorl.data.tokens import Windows, read_index
 from nanorl.engine import Engine
-from nanorl.evaluate import outcomes, statistics, words
+from nanorl.evaluate import base, outcomes, statistics, words
 from nanorl.evaluate.benchmarks import BENCHMARKS, WAYS
 from nanorl.hf import load_model, local_model
-from nanorl.report import rollouts
+from nanorl.report import rollouts, terminal
 from nanorl.report.cost import sampling_flops
 from nanorl.report.memory import bytes_per_row
 from nanorl.runtime import checkpoint, dist
 from nanorl.runtime import results as results_files
 from nanorl.runtime.after import AfterSave
 from nanorl.runtime.config import at_least, configure
+from nanorl.runtime.log import RunLog
 from nanorl.tasks import TASKS, FewShot, get_task, parse_settings
 from nanorl.tasks.problem import check_split
 from nanorl.tokenizer import Tokenizer
@@ -42,7 +48,7 @@ from nanorl.tokenizer import Tokenizer
 model = ""  # a model directory, a stage's (its newest checkpoint), a hub id; empty: out/d<depth>/rl
 compare = ""  # A,B: two such directories, in place of --model
 depth = 4  # names the run's folder when --model is empty
-task = "sum3"  # a name, path.py:Class, a mixture; benchmarks: the six; all: every task, sampled
+task = "sum3"  # a name, path.py:Class, a mixture; benchmarks: the six; base; all: each, sampled
 task_args = ""  # the task's settings, 'name=value; name=value'
 split = "val"  # val to choose by, test for final numbers (of humaneval there is only test)
 shots = 0  # solved problems of the train split that come before each, as turns of the chat
@@ -57,12 +63,16 @@ seed = 0  # fixes the samples
 device = "auto"  # auto, cpu, cuda
 dtype = "auto"  # activations: auto, fp32 (TF32 on a GPU), bf16, fp64
 device_rows = 0  # most rows decoded at once on one device; 0: what half the free memory holds
+text = ""  # of --task=base: a text file for bits per byte; empty: its run's validation text
 examples = 3  # completions to print
 after_save = ""  # a command at the end, such as 'rclone copy {dir} gdrive:runs/{run}'
 # ---- or read
 show = ""  # an RL run's folder: print its rollouts, and do nothing else
 step = 0  # of this step; 0: the last
 prompt = -1  # and only of the prompt with this number
+
+# What --task names that is several tasks, whose results come in one table.
+SEVERAL = {"benchmarks": tuple(BENCHMARKS), "base": base.DATA_SETS}
 
 
 def main():
@@ -98,7 +108,7 @@ def evaluate_all(paths, tasks, where, settings):
             raise ValueError(
                 f"--how={how} --samples={samples}: in none of these ways {name} can be answered"
             )
-    if task != "benchmarks":
+    if task not in SEVERAL:
         n = len(tasks[label(task)])
         dist.say(words.what_n_shows(min(problems or n, n), paired=bool(compare)))
     # One after the other: never two models in memory.
@@ -114,6 +124,8 @@ def evaluate_model(path, tasks, where, settings):
     """
     engine, tokenizer = load(path, where)
     results, rows = {}, []
+    if task == "base":
+        of_text = report_text(path, engine, tokenizer)
     for name, source in tasks.items():
         results[name], summaries = {}, {}
         for way, (n, sampling) in ways_of(source, new_tokens_of(name)).items():
@@ -132,8 +144,10 @@ def evaluate_model(path, tasks, where, settings):
             report(path, name, results[name], summaries, settings)
             for line in words.mostly_cut_off(name, summaries, new_tokens_of(name)):
                 dist.say(line)
-    if task == "benchmarks" and dist.is_main():
+    if rows and task in SEVERAL:  # on the first rank
         print("", path, *words.benchmark_table(rows), sep="\n", flush=True)
+    if task == "base" and dist.is_main():
+        report_base(path, of_text, rows, settings)
     return results
 
 
@@ -153,6 +167,8 @@ def ways_of(source, new_tokens=1):
     n = min(problems or len(source), len(source))
     if not all("labels" in source.problem(i).meta for i in range(n)):  # a mixture's may differ
         ways.pop("likelihood")
+    if task == "base":
+        return {"likelihood": ways["likelihood"]}
     return {way: ways[way] for way in ways if way in how.split(",")}
 
 
@@ -215,7 +231,7 @@ def report(path, name, found, summaries, settings):
     )
     results_files.add_to_summary(path, filed, about)
 
-    if task != "benchmarks":
+    if task not in SEVERAL:
         seconds = sum(summary["seconds"] for summary in summaries.values())
         print(f"{path}  {name}, {seconds:.1f} s")
         for way, summary in summaries.items():
@@ -242,7 +258,7 @@ def report_differences(paths, results, settings):
         lines = []
         for way, of_first in ways.items():
             found[way] = statistics.compare(of_first, second[name][way])
-            if task == "benchmarks":
+            if task in SEVERAL:
                 lines.append(f"{name}, {way}")
             lines += words.difference_block(way, found[way])
         compared = f"compare.{name}"
@@ -250,6 +266,61 @@ def report_differences(paths, results, settings):
         filed = file_under(stored, compared, found)
         results_files.write_json(paths[1], f"{filed}.json", {**found, "settings": settings})
         print(*lines, sep="\n")
+
+
+# ---- a base model --------------------------------------------------------------------------------
+
+
+def report_text(path, engine, tokenizer):
+    """-> {bits_per_byte, samples}, printed on the first rank. Every rank takes part."""
+    bits = bits_per_byte(path, engine, tokenizer)
+    if not dist.is_main():
+        return {}
+    if bits is None:
+        print("bits per byte: the model's run has no token files here: name a text with --text=")
+    else:
+        print(f"bits per byte  {bits:.4f}, of {text or 'the validation text of its run'}")
+    found = dict(zip(base.PROMPTS, base.samples(engine, tokenizer)))
+    for start, said in found.items():
+        print(f"        {start} ▸{terminal.one_line(said)}", flush=True)
+    return {"bits_per_byte": bits, "samples": found}
+
+
+def report_base(path, of_text, rows, settings):
+    """The score, in words, and all that is known of a base model on disk.
+
+    of_text: see report_text. rows: (task, way, summary) of each data set.
+    """
+    summaries = {name: summary for name, _, summary in rows}
+    found = dict(model=path, task="base", split=split, **of_text)
+    if summaries:
+        found.update(base.score(summaries.values()))
+        print(base.score_line(found, summaries))
+    stored = results_files.read(path, "summary.json").get(label("base"), {})
+    filed = file_under(stored, label("base"), summaries)
+    results_files.add_to_summary(path, filed, {**found, **summaries, "settings": settings})
+
+
+def bits_per_byte(path, engine, tokenizer):
+    """Of --text, else of the validation text of the model's run; None where there is neither."""
+    run_base = os.path.join(os.path.dirname(os.path.dirname(path)), "base")
+    card = RunLog(run_base, active=False).earlier_card()
+    learnt = card.get("settings", {"seq_len": 1024, "eval_tokens": base.TEXT})
+    T, model = min(learnt["seq_len"], engine.learner.config.context), engine.learner
+    rank, ranks = dist.rank(), dist.world_size()
+    if text:
+        rows, n_bytes = base.rows_of_file(text, tokenizer, T)
+        return base.bits_per_byte(dist.total(base.nats(model, rows[rank::ranks])), n_bytes)
+
+    directory = os.path.join(run_base, "tokens")
+    is_there = read_index(directory).get("whole")
+    if not is_there or Tokenizer.from_pretrained(directory).spec != tokenizer.spec:
+        return None
+    # The windows on which train_base.py validates.
+    n = max(1, min(Windows(directory, "val", T, 1).n, learnt["eval_tokens"] // T))
+    val = Windows(directory, "val", T, n, 0, (rank, ranks))
+    nats = dist.total(base.nats(model, [val.next()]))
+    return base.bits_per_byte(nats, n * T * val.bytes_per_token)
 
 
 # ---- every task ----------------------------------------------------------------------------------
@@ -260,7 +331,7 @@ def survey(path, where, settings):
     engine, tokenizer = load(path, where)
     rows, skipped = {}, {}
     for name in TASKS:
-        if name in ("arithmetic", "mmlu:auxiliary"):  # they evaluate as sum3 and mmlu do
+        if name in ("arithmetic", "mmlu:auxiliary", *base.DATA_SETS):  # as sum3, mmlu and others
             continue
         sampling = outcomes.Sampling(samples, new_tokens_of(name), temperature, seed)
         try:
@@ -298,9 +369,9 @@ def largest(rows):
 
 
 def load_tasks():
-    """-> {label: task} of --task; of the benchmarks those whose data is at hand."""
+    """-> {label: task} of --task; of several tasks those whose data is at hand."""
     tasks = {}
-    for name in BENCHMARKS if task == "benchmarks" else [task]:
+    for name in SEVERAL.get(task, [task]):
         if name == "humaneval" and shots:
             dist.say(
                 f"humaneval  without --shots={shots}: it has no train split to show problems of"
@@ -308,10 +379,10 @@ def load_tasks():
         try:
             tasks[label(name)] = together(lambda name=name: load_task(name))
         except ValueError as error:
-            if task != "benchmarks":
+            if task not in SEVERAL:
                 raise
             dist.say(f"{name}  skipped: {error}")
-    if not tasks:
+    if not tasks and task != "base":
         raise ValueError("none of the benchmarks can be run")
     return tasks
 
@@ -422,13 +493,17 @@ def check_settings():
         )
     if compare:
         check_compare()
-    if task in ("all", "benchmarks") and task_args:
+    if task in ("all", *SEVERAL) and task_args:
         raise SystemExit(
             f"--task_args={task_args}: settings are one task's, --task={task} runs every task as "
             "it is"
         )
     if task == "all":
         check_survey()
+    if task == "base" and "likelihood" not in how.split(","):
+        raise SystemExit(f"--task=base --how={how}: a base model answers by likelihood")
+    if text and task != "base":
+        raise SystemExit(f"--text={text} --task={task}: it is read by --task=base alone")
 
 
 def compared():

@@ -6,11 +6,10 @@
 # NOT RUN here with the published weights (no GPU). A published run of this recipe went from 52% to 65% on two H100s; what was measured is
 # a model of the 0.5B's shape with random weights on a CPU (docs/results.md).
 set -euo pipefail
-. "$(dirname "$0")/env.sh"
+. "$(dirname "$0")/stages.sh"
 model=${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}
 run=${RUN:-qwen-gsm8k}
-gpus=$(python -c "import torch; print(max(1, torch.cuda.device_count()))")
 task="--task=gsm8k --task_args=template=r1 --max_new_tokens=512"
-torchrun --nproc_per_node="$gpus" -- train_rl.py --run_name="$run" --model="$model" $task --prompts_per_step=16 --samples_per_prompt=16 --lr=2e-6 --steps=64 \
+everywhere train_rl.py --run_name="$run" --model="$model" $task --prompts_per_step=16 --samples_per_prompt=16 --lr=2e-6 --steps=64 \
     --eval_every=16 --eval_problems=473 --save_every=16 "$@"
-torchrun --nproc_per_node="$gpus" -- eval.py --compare="$model,${NANORL_OUT:-out}/$run/rl" $task --split=test --problems=0 --samples=0
+everywhere eval.py --compare="$model,$out/$run/rl" $task --split=test --problems=0 --samples=0

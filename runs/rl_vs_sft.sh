@@ -3,7 +3,8 @@
 #   bash runs/rl_vs_sft.sh [--depth=3] [--task=sum3] [--task_args='demonstrations=worked'] [--seeds=0,1,2] [--name=sum3] [--start=out/d20/sft]
 #                          [--problems=1000] [--bench=300] [--base='--steps=150 ...'] [--sft='...'] [--rl='...'] [--new_tokens=64]
 # --start: an SFT or published model, in place of a base and SFT of each seed. --bench: problems of a benchmark, 0: all. --base, --sft and --rl: constants of
-# that stage, with spaces between, in place of those below, which are a laptop's. NPROC=8 runs every stage on as many GPUs. What is done is not done again; humaneval's code is run.
+# that stage, with spaces between, in place of those below, which are a laptop's. What is done is not done again; humaneval's code is run. runs/stages.sh names what
+# the environment sets: AFTER_SAVE, NPROC. runs/rl_vs_sft_gsm8k.sh asks it at depth 20 on GSM8K.
 set -euo pipefail
 depth=3 task=sum3 task_args= seeds=0,1,2 name= start= problems=1000 bench=300 new_tokens=64
 base="--documents=12000 --steps=150 --batch_tokens=2048 --seq_len=128" sft="--steps=300 --batch_tokens=2048 --seq_len=128" rl="--steps=40 --device_tokens=8192"
@@ -16,20 +17,18 @@ for argument in "$@"; do
 done
 [ ! -d "$start" ] || start=$(cd "$start" && pwd)
 extras="[plot]"
-. "$(dirname "$0")/env.sh"
+. "$(dirname "$0")/stages.sh"
 name=${name:-$task${task_args:+-$task_args}}
 name=${name//[^A-Za-z0-9._-]/_}
-folder=versus/$name out=${NANORL_OUT:-out}
-launch=(python)
-[ -z "${NPROC:-}" ] || launch=(torchrun --nproc_per_node="$NPROC" --)
+folder=versus/$name
 
 judge() {  # a stage's folder, or a model: its newest checkpoint on the six benchmarks and on the task, once
     local newest mark
     newest=$(ls -d "$1"/step_* 2>/dev/null | tail -1) || true
     mark=$out/$folder/judged-$(echo "$1 $newest $problems $bench $new_tokens ${NANORL_DATA:-}" | cksum | tr " " -)
     [ ! -e "$mark" ] || return 0
-    "${launch[@]}" eval.py --model="$1" --task=benchmarks --how=likelihood,greedy --problems="$bench" --allow_code
-    "${launch[@]}" eval.py --model="$1" --task="$task" --task_args="$task_args" --problems="$problems" --samples=8 --max_new_tokens="$new_tokens" --examples=0
+    everywhere eval.py --model="$1" --task=benchmarks --how=likelihood,greedy --problems="$bench" --allow_code
+    everywhere eval.py --model="$1" --task="$task" --task_args="$task_args" --problems="$problems" --samples=8 --max_new_tokens="$new_tokens" --examples=0
     mkdir -p "$out/$folder"
     touch "$mark"
 }
@@ -39,13 +38,14 @@ for seed in ${seeds//,/ }; do
     common=(--run_name="$run" --depth="$depth" --task="$task" --task_args="$task_args" --seed="$seed")
     from=${start:-$out/$run/sft}
     if [ -z "$start" ]; then
-        "${launch[@]}" train_base.py "${common[@]}" $base
-        "${launch[@]}" train_sft.py "${common[@]}" $sft
+        once "$out/$run/base" train_base.py "${common[@]}" $base
+        once "$out/$run/sft" train_sft.py "${common[@]}" $sft
     fi
     judge "$from"
-    "${launch[@]}" train_rl.py "${common[@]}" --model="$from" --eval_every=5 --max_new_tokens="$new_tokens" $rl
+    once "$out/$run/rl" train_rl.py "${common[@]}" --model="$from" --eval_every=5 --max_new_tokens="$new_tokens" $rl
     judge "$out/$run/rl"
-    "${launch[@]}" train_sft.py --match_flops="$out/$run/rl" --eval_problems=400 --eval_every=40 --eval_new_tokens="$new_tokens"
+    once "$out/$run/sft_more" train_sft.py --match_flops="$out/$run/rl" --eval_problems=400 --eval_every=40 --eval_new_tokens="$new_tokens"
     judge "$out/$run/sft_more"
 done
 python -m nanorl.tools.versus "$out/$folder" "$seeds"
+send "$folder"

@@ -333,8 +333,8 @@ SLIPS = {
     ),
     "a look at each of the learner's sums": (
         "grpo.py",
-        "    values = torch.stack(list(found.values())).tolist()",
-        "    values = [float(value) for value in found.values()]",
+        "    values = torch.cat([torch.stack(list(found.values())), entropy.double()]).tolist()",
+        "    values = [float(value) for value in found.values()] + entropy.tolist()",
     ),
     "the learner's index on the host": (
         "learner.py",

@@ -40,7 +40,7 @@ FOLDERS = {
     "tasks": set(),
     "runtime": set(),
     "data": {"tokenizer", "tasks"},
-    "evaluate": {"rollout", "tasks", "sampling"},
+    "evaluate": {"rollout", "tasks", "sampling", "batch", "learner"},
     "report": {*CORE, "tasks", "runtime"},
     "tools": {*CORE, "tasks", "runtime", "data", "evaluate", "report"},
 }

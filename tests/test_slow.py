@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from conftest import ROOT
-from scripts import RL, assert_same_run, call, free_port
+from scripts import RL, assert_same_run, call, free_port, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -212,3 +213,51 @@ def test_rl_or_more_sft_in_one_command(tmp_path):
     )
     assert mistake.returncode == 1
     assert mistake.stderr.startswith("error: --taks=sum3")
+
+
+def test_the_laptop_recipe_goes_on_after_a_kill_and_does_nothing_twice(tmp_path):
+    """All of runs/laptop.sh at its smallest, on the built-in documents. SFT is killed."""
+    small = recipe_environment(
+        NANORL_OUT=str(tmp_path / "out"),
+        NANORL_DATA="",
+        OMP_NUM_THREADS="1",
+        COMPILE="",
+        AFTER_SAVE=f"echo {{dir}} {{run}} >> {tmp_path}/left",
+        BASE="--steps=4 --eval_tokens=2048 --save_every=2",
+        SFT="--steps=60 --eval_problems=10 --examples=300 --save_every=2 --batch_tokens=1024",
+        RL="--steps=2 --prompts_per_step=4 --eval_problems=10 --probe_prompts=4",
+        EVAL="--problems=10",
+    )
+    command = ["bash", "runs/laptop.sh"]
+    run = tmp_path / "out" / "laptop"
+
+    # All processes of the recipe are killed once SFT has saved something.
+    with open(tmp_path / "said", "w") as said:
+        first = subprocess.Popen(command, cwd=ROOT, env=small, stdout=said, start_new_session=True)
+    wait_for((run / "sft" / "step_000002" / "DONE").exists, first, seconds=300)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (run / "rl").exists()
+    assert "train_base.py" in (tmp_path / "said").read_text()
+
+    second = subprocess.run(command, cwd=ROOT, env=small, capture_output=True, text=True)
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
+    assert "done before: train_base.py" in second.stdout
+    assert f"resumed {run}/sft/step_" in second.stdout
+    assert f"resumed {run}/rl/step_" not in second.stdout
+
+    # The table of before and after, which leaves too.
+    report = (run / "report.md").read_text()
+    assert "| spelling, greedy |" in report
+    assert report in second.stdout
+    left = (tmp_path / "left").read_text().splitlines()
+    assert set(left) == {f"{run} laptop"}
+    assert len(left) >= 8
+
+    before = sorted(path for path in run.rglob("*"))
+    third = subprocess.run(command, cwd=ROOT, env=small, capture_output=True, text=True)
+    assert third.returncode == 0
+    assert third.stdout.count("done before: ") == 6
+    assert "$ python train" not in third.stdout
+    assert "$ python eval" not in third.stdout
+    assert before == sorted(path for path in run.rglob("*"))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from nanorl import rollout
+from nanorl.evaluate import continuations
 from nanorl.evaluate.statistics import check_judged, more_often, summary
 from nanorl.tasks import is_correct
 
@@ -83,12 +84,20 @@ def outcome_of(index, rollout):
 def by_likelihood(engine, tokenizer, task, indices, progress=None):
     """Multiple choice: the answer is the label that is likeliest as its first token.
 
+    Where problems have choices, texts that go on from a prompt in plain text, it is the likeliest
+    of these (continuations.py).
     -> an outcome each, with the labels' logprobs. Raises ValueError where they are not finite.
     """
     problems = [task.problem(i) for i in indices]
-    fits = which_fit(engine, tokenizer, problems, 0)
+    in_plain_text = bool(problems) and "choices" in problems[0].meta
+    if in_plain_text:
+        fits = which_fit_with_choices(engine, tokenizer, problems)
+        logprobs_of = continuations.mean_logprobs
+    else:
+        fits = which_fit(engine, tokenizer, problems, 0)
+        logprobs_of = rollout.label_logprobs
     asked = [problem for problem, is_asked in zip(problems, fits) if is_asked]
-    answered = iter(rollout.label_logprobs(engine, tokenizer, asked, progress))
+    answered = iter(logprobs_of(engine, tokenizer, asked, progress))
 
     found = []
     for index, problem, is_asked in zip(indices, problems, fits):
@@ -120,6 +129,17 @@ def which_fit(engine, tokenizer, problems, new_tokens):
     context = engine.learner.config.context
     lengths = [len(tokenizer.render_prompt(problem.prompt)) for problem in problems]
     return [length + new_tokens <= context for length in lengths]
+
+
+def which_fit_with_choices(engine, tokenizer, problems):
+    """-> of each problem whether its prompt in plain text fits with its longest choice."""
+    fits = []
+    for problem in problems:
+        prompt = continuations.prompt_ids(tokenizer, problem)
+        choices = continuations.choice_ids(tokenizer, problem)
+        longest = max(map(len, choices))
+        fits.append(len(prompt) + longest - 1 <= engine.learner.config.context)
+    return fits
 
 
 def about(index, problem):

@@ -140,8 +140,9 @@ def example(outcome):
 
 
 def benchmark_table(rows):
-    """(task, how, summary with seconds and tok_per_s) of each -> lines of at most 100 columns."""
-    line = "{:13}  {:10}  {:>5}  {:>8}  {:16}  {:>6}  {:>7}  {:>7}  {:>9}"
+    """(task, how, summary with seconds and tok_per_s) of each -> lines of some 100 columns."""
+    width = max(13, *(len(task) for task, _, _ in rows))
+    line = f"{{:{width}}}" + "  {:10}  {:>5}  {:>8}  {:16}  {:>6}  {:>7}  {:>7}  {:>9}"
     head = ("benchmark", "how", "n", "accuracy", "95%", "chance", "centred", "seconds", "tokens/s")
     lines = [line.format(*head)]
     for task, how, summary in rows:

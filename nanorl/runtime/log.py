@@ -74,7 +74,7 @@ class RunLog:
             torch=torch.__version__,
             python=platform.python_version(),
             machine=platform.machine(),
-            hardware=_hardware(),
+            hardware=_hardware(values.get("device", "cpu")),
         )
         text = to_json(values, indent=2) + "\n"
         replace_file(self._path("run.json"), text.encode())
@@ -185,11 +185,11 @@ class RunLog:
             replace_file(self._path("probe.jsonl.gz"), zipped(records))
 
 
-def _hardware():
+def _hardware(device):
     """The name of the GPU, or of the processor and how many cores it has."""
     import torch
 
-    if torch.cuda.is_available():
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):

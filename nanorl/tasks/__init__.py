@@ -47,7 +47,7 @@ from functools import partial
 
 from nanorl.tasks.arithmetic import PRESETS, Arithmetic
 from nanorl.tasks.binary import Binary
-from nanorl.tasks.choice import SOURCES, MultipleChoice
+from nanorl.tasks.choice import SOURCES, Cloze, MultipleChoice
 from nanorl.tasks.comparison import Comparison
 from nanorl.tasks.countdown import Countdown
 from nanorl.tasks.counting import Counting
@@ -79,6 +79,8 @@ __all__ = [
     "parse_weights",
 ]
 
+# Multiple choice that a base model is asked in plain text too.
+IN_TEXT = ("arc_easy", "arc_challenge", "mmlu")
 # name -> what makes the task.
 TASKS = {
     "arithmetic": Arithmetic,
@@ -91,6 +93,7 @@ TASKS = {
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
     **{name: partial(MultipleChoice, name) for name in SOURCES},
+    **{f"{name}:text": partial(Cloze, name) for name in IN_TEXT},
 }
 
 

@@ -62,6 +62,38 @@ class MultipleChoice:
         return judged(label == problem.answer, self.rewards, answered=label is not None)
 
 
+class Cloze:
+    """The same questions as plain text that goes on with a choice, for a base model.
+
+        Question: Which barks?
+        Answer: dog
+
+    No choices are listed, and none has a label: a small model can say which answer is likely long
+    before it can say which label is (Gu et al. 2024). meta["choices"] are what may follow
+    `Answer:`. The whole text of the right one earns 1.
+    """
+
+    def __init__(self, name, split="train"):
+        self.task = MultipleChoice(name, split)
+
+    def __len__(self):
+        return len(self.task)
+
+    def problem(self, index):
+        row = self.task.rows[index]
+        texts, labels, answer = read_choices(row)
+        prompt = [{"role": "user", "content": f"Question: {row['question'].strip()}\nAnswer:"}]
+        choices = [f" {text.strip()}" for text in texts]
+        about = {"labels": labels, "choices": choices, "subject": row.get("subject", "")}
+        return Problem(prompt, answer, about)
+
+    def solution(self, problem):
+        return problem.meta["choices"][problem.meta["labels"].index(problem.answer)]
+
+    def reward(self, problem, completion):
+        return judged(completion.strip() == self.solution(problem).strip(), "binary")
+
+
 def read_choices(row):
     """A row of a file -> (the choices' texts, their labels, the right label).
 
