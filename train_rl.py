@@ -17,11 +17,11 @@ import torch
 
 from nanorl import compilers, grpo, learner, rollout
 from nanorl import policy as policies
-from nanorl.batch import pack
+from nanorl.dynamics.online import Halves
 from nanorl.engine import SAMPLERS
 from nanorl.evaluate.outcomes import validate
 from nanorl.hf import local_model, model_writer
-from nanorl.optim import group_norms, load_states, lr_scale, make_optimizers, update
+from nanorl.optim import RULES, group_norms, load_states, lr_scale, make_optimizers, update
 from nanorl.problems import Problems
 from nanorl.report import forecast, memory, metrics, terminal
 from nanorl.report.cost import Meter
@@ -70,7 +70,10 @@ updates_per_rollout = 1  # 1: on-policy. More: each on all of the step's samples
 clip_low = 0.2  # the ratio is clipped to 1 - clip_low ...
 clip_high = 0.2  # ... and 1 + clip_high (DAPO: 0.28); both without effect on-policy
 steps = 40  # one step is one batch of rollouts and its update
-lr = 0.0  # AdamW; 0: 0.04 / width, for a published model 5e-6; with LoRA ten times that
+optimizer = "adamw"  # adamw; without momentum: rmsprop, or sgd, which needs an --lr of its own
+beta1 = 0.9  # of AdamW's first moment
+beta2 = 0.95  # of AdamW's second moment, and of RMSprop's
+lr = 0.0  # AdamW's; 0: 0.04 / width, for a published model 5e-6; with LoRA ten times that
 warmup = 0  # steps of linear warm-up
 lr_schedule = "constant"  # after the warm-up: constant, or down to 0 at the end: linear, cosine
 weight_decay = 0.0  # on the blocks' matrices
@@ -84,12 +87,14 @@ lora_targets = "q,k,v,o,gate,up,down"  # the projections that get one
 max_bad_steps = 5  # stop after so many steps in a row whose gradient is not finite
 # ---- log
 log_every = 1  # steps between lines
+noise_scale = False  # the gradient's noise too, noise/trace and noise/signal: docs/dynamics.md
 probe_prompts = 32  # problems tried before the first step, for the forecast
 eval_every = 10  # steps between held-out evaluations; 0: only before and after
 eval_problems = 400  # of the val split, greedy
 rollout_tokens = True  # ids, log-probs and entropies of every sampled token too, in rollouts/
 rollouts_gb = 2.0  # most that rollouts/ takes: beyond it token by token values go, then whole steps
 save_every = 20  # steps between checkpoints, from which a killed run goes on; 0: only at the end
+keep = ""  # all: no checkpoint is removed; 40: nor one of a step that 40 divides; empty: README.md
 save_reward_above = 1.0  # also save at a new best reward above this
 after_save = ""  # a command after every save, such as 'rclone copy {dir} gdrive:runs/{run}'
 track = ""  # send the numbers to wandb, tensorboard, trackio; commas between
@@ -118,7 +123,9 @@ def main():
     # What is trained: the weights or LoRA's adapters, and by which rule.
     policy = policies.load(run, settings, weight_dtype, compute_dtype, device)
     full_lr = lr or default_lr(policy, run.origin["published"])
-    optimizers = make_optimizers(policy.trained, full_lr, full_lr, weight_decay, muon=False)
+    optimizers = make_optimizers(
+        policy.trained, full_lr, full_lr, weight_decay, False, rule=optimizer, betas=(beta1, beta2)
+    )
     cooldown = 0.0 if lr_schedule == "constant" else 1 - warmup / steps
     objective = grpo.Objective(updates_per_rollout, clip_low, clip_high, kl_coef, kl_estimator)
     tokenizer = Tokenizer.from_pretrained(run.model)
@@ -135,10 +142,10 @@ def main():
         policy.load_adapters(run.state["lora"])
     if not engine.max_rows:
         engine.max_rows = memory.rows_that_fit(engine, policy.params, G, max_new_tokens)
-    trained = memory.bytes_of(policy.params)
-    device_tokens = memory.device_tokens(policy.model, trained, settings)
+    device_tokens = memory.device_tokens(policy.model, memory.bytes_of(policy.params), settings)
     rates = device_rates(device, compute_dtype)
     meter = Meter(policy.model, policy.adapters, run.state["flops"], *rates)
+    halves = Halves(policy.params, noise_scale, P)
     watch = Watch(run.state.get("watch"), policy.model.config.vocab_size)
 
     def sample(step, asked):
@@ -155,7 +162,7 @@ def main():
             flops=dict(meter.total),
             device_rows=engine.max_rows,
             watch=watch.state,
-            optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            optimizers=[each.state_dict() for each in optimizers],
             lora=policy.adapter_state(),
         )
 
@@ -205,7 +212,7 @@ def main():
         counted = rollout.finished_table(rollouts, G) if overlong == "mask" else None  # (P, G)
         token_weights = grpo.token_weights(lengths, loss_norm, max_new_tokens, counted)  # (P, G)
         N = max(1.0, dist.total(grpo.denominator(lengths, loss_norm, counted)))
-        batches = pack(rollouts, advantages, token_weights, device_tokens, device)
+        batches = halves.pack(rollouts, advantages, token_weights, device_tokens, device)
         if policy.reference:
             batches = learner.with_reference(batches, policy, objective, temperature, meter)
 
@@ -214,7 +221,7 @@ def main():
         sums, norms = [], []  # an entry an update
         for _ in range(updates_per_rollout):
             sums.append([])
-            for batch in batches:
+            for batch in halves.watch(batches):
                 outputs = learner.forward(policy.model, batch, temperature, with_entropy=True)
                 gain = batch.advantages * outputs.logprobs  # (S,) A * log pi
                 if not objective.is_default:  # instead: the clipped ratio, a KL term
@@ -227,7 +234,7 @@ def main():
             if selfcheck:
                 return selfchecks.report(policy, rollouts, advantages, settings)
             part_norms = group_norms(policy.trained)
-            norms.append(update(optimizers, policy.params, scale, max_grad_norm))  # clip, AdamW
+            norms.append(update(optimizers, policy.params, scale, max_grad_norm))  # clip, step
             policy.merge()  # LoRA's adapters into the weights that everything multiplies by
         engine.refresh()  # the next samples come from the new weights
         meter.learnt()
@@ -239,6 +246,7 @@ def main():
         row.update(metrics.of_updates(sums, norms, part_norms))
         row.update(lr=full_lr * scale, bad_steps=run.count_bad_steps(norms))
         row.update(left_out=len(train.left_out), epoch=train.passes(step))
+        row.update(halves.row(norms[0]))
         row.update(meter.rollout_and_learner(row["tokens"], row.pop("learnt_tokens")))
         if done == steps or (eval_every and done % eval_every == 0):
             row.update(evaluate(done))
@@ -251,7 +259,7 @@ def main():
 
 
 def default_lr(policy, published):
-    """AdamW's, where --lr is 0."""
+    """AdamW's and RMSprop's, where --lr is 0."""
     rate = 5e-6 if published else 0.04 / policy.model.config.n_embd
     return rate * 10 if policy.adapters else rate
 
@@ -272,11 +280,19 @@ def check_settings(settings):
         "rollouts_gb",
     )
     one_of(settings, "sampler", SAMPLERS)
+    one_of(settings, "optimizer", RULES)
     one_of(settings, "overlong", ("zero", "mask"))
     one_of(settings, "kl_estimator", grpo.ESTIMATORS)
     one_of(settings, "lr_schedule", ("constant", "linear", "cosine"))
     grpo.advantages(torch.zeros(1, 2), advantage)  # raises for an unknown name,
     grpo.token_weights(torch.ones(1, 1), loss_norm)  # and so does this
+    checkpoint.check_keep(keep, save_every)
+    if not 0 <= min(beta1, beta2) <= max(beta1, beta2) < 1:
+        raise ValueError(f"--beta1={beta1} --beta2={beta2}: each must be at least 0 and below 1")
+    if optimizer == "sgd" and not lr:
+        raise ValueError(
+            "--optimizer=sgd: its rate is no other rule's, so give one too, such as --lr=0.1"
+        )
     if samples_per_prompt < 2:
         raise ValueError(
             f"--samples_per_prompt={samples_per_prompt}: at least 2, "

@@ -9,13 +9,21 @@ import torch
 
 from nanorl.muon import Muon
 
+# The rules of RL, and what they are called. The last two have no momentum, and their weight decay
+# is added to the gradient.
+RULES = {"adamw": "AdamW", "rmsprop": "RMSprop", "sgd": "SGD"}
+BETAS = (0.9, 0.95)  # of AdamW's two moments, where the script has no constants for them
 
-def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True, ranks=None):
+
+def make_optimizers(
+    model, matrix_lr, other_lr, weight_decay=0.0, muon=True, ranks=None, rule="adamw", betas=BETAS
+):
     """-> a list of torch optimizers.
 
-    muon: Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest; else AdamW for
+    muon: Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for the rest; else `rule` for
     all. Only the blocks' matrices decay. model: whatever has named_parameters(), a GPT or its LoRA.
     ranks: over which Muon's work is shared, as runtime.dist; None: every rank does all of it.
+    rule: one of RULES. betas: of AdamW's moments; RMSprop has the second one's, SGD has none.
 
     The rate of a group is kept as its `initial_lr`, which `update` scales.
     """
@@ -25,7 +33,7 @@ def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True, ran
             is_matrix = p.dim() == 2 and ".layers." in name
             (matrices if is_matrix else others).append(p)
 
-    adamw = dict(betas=(0.9, 0.95), eps=1e-8)
+    adamw = dict(betas=betas, eps=1e-8)
     if (matrices + others)[0].dtype != torch.float64:
         adamw["fused"] = True
     of_matrices = dict(lr=matrix_lr, weight_decay=weight_decay)
@@ -37,7 +45,12 @@ def make_optimizers(model, matrix_lr, other_lr, weight_decay=0.0, muon=True, ran
         ]
     else:
         groups = [dict(params=matrices, **of_matrices), dict(params=others, **of_others)]
-        optimizers = [torch.optim.AdamW(groups, **adamw)]
+        if rule == "rmsprop":
+            optimizers = [torch.optim.RMSprop(groups, alpha=betas[1], eps=1e-8)]
+        elif rule == "sgd":
+            optimizers = [torch.optim.SGD(groups)]
+        else:
+            optimizers = [torch.optim.AdamW(groups, **adamw)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -33,7 +33,7 @@ SETTINGS = dict(
 )
 
 
-def save(directory, step, version=0, best_step=None, settings=SETTINGS):
+def save(directory, step, version=0, best_step=None, settings=SETTINGS, keep=""):
     """A checkpoint of three files, in each of which step and version can be checked."""
 
     def write_model(path):
@@ -47,7 +47,7 @@ def save(directory, step, version=0, best_step=None, settings=SETTINGS):
         "weights": torch.full((2000,), float(step)),
         "settings": settings,
     }
-    return checkpoint.save(str(directory), step, write_model, state, best_step)
+    return checkpoint.save(str(directory), step, write_model, state, best_step, keep=keep)
 
 
 def version_of(path):
@@ -163,6 +163,26 @@ def test_prune_keeps_first_best_and_last_two_and_reports_the_others(tmp_path):
     path = str(tmp_path / "step_00000")
     assert removed == {1: "", 2: "", 3: "", 4: f"{path}2", 5: "", 6: f"{path}4", 7: f"{path}5"}
     assert checkpoint.prune(str(tmp_path), best_step=None) == [f"{path}3"]
+
+
+@pytest.mark.parametrize(
+    "keep, stay", [("all", range(1, 8)), ("2", (1, 2, 4, 6, 7)), ("", (1, 6, 7))]
+)
+def test_keep_holds_checkpoints_beside_those_that_stay_anyway(tmp_path, keep, stay):
+    for step in range(1, 8):
+        save(tmp_path, step, keep=keep)
+    assert sorted(os.listdir(tmp_path)) == [f"step_{s:06d}" for s in stay]
+
+
+def test_keep_that_would_not_keep_what_it_says_is_refused():
+    checkpoint.check_keep("40", 20)
+    for keep in ("some", "0", "-20"):
+        with pytest.raises(ValueError, match="must be all, or a number of steps"):
+            checkpoint.check_keep(keep, 20)
+    for save_every in (20, 0):
+        with pytest.raises(ValueError, match="give --save_every=30 too"):
+            checkpoint.check_keep("30", save_every)
+    checkpoint.check_keep("30", 30)
 
 
 def test_all_is_on_disk_before_it_takes_its_name_and_then_the_name(tmp_path, monkeypatch):
@@ -320,7 +340,7 @@ MAY_CHANGE = {
     "train_sft.py": RUN | {"log_every", "eval_problems", "eval_new_tokens", "recompute"},
     "train_rl.py": RUN
     | {"eval_problems", "save_reward_above", "device_rows", "recompute", "selfcheck"}
-    | {"probe_prompts", "log_every", "rollout_tokens", "rollouts_gb"},
+    | {"probe_prompts", "log_every", "rollout_tokens", "rollouts_gb", "keep", "noise_scale"},
 }
 
 

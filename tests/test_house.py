@@ -37,12 +37,13 @@ CORE = {
     "learner": {"batch", "attention", "flex", "grpo"},
 }
 FOLDERS = {
+    "dynamics": {*CORE, "tasks", "runtime"},
     "tasks": set(),
     "runtime": set(),
     "data": {"tokenizer", "tasks"},
     "evaluate": {"rollout", "tasks", "sampling", "batch", "learner"},
     "report": {*CORE, "tasks", "runtime"},
-    "tools": {*CORE, "tasks", "runtime", "data", "evaluate", "report"},
+    "tools": {*CORE, "tasks", "runtime", "data", "dynamics", "evaluate", "report"},
 }
 # What stands on text alone does without torch.
 WITHOUT_TORCH = ("tokenizer", "chat", "tasks")

@@ -189,6 +189,27 @@ def test_a_schedule_goes_on_where_it_was(rl, out, schedule):
     assert_same_run(whole, rl(f"cut-{schedule}", *options, "--resume=must"), "step_000006")
 
 
+def test_a_run_without_momentum_that_keeps_checkpoints(rl, capsys):
+    """RMSprop keeps one number a weight. Of the steps between, the even ones stay."""
+    run = rl(
+        "kept", "--optimizer=rmsprop", "--beta2=0.8", "--steps=7", "--keep=2", "--eval_every=0"
+    )
+    said = capsys.readouterr().out
+    assert "RMSprop 0.001" in said and "--keep=2: beside them 3, " in said
+    assert [int(path.name[5:]) for path in sorted(run.glob("step_*"))] == [1, 2, 4, 6, 7]
+    (state,) = trainer_state(run, 7)["optimizers"]
+    assert state["param_groups"][0]["alpha"] == 0.8
+    assert set(state["state"][0]) == {"step", "square_avg"}
+    before, after = (run / f"step_00000{step}" / "model.safetensors" for step in (6, 7))
+    assert before.read_bytes() != after.read_bytes()
+
+
+def test_sgd_and_betas_are_refused_where_they_mean_nothing():
+    assert "give one too, such as --lr=0.1" in call("train_rl.py", "--optimizer=sgd")
+    assert "at least 0 and below 1" in call("train_rl.py", "--beta2=1")
+    assert "adamw, rmsprop, sgd" in call("train_rl.py", "--optimizer=muon")
+
+
 def test_the_first_adamw_step_is_as_long_as_the_rate_says(rl, sft, out):
     """AdamW's first step moves a weight by the rate, whatever its gradient (but for eps, 1e-8): so
     its length shows the rate that was applied, with schedule and warm-up. A norm clipped to far

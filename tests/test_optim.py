@@ -85,3 +85,21 @@ def test_norms_by_parameter_group_make_up_the_whole(tied):
     for p in model.parameters():
         p.grad = None
     assert group_norms(model) == {}
+
+
+def test_the_rules_without_momentum_by_hand():
+    """Two steps of RMSprop and SGD on one gradient, and AdamW's betas."""
+    beta, lr, g = 0.9, 0.01, 0.5
+    for rule in ("rmsprop", "sgd"):
+        model = torch.nn.Linear(1, 1, bias=False).double()
+        before = model.weight.item()
+        optimizers = make_optimizers(model, lr, lr, muon=False, rule=rule, betas=(0.0, beta))
+        second, moved = 0.0, 0.0
+        for _ in range(2):
+            model.weight.grad = torch.full((1, 1), g, dtype=torch.float64)
+            update(optimizers, [model.weight], 1.0, 0)
+            second = beta * second + (1 - beta) * g * g
+            moved += lr * g / (second**0.5 + 1e-8) if rule == "rmsprop" else lr * g
+        assert before - model.weight.item() == pytest.approx(moved, rel=1e-12)
+    (adamw,) = make_optimizers(model, lr, lr, muon=False, betas=(0.5, 0.6))
+    assert {group["betas"] for group in adamw.param_groups} == {(0.5, 0.6)}

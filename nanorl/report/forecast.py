@@ -243,6 +243,7 @@ def memory_lines(rollouts, engine, policy, settings):
         with policy.reference() as reference:
             copies.append(reference)
     parts = memory.estimate(model, copies, policy.params, used, activations, cache, stays, graphs)
+    parts["optimizer"] = moments(settings) * parts["gradients"]
     return memory.describe(parts, used, dist.free_memory(device))
 
 
@@ -307,6 +308,20 @@ def probe_records(rollouts, decode, settings):
     )
 
 
+def moments(settings):
+    """How many numbers a weight the optimizer keeps."""
+    return {"adamw": 2, "rmsprop": 1, "sgd": 0}[settings.get("optimizer", "adamw")]
+
+
+def steps_kept(settings):
+    """How many steps' checkpoints the constant `keep` holds, of those that save_every saves."""
+    every = settings["save_every"]
+    if not every:
+        return 0
+    steps = range(every, settings["steps"] + 1, every)
+    return sum(checkpoint.is_kept(step, settings["keep"]) for step in steps)
+
+
 def disk_lines(rollouts, policy, decode, run):
     """What the run will write. rollouts: a few; none: nobody knows how much they will take."""
     written, known, warnings = 0, "", []
@@ -318,12 +333,19 @@ def disk_lines(rollouts, policy, decode, run):
         evaluated = (1 + math.ceil(steps / (every or steps))) * run.log.evaluation_bytes
         known += f"evaluations {size(evaluated)}, "
         written += evaluated
-    saved = plan.saved_bytes(policy, muon=False)
+    # A checkpoint: AdamW keeps two moments, other rules fewer.
+    fewer = 2 - moments(run.settings)
+    saved = plan.saved_bytes(policy, muon=False) - fewer * memory.bytes_of(policy.params)
     line = (
         f"on disk: {known}a checkpoint {size(saved)}, "
         "of which at most four are kept, and those that others start from"
     )
-    return [line, *warnings, *too_little_disk(run.directory, written + 5 * saved)]
+    kept = steps_kept(run.settings)
+    if kept:
+        keep = run.settings["keep"]
+        line += f"; --keep={keep}: beside them {kept}, {size(kept * saved)}"
+    needed = written + (5 + kept) * saved
+    return [line, *warnings, *too_little_disk(run.directory, needed)]
 
 
 def rollout_bytes(rollouts, decode, settings):

@@ -2,7 +2,7 @@
 
 import sys
 
-from nanorl.optim import lr_scale
+from nanorl.optim import RULES, lr_scale
 from nanorl.runtime import dist
 from nanorl.runtime.log import duration
 
@@ -18,7 +18,8 @@ def rl_heading(run, model, problems, looks, lr):
     devices = f"{dist.world_size()} x {model.cos.device.type}"
     rows = f"{P} problems x {G} samples = {P * G} rows"
     most, update = settings["max_new_tokens"], update_in_words(settings)
-    step = f"{rows} of at most {most} tokens, {update}, AdamW {lr:g}"
+    rule = RULES[settings["optimizer"]]
+    step = f"{rows} of at most {most} tokens, {update}, {rule} {lr:g}"
     dist.say(f"rl    from {start}: {parameters:,} parameters, {model.compute_dtype} on {devices}")
     for number, look in enumerate(looks, 1):
         stage = f" in stage {number}" if len(looks) > 1 else ""

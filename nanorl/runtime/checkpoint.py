@@ -19,6 +19,7 @@ USED = "used_by.txt"  # in a checkpoint: the runs that started from it
 FREE_TO_CHANGE = re.compile(
     r"steps$|save_|after_save$|track$|eval_|log_|resume$|run$|run_name$|dry_run$|selfcheck$|"
     r"probe_prompts$|max_bad_steps$|sample_tokens$|note$|timestamps$|rollout_tokens$|rollouts_gb$|"
+    r"keep$|noise_scale$|"
     # or they change only its speed and how its sums are rounded.
     r"device$|device_rows$|device_tokens$|recompute$|compile$"
 )
@@ -26,7 +27,15 @@ FREE_TO_CHANGE = re.compile(
 OF_THE_START = ("resume", "run", "run_name", "timestamps", "dry_run", "selfcheck")
 
 # Constants that older runs did not have yet -> what those runs did.
-ADDED = {"sampler": "engine", "compile": False}
+ADDED = {
+    "sampler": "engine",
+    "compile": False,
+    "keep": "",
+    "noise_scale": False,
+    "optimizer": "adamw",
+    "beta1": 0.9,
+    "beta2": 0.95,
+}
 
 
 # ---- where things are ----------------------------------------------------------------------------
@@ -127,7 +136,7 @@ def free_disk(path):
 # ---- save and remove -----------------------------------------------------------------------------
 
 
-def save(directory, step, write_model, state, best_step=None, sound_step=None):
+def save(directory, step, write_model, state, best_step=None, sound_step=None, keep=""):
     """Save a step's checkpoint, and remove old ones (see prune).
 
     write_model(path): puts the model directory at path.
@@ -160,7 +169,7 @@ def save(directory, step, write_model, state, best_step=None, sound_step=None):
     _remove(final)
     os.rename(temporary, final)
     _sync(directory)
-    removed = prune(directory, best_step, sound_step)
+    removed = prune(directory, best_step, sound_step, keep)
     report = f"saved {final}"
     if removed:
         report += f", removed {', '.join(removed)}"
@@ -229,25 +238,47 @@ def _not_finite(directory, step, error):
     )
 
 
-def prune(directory, best_step=None, sound_step=None):
+def prune(directory, best_step=None, sound_step=None, keep=""):
     """Remove old checkpoints. Returns the paths removed.
 
     The first, the best and the last two stay, and those that another run started from.
     sound_step: of a run whose gradient is not finite. The last one up to that step stays too.
+    keep: see is_kept.
     """
     steps = _steps(directory)
-    keep = {*steps[:1], *steps[-2:], best_step}
+    stay = {*steps[:1], *steps[-2:], best_step}
     if sound_step is not None:
         sound = [step for step in steps if step <= sound_step]
-        keep.update(sound[-1:])
+        stay.update(sound[-1:])
     removed = []
     for step in steps:
         path = path_of(directory, step)
-        if step not in keep and not os.path.exists(os.path.join(path, USED)):
+        used = os.path.exists(os.path.join(path, USED))
+        if step not in stay and not used and not is_kept(step, keep):
             removed.append(path)
     for path in removed:
         _remove(path)
     return removed
+
+
+def is_kept(step, keep):
+    """Whether the constant `keep` holds a step's checkpoint: "all", each k-th step, or "": none."""
+    if keep == "all":
+        return True
+    return bool(keep) and step % int(keep) == 0
+
+
+def check_keep(keep, save_every):
+    """Raise ValueError for a `keep` that is none, or that would keep less often than it says."""
+    if keep in ("", "all"):
+        return
+    if not keep.isdecimal() or int(keep) == 0:
+        raise ValueError(f"--keep={keep}: it must be all, or a number of steps, such as 40")
+    if not save_every or int(keep) % save_every:
+        raise ValueError(
+            f"--keep={keep}: it must be a multiple of --save_every={save_every}, because only what "
+            f"is saved is kept: give --save_every={keep} too"
+        )
 
 
 def _remove(path):

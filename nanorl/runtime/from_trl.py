@@ -50,6 +50,9 @@ NAMES = {
     "sync_ref_model": ("", "the reference stays the model that the run starts from"),
     # ---- optimization
     "learning_rate": ("lr", ""),
+    "optim": ("optimizer", ""),
+    "adam_beta1": ("beta1", ""),
+    "adam_beta2": ("beta2", ""),
     "lr_scheduler_type": ("lr_schedule", ""),
     "warmup_steps": ("warmup", ""),
     "warmup_ratio": ("warmup", "in steps"),

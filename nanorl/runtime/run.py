@@ -236,7 +236,7 @@ class Run:
             state["best"] = self.best
         # Where the gradient is not finite, the last step at which the weights may still be good.
         sound_step = step - self.bad_steps - 1 if self.bad_steps else None
-        steps_to_keep = self.best["step"], sound_step
+        steps_to_keep = self.best["step"], sound_step, self.settings.get("keep", "")
         note = f" (a new best reward, {reward:.3f})" if improved else ""
         if self.on_gpu:
             state = copied(state)
