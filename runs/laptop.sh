@@ -23,7 +23,7 @@ with open(sys.argv[1] + ".tmp", "w") as f:
 os.rename(f.name, sys.argv[1])
 END
 
-chats=spelling=6,sum3=3 tasks="spelling sum3"
+chats=spelling=6,sum3=6 tasks="spelling sum3"
 [ -z "$(ls "$data"/text/*.txt 2>/dev/null)" ] || text="$data/text/*.txt,$text"
 if [ -e "$data/gsm8k/train.jsonl" ]; then chats+=,gsm8k=1 tasks+=" gsm8k"; else echo "GSM8K is left out: there is no NANORL_DATA/gsm8k/train.jsonl"; fi
 [ ! -e "$data/alpaca/train.jsonl" ] || chats+=",$data/alpaca/train.jsonl=1"
