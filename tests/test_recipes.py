@@ -224,5 +224,5 @@ def test_a_laptop_takes_what_files_there_are(recipe, tmp_path):
     assert f"--data={data}/text/*.txt,{own}" in calls[0]
     assert own.read_text().count("<|endoftext|>") == 40_000
     sft = next(call for call in calls if call[1] == "train_sft.py")
-    assert f"--data=spelling=6,sum3=3,gsm8k=1,{data}/alpaca/train.jsonl=1" in sft
+    assert f"--data=spelling=6,sum3=6,gsm8k=1,{data}/alpaca/train.jsonl=1" in sft
     assert any("--task=gsm8k" in call for call in calls)
